@@ -1,0 +1,324 @@
+"""SyncBatchNorm, and the form in which several layers share one message."""
+
+import itertools
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn import distributed
+from syncbn.functional import Memory, Norm, Route, Started, Statistics, composed
+from syncbn.nn.group_reference import GroupReference
+from syncbn.nn.naming import layer_names
+
+_serials = itertools.count()
+_BUFFERS = ("running_mean", "running_var")
+
+
+class BatchNorm(_BatchNorm):
+    """Batch normalisation of this rank's batch, for inputs of any dimension: `SyncBatchNorm` without the others.
+
+    Arguments, parameters, buffers and shapes are those of `SyncBatchNorm`. `revert_sync_batchnorm` leaves it in the
+    place of a layer that was built synchronised.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        activation: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_arguments(num_features, eps, momentum, activation)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.activation = activation
+        self._adopt()
+        self._keep_statistics_wide(self._buffers)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise.
+
+        Args:
+            input: (N, C, ...), floating point, any strides; N may be 0.
+            residual: like input; added after the normalisation, before the activation.
+
+        Returns:
+            Like input, in its dtype and memory format.
+        """
+        return start_sync_batch_norm([self], [input]).finish([residual])[0]
+
+    def extra_repr(self) -> str:
+        """The arguments, as `nn.BatchNorm2d` shows them, and the activation where there is one."""
+        return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
+
+    def _adopt(self) -> None:
+        """State beside parameters and buffers; also given to a converted layer."""
+        self._serial = next(_serials)
+        self._memory = Memory()
+
+    def _group(self) -> dist.ProcessGroup | None:
+        return None
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _check_input(input, self.num_features)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "BatchNorm":
+        """Move or convert, but keep the running statistics in float32 or wider: averages need the digits."""
+        before = {name: self._buffers.get(name) for name in _BUFFERS}
+        super()._apply(fn, recurse)
+        self._keep_statistics_wide(before)
+        return self
+
+    def _keep_statistics_wide(self, wide: Any) -> None:
+        for name in _BUFFERS:
+            buffer = self._buffers.get(name)
+            if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = wide[name].to(buffer.device, torch.float32)
+
+    def _update_running_statistics(self, statistics: Statistics) -> None:
+        """One step of the moving averages; nothing changes where the batch was empty on all ranks."""
+        mean, var, count = (s.detach() for s in statistics)
+        if self.running_mean is None or self.running_var is None:
+            return
+        seen = count > 0
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(seen)
+        if self.momentum is None:
+            assert self.num_batches_tracked is not None
+            factor = seen / self.num_batches_tracked.clamp(min=1)
+        else:
+            factor = seen * self.momentum
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            dtype = running.dtype
+            running.lerp_(new.to(dtype), factor.to(dtype))
+
+
+class SyncBatchNorm(BatchNorm):
+    """Batch normalisation over the batches of all ranks, as one batch (Algorithm 1 of Ioffe & Szegedy 2015).
+
+    Each rank sums its mini-batch; one all-reduce of 2C+3 float64 adds the sums up; so the result is that of one
+    process with the whole batch, also for ranks whose batches differ in size or are empty. Works on any device and
+    backend, inside DistributedDataParallel and without; in one process it is `nn.BatchNorm1d/2d/3d`, whose
+    state_dict it shares.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: of the running statistics, in [0, 1]; None for a cumulative average.
+        affine: learn weight (gamma) and bias (beta), both (C).
+        track_running_stats: keep running_mean and running_var (C), float32 or wider, the latter unbiased over the
+            global batch; bitwise the same on all ranks.
+        process_group: the ranks that normalise together; None for all.
+        activation: None, or "relu" to apply it in the same pass.
+        device: of parameters and buffers.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument out of range; a process group that this rank is not in.
+        LayerMismatch: in forward or backward, if ranks run different layers.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        activation: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, activation=activation, device=device, dtype=dtype
+        )
+        self.process_group = process_group
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that normalise together; None for all."""
+        return self._group_reference.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._group_reference = GroupReference(group)
+
+    def extra_repr(self) -> str:
+        """The arguments, and the group: "world", or the list of its ranks."""
+        return f"{super().extra_repr()}, process_group={self._group_reference}"
+
+    def _group(self) -> dist.ProcessGroup | None:
+        return distributed.active_group(self._group_reference.group)
+
+
+Layers: TypeAlias = BatchNorm | Sequence[BatchNorm]
+
+
+class PendingBatchNorm:
+    """A synchronisation of several layers under way; made by `start_sync_batch_norm`."""
+
+    def __init__(self, entries: "Sequence[_Entry]") -> None:
+        self.entries = entries
+        self.live = [e for e in entries if e.uses_batch]
+        self.started: Started | None = None
+        if self.live:
+            self.route = _route([layer for e in self.live for layer in e.layers])
+            if not torch.compiler.is_compiling():
+                self.started = Started([e.input for e in self.live], self.route, self.live[0].layers[0]._memory)
+
+    def finish(self, residuals: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """Wait for the message and normalise.
+
+        Args:
+            residuals: for each input, a tensor like it to add before the activation, or None.
+
+        Returns:
+            The outputs, like the inputs.
+        """
+        if residuals is None:
+            residuals = [None] * len(self.entries)
+        for entry, residual in zip(self.entries, residuals, strict=True):
+            entry.take(residual)
+        norms = [e.norm() for e in self.live]
+        outputs: list[Tensor] = []
+        if self.started is not None:
+            outputs, statistics = self.started.finish(norms)
+        elif norms:
+            outputs, statistics = composed(norms, self.route)
+        recomputed = self.started is not None and self.started.exchange.recomputed
+        if norms and not recomputed:
+            for entry, s in zip(self.live, statistics, strict=True):
+                entry.update(s)
+        normalised = iter(outputs)
+        return [next(normalised) if e.uses_batch else e.from_running_statistics() for e in self.entries]
+
+
+def start_sync_batch_norm(layers: Sequence[Layers], inputs: Sequence[Tensor]) -> PendingBatchNorm:
+    """Launch the one message that the layers share; `finish()` of the result waits for it and normalises.
+
+    What runs between the two runs while the message travels, and likewise going backward.
+
+    Args:
+        layers: one entry an input: a layer, or several whose channels lie side by side in the input. Layers must not
+            depend on each other's outputs, and must share a process group.
+        inputs: (N, C, ...) each; sizes may differ.
+
+    Raises:
+        ValueError: entries and inputs do not match, or the process groups differ.
+    """
+    if len(layers) != len(inputs):
+        raise ValueError(f"expected one input for each entry of layers, got {len(layers)} layers and {len(inputs)} inputs")
+    return PendingBatchNorm([_Entry(l, x) for l, x in zip(layers, inputs, strict=True)])
+
+
+def sync_batch_norm_group(layers: Sequence[Layers], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Normalise several independent activations with one all-reduce in each direction.
+
+    The outputs are those of `[layer(x) for layer, x in zip(layers, inputs)]`; arguments and errors as in
+    `start_sync_batch_norm`.
+    """
+    return start_sync_batch_norm(layers, inputs).finish()
+
+
+class _Entry:
+    """One input and the layers side by side in it."""
+
+    def __init__(self, layers: Layers, input: Tensor) -> None:
+        self.layers = (layers,) if isinstance(layers, BatchNorm) else tuple(layers)
+        self.input, self.residual = input, None
+        first = self.layers[0]
+        _check_input(input, sum(layer.num_features for layer in self.layers))
+        if len(self.layers) > 1:
+            _check_siblings(self.layers)
+        self.uses_batch = first.training or first.running_mean is None
+
+    def take(self, residual: Tensor | None) -> None:
+        if residual is not None and residual.shape != self.input.shape:
+            raise ValueError(f"residual of size {list(residual.shape)} for an input of size {list(self.input.shape)}")
+        self.residual = residual
+
+    def norm(self) -> Norm:
+        first = self.layers[0]
+        return Norm(self.input, self._joined("weight"), self._joined("bias"), self.residual, first.eps, first.activation)
+
+    def update(self, statistics: Statistics) -> None:
+        if not self.layers[0].training:
+            return
+        if len(self.layers) == 1:
+            self.layers[0]._update_running_statistics(statistics)
+            return
+        widths = [layer.num_features for layer in self.layers]
+        parts = zip(statistics.mean.split(widths), statistics.var.split(widths), strict=True)
+        for layer, (mean, var) in zip(self.layers, parts, strict=True):
+            layer._update_running_statistics(Statistics(mean, var, statistics.count))
+
+    def from_running_statistics(self) -> Tensor:
+        mean, var = self._joined("running_mean"), self._joined("running_var")
+        y = F.batch_norm(self.input, mean, var, self._joined("weight"), self._joined("bias"), False, 0.0, self.layers[0].eps)
+        if self.residual is not None:
+            y = (y + self.residual).to(self.input.dtype)
+        return F.relu(y) if self.layers[0].activation == "relu" else y
+
+    def _joined(self, name: str) -> Tensor | None:
+        tensors = [getattr(layer, name) for layer in self.layers]
+        return tensors[0] if len(tensors) == 1 or tensors[0] is None else torch.cat(tensors)
+
+
+def _check_input(input: Tensor, channels: int) -> None:
+    if input.dim() < 2:
+        raise ValueError(f"expected an input of 2 or more dimensions (N, C, ...), got size {list(input.shape)}")
+    if input.shape[1] != channels:
+        raise ValueError(f"expected {channels} channels in dimension 1, got {input.shape[1]}: size {list(input.shape)}")
+    if not input.is_floating_point():
+        raise ValueError(f"expected a floating point input, got {input.dtype}: convert it with .float()")
+
+
+def _check_siblings(layers: Sequence[BatchNorm]) -> None:
+    for what in ("eps", "activation", "training", "affine", "track_running_stats"):
+        values = {getattr(layer, what) for layer in layers}
+        if len(values) > 1:
+            raise ValueError(f"layers side by side in one input must have the same {what}, got {values}")
+
+
+def _route(layers: Sequence[BatchNorm]) -> Route:
+    groups = [layer._group() if layer.training else None for layer in layers]
+    group = groups[0]
+    if any(g is not group for g in groups):
+        raise ValueError(
+            "layers that share a message must share a process group; got ranks "
+            f"{[distributed.group_ranks(g) for g in groups]}"
+        )
+    if group is None:
+        return Route(None, *_labels(("this rank",)))
+    if torch.compiler.is_compiling():
+        return Route(group, *_labels(tuple(f"BatchNorm({layer.num_features})" for layer in layers)))
+    return Route(group, *_labels(layer_names(layers)))
+
+
+@lru_cache(maxsize=4096)
+def _labels(names: tuple[str, ...]) -> tuple[distributed.Label, distributed.Label]:
+    return distributed.label(names, "forward"), distributed.label(names, "backward")
+
+
+def _check_arguments(num_features: int, eps: float, momentum: float | None, activation: str | None) -> None:
+    if num_features < 1:
+        raise ValueError(f"num_features must be 1 or more, got {num_features}")
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be in [0, 1], or None for a cumulative average, got {momentum}")
+    if activation not in (None, "relu"):
+        raise ValueError(f'activation must be None or "relu", got {activation!r}')

@@ -1,0 +1,32 @@
+"""What one rank computes on one activation: four passes over it, no collective and no module.
+
+This is the one dispatch point: a faster implementation of the same signatures (a GPU kernel) is chosen here.
+"""
+
+from syncbn.ops.aten import (
+    Shifted,
+    composed_sums,
+    compute_dtype,
+    dense,
+    gradient_sums,
+    input_gradient,
+    input_sums,
+    normalize,
+    per_channel,
+    pivot,
+    shift,
+)
+
+__all__ = [
+    "Shifted",
+    "composed_sums",
+    "compute_dtype",
+    "dense",
+    "gradient_sums",
+    "input_gradient",
+    "input_sums",
+    "normalize",
+    "per_channel",
+    "pivot",
+    "shift",
+]

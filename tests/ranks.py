@@ -1,0 +1,90 @@
+"""Runs a function on P ranks: gloo over loopback, one thread each, a hard timeout, results and errors collected."""
+
+import datetime
+import multiprocessing as mp
+import os
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_context = mp.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "syncbn"])
+
+
+class RankError(AssertionError):
+    """A rank raised; `.errors` maps the rank to (type name, message)."""
+
+    def __init__(self, errors: dict[int, tuple[str, str, str]]) -> None:
+        self.errors = {rank: (kind, text) for rank, (kind, text, _) in errors.items()}
+        super().__init__("\n".join(f"--- rank {r}\n{trace}" for r, (_, _, trace) in sorted(errors.items())))
+
+
+def _rank_main(fn: Callable, rank: int, P: int, port: int, seconds: float, pipe: Connection, args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(P)
+    timeout = datetime.timedelta(seconds=seconds)
+    try:
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=P, timeout=timeout)
+        pipe.send(("ok", fn(rank, *args)))
+    except BaseException as error:
+        pipe.send(("error", (type(error).__name__, str(error), traceback.format_exc())))
+    finally:
+        pipe.recv()  # leave together: the store and the sockets must outlive the slowest rank
+        os._exit(0)
+
+
+def run_ranks(fn: Callable, P: int, *args: Any, timeout: float = 60, group_timeout: float = 20) -> list[Any]:
+    """[fn(0, *args), ..., fn(P-1, *args)], each in its own process inside an initialised world of P ranks.
+
+    Raises:
+        RankError: some ranks raised, died or did not return within `timeout` seconds.
+    """
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipes, processes = [], []
+    for rank in range(P):
+        ours, theirs = _context.Pipe()
+        process = _context.Process(
+            target=_rank_main, args=(fn, rank, P, server.port, group_timeout, theirs, args), daemon=True
+        )
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return _collect(pipes, timeout)
+    finally:
+        for pipe, process in zip(pipes, processes, strict=True):
+            try:
+                pipe.send("leave")
+            except OSError:
+                pass
+        for process in processes:
+            process.join(5)
+            process.kill()
+
+
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    deadline = time.monotonic() + timeout
+    results, errors = {}, {}
+    for rank, pipe in enumerate(pipes):
+        try:
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                errors[rank] = ("Hang", f"no result within {timeout} s", f"no result within {timeout} s")
+                continue
+            status, value = pipe.recv()
+        except EOFError:
+            errors[rank] = ("Died", "the process died", "the process died")
+            continue
+        if status == "ok":
+            results[rank] = value
+        else:
+            errors[rank] = value
+    if errors:
+        raise RankError(errors)
+    return [results[rank] for rank in range(len(pipes))]
