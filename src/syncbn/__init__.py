@@ -1,6 +1,36 @@
-"""Synchronised BatchNorm for PyTorch: P ranks normalise as one batch."""
+"""Synchronised BatchNorm for PyTorch: P ranks normalise as one batch, exactly.
 
-from syncbn.nn import SyncBatchNorm, sync_batch_norm_group
+`syncbn.models` and `syncbn.training` are imported when first used: this module costs little more than torch.
+"""
+
+import importlib
+from types import ModuleType
+
+from syncbn.agreement import LayerMismatch
+from syncbn.distributed import new_group
+from syncbn.nn import (
+    SyncBatchNorm,
+    convert_sync_batchnorm,
+    estimate_population_statistics,
+    fold_batch_norm,
+    revert_sync_batchnorm,
+    sync_batch_norm_group,
+)
 
 __version__ = "0.1.0"
-__all__ = ["SyncBatchNorm", "sync_batch_norm_group"]
+__all__ = [
+    "LayerMismatch",
+    "SyncBatchNorm",
+    "convert_sync_batchnorm",
+    "estimate_population_statistics",
+    "fold_batch_norm",
+    "new_group",
+    "revert_sync_batchnorm",
+    "sync_batch_norm_group",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in ("models", "data", "training"):
+        return importlib.import_module(f"syncbn.{name}")
+    raise AttributeError(f"module 'syncbn' has no attribute {name!r}")

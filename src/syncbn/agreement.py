@@ -3,8 +3,8 @@
 Messages of different layers mostly differ in length, and a collective of unequal lengths hangs, aborts the process or
 adds garbage up, depending on the backend. So a rank never sends a length that its peers may not expect:
 
-- It remembers which message followed which. A message that comes where the same one came before is sent at once:
-  the peers remember the same. This is every message from the second step on, at no cost but a dictionary look-up.
+- It remembers which message followed which few. A message that comes where the same one came before is sent at
+  once: the peers remember the same. From the third step on this is every message, for a look-up in a dictionary.
 - The first time, the ranks meet in the process group's key-value store and compare what each is about to send.
 - A message that comes where another was remembered is a new route, taken by all ranks or by mistake. The rank probes:
   it joins the remembered message's collective, at that length, under its own id. If its peers take the new route too
@@ -14,11 +14,13 @@ Peers are named through the store, which works when the collective does not.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
+_CONTEXT = 8  # messages that tell one place in the network from another; a layer may be called several times
 _GRACE_SECONDS = 2.0  # for peers to report their side once something is wrong
 
 _generations: dict[str, int] = {}
@@ -47,7 +49,7 @@ class Agreement:
         self.ranks = dist.get_process_group_ranks(group)
         self.store = _store_of(group)
         self.followed_by: dict[tuple[Message, ...], Message] = {}
-        self.recent: tuple[Message, ...] = ()
+        self.recent: deque[Message] = deque(maxlen=_CONTEXT)
         self.sent = 0
 
     def announce(self, message: Message, probe: Callable[[int, int], None]) -> int:
@@ -64,13 +66,14 @@ class Agreement:
             return 0
         self.sent += 1
         number = self.sent
-        expected = self.followed_by.get(self.recent)
+        context = tuple(self.recent)
+        expected = self.followed_by.get(context)
         if expected is None:
             self._meet(number, message)
         elif expected.length != message.length:  # at equal length the message's own id is check enough
             probe(number, expected.length)
-        self.followed_by[self.recent] = message
-        self.recent = (*self.recent[-1:], message)
+        self.followed_by[context] = message
+        self.recent.append(message)
         return number
 
     def fail(self, number: int, text: str) -> NoReturn:
@@ -87,6 +90,7 @@ class Agreement:
     def _meet(self, number: int, message: Message) -> None:
         """Compare notes in the store: the first rank's message is the standard, the last to agree opens the gate."""
         store, verdict = self.store, f"{number}/verdict"
+        assert store is not None
         mine = f"{message.text}|{message.length}"
         if store.compare_set(f"{number}/message", "", mine).decode() != mine:
             store.set(verdict, "disagree")
@@ -102,6 +106,7 @@ class Agreement:
     def _reports(self, number: int, text: str) -> dict[int, str]:
         """What each rank says it sent as message `number`; ranks that stay silent are left out."""
         said = {self.rank: text}
+        assert self.store is not None
         deadline = time.monotonic() + _GRACE_SECONDS
         try:
             self.store.set(f"{number}/report/{self.rank}", text)

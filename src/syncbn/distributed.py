@@ -42,7 +42,7 @@ def new_group(size: int) -> dist.ProcessGroup:
         fitting = [d for d in range(1, world + 1) if world % d == 0]
         raise ValueError(f"new_group: size {size} does not divide the {world} ranks; sizes that do: {fitting}")
     if size == world:
-        return dist.group.WORLD
+        return _world()
     return dist.new_subgroups(group_size=size)[0]
 
 
@@ -76,7 +76,7 @@ def active_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
                 "leave process_group=None"
             )
         return None
-    group = group or dist.group.WORLD
+    group = group or _world()
     return group if group.size() > 1 else None
 
 
@@ -91,6 +91,12 @@ def find_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
         return None
     known = dist.distributed_c10d._world.pg_group_ranks
     return next((group for group, members in known.items() if sorted(members) == sorted(ranks)), None)
+
+
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    return world
 
 
 class Label(NamedTuple):
@@ -160,6 +166,18 @@ class Reduction:
             self.message.masked_fill_(~agree, float("nan"))
 
 
+def all_ranks(condition: bool, device: torch.device) -> bool:
+    """Whether `condition` holds on every rank of the world. A collective where there are several."""
+    return bool(sum_over_world(torch.tensor([float(not condition)], device=device))[0] == 0)
+
+
+def sum_over_world(values: Tensor) -> Tensor:
+    """The sum of `values` over all ranks; `values` itself in one process."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def all_reduce_differentiable(message: Tensor, group: dist.ProcessGroup, sender: Label) -> Tensor:
     """The sums of `message` (without room for an id) over the group: differentiable any number of times, traceable.
 
@@ -184,10 +202,11 @@ class _AllReduce(torch.autograd.Function):
         return torch.ops._c10d_functional.wait_tensor(reduced)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return _AllReduce.apply(gradient, ctx.group_name), None
 
 
+@torch.compiler.assume_constant_result
 def _id(text: str) -> int:
     return zlib.crc32(text.encode()) >> (32 - _ID_BITS)
 

@@ -1,7 +1,7 @@
 """SyncBatchNorm, and the form in which several layers share one message."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import distributed
-from syncbn.functional import Memory, Norm, Route, Started, Statistics, composed
+from syncbn.exchange import Memory, Route, Statistics
+from syncbn.functional import Norm, Started, composed, start
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
 
@@ -65,6 +66,7 @@ class BatchNorm(_BatchNorm):
         """State beside parameters and buffers; also given to a converted layer."""
         self._serial = next(_serials)
         self._memory = Memory()
+        self.observer: Callable[[Statistics], None] | None = None
 
     def _group(self) -> dist.ProcessGroup | None:
         return None
@@ -87,10 +89,13 @@ class BatchNorm(_BatchNorm):
 
     def _update_running_statistics(self, statistics: Statistics) -> None:
         """One step of the moving averages; nothing changes where the batch was empty on all ranks."""
-        mean, var, count = (s.detach() for s in statistics)
+        mean, var, M = (s.detach() for s in statistics)
+        if self.observer is not None:
+            self.observer(Statistics(mean, var, M))
+            return
         if self.running_mean is None or self.running_var is None:
             return
-        seen = count > 0
+        seen = M > 0
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(seen)
         if self.momentum is None:
@@ -98,7 +103,7 @@ class BatchNorm(_BatchNorm):
             factor = seen / self.num_batches_tracked.clamp(min=1)
         else:
             factor = seen * self.momentum
-        unbiased = var * (count / (count - 1).clamp(min=1))
+        unbiased = var * (M / (M - 1).clamp(min=1))
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
             dtype = running.dtype
             running.lerp_(new.to(dtype), factor.to(dtype))
@@ -143,7 +148,14 @@ class SyncBatchNorm(BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, activation=activation, device=device, dtype=dtype
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            activation=activation,
+            device=device,
+            dtype=dtype,
         )
         self.process_group = process_group
 
@@ -177,7 +189,7 @@ class PendingBatchNorm:
         if self.live:
             self.route = _route([layer for e in self.live for layer in e.layers])
             if not torch.compiler.is_compiling():
-                self.started = Started([e.input for e in self.live], self.route, self.live[0].layers[0]._memory)
+                self.started = start([e.input for e in self.live], self.route, self.live[0].layers[0]._memory)
 
     def finish(self, residuals: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """Wait for the message and normalise.
@@ -198,7 +210,7 @@ class PendingBatchNorm:
             outputs, statistics = self.started.finish(norms)
         elif norms:
             outputs, statistics = composed(norms, self.route)
-        recomputed = self.started is not None and self.started.exchange.recomputed
+        recomputed = self.started is not None and self.started.recomputed
         if norms and not recomputed:
             for entry, s in zip(self.live, statistics, strict=True):
                 entry.update(s)
@@ -220,8 +232,10 @@ def start_sync_batch_norm(layers: Sequence[Layers], inputs: Sequence[Tensor]) ->
         ValueError: entries and inputs do not match, or the process groups differ.
     """
     if len(layers) != len(inputs):
-        raise ValueError(f"expected one input for each entry of layers, got {len(layers)} layers and {len(inputs)} inputs")
-    return PendingBatchNorm([_Entry(l, x) for l, x in zip(layers, inputs, strict=True)])
+        raise ValueError(
+            f"expected one input for each entry of layers, got {len(layers)} layers and {len(inputs)} inputs"
+        )
+    return PendingBatchNorm([_Entry(layer, x) for layer, x in zip(layers, inputs, strict=True)])
 
 
 def sync_batch_norm_group(layers: Sequence[Layers], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -238,7 +252,8 @@ class _Entry:
 
     def __init__(self, layers: Layers, input: Tensor) -> None:
         self.layers = (layers,) if isinstance(layers, BatchNorm) else tuple(layers)
-        self.input, self.residual = input, None
+        self.input = input
+        self.residual: Tensor | None = None
         first = self.layers[0]
         _check_input(input, sum(layer.num_features for layer in self.layers))
         if len(self.layers) > 1:
@@ -252,7 +267,14 @@ class _Entry:
 
     def norm(self) -> Norm:
         first = self.layers[0]
-        return Norm(self.input, self._joined("weight"), self._joined("bias"), self.residual, first.eps, first.activation)
+        return Norm(
+            self.input,
+            self._joined("weight"),
+            self._joined("bias"),
+            self.residual,
+            first.eps,
+            first.activation,
+        )
 
     def update(self, statistics: Statistics) -> None:
         if not self.layers[0].training:
@@ -263,11 +285,20 @@ class _Entry:
         widths = [layer.num_features for layer in self.layers]
         parts = zip(statistics.mean.split(widths), statistics.var.split(widths), strict=True)
         for layer, (mean, var) in zip(self.layers, parts, strict=True):
-            layer._update_running_statistics(Statistics(mean, var, statistics.count))
+            layer._update_running_statistics(Statistics(mean, var, statistics.M))
 
     def from_running_statistics(self) -> Tensor:
         mean, var = self._joined("running_mean"), self._joined("running_var")
-        y = F.batch_norm(self.input, mean, var, self._joined("weight"), self._joined("bias"), False, 0.0, self.layers[0].eps)
+        y = F.batch_norm(
+            self.input,
+            mean,
+            var,
+            self._joined("weight"),
+            self._joined("bias"),
+            False,
+            0.0,
+            self.layers[0].eps,
+        )
         if self.residual is not None:
             y = (y + self.residual).to(self.input.dtype)
         return F.relu(y) if self.layers[0].activation == "relu" else y
@@ -302,15 +333,18 @@ def _route(layers: Sequence[BatchNorm]) -> Route:
             f"{[distributed.group_ranks(g) for g in groups]}"
         )
     if group is None:
-        return Route(None, *_labels(("this rank",)))
-    if torch.compiler.is_compiling():
+        return Route(None, *_NOBODY)
+    if torch.compiler.is_compiling():  # names and caches are out of a tracer's reach
         return Route(group, *_labels(tuple(f"BatchNorm({layer.num_features})" for layer in layers)))
-    return Route(group, *_labels(layer_names(layers)))
+    return Route(group, *_cached_labels(layer_names(layers)))
 
 
-@lru_cache(maxsize=4096)
 def _labels(names: tuple[str, ...]) -> tuple[distributed.Label, distributed.Label]:
     return distributed.label(names, "forward"), distributed.label(names, "backward")
+
+
+_cached_labels = lru_cache(maxsize=4096)(_labels)
+_NOBODY = _labels(("this rank alone",))
 
 
 def _check_arguments(num_features: int, eps: float, momentum: float | None, activation: str | None) -> None:

@@ -36,7 +36,7 @@ def per_channel(v: Tensor, x: Tensor) -> Tensor:
 
 
 def shift(x: Tensor, pivot: Tensor | None) -> Shifted:
-    """x - pivot, without a copy where there is nothing to subtract and nothing to convert."""
+    """X - pivot, without a copy where there is nothing to subtract and nothing to convert."""
     dtype = compute_dtype(x.dtype)
     if pivot is None:
         return Shifted(x.to(dtype), None)
@@ -44,7 +44,7 @@ def shift(x: Tensor, pivot: Tensor | None) -> Shifted:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself where it is laid out as planes (contiguous) or rows (channels-last), else a contiguous copy."""
+    """X itself where it is laid out as planes (contiguous) or rows (channels-last), else a contiguous copy."""
     return x if x.is_contiguous() or _is_rows(x) else x.contiguous()
 
 
@@ -152,7 +152,13 @@ def input_gradient(
 
 
 def _affine(
-    values: Tensor, centre: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, in_place: bool
+    values: Tensor,
+    centre: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    in_place: bool,
 ) -> Tensor:
     """(values - centre) / sqrt(var + eps) * weight + bias, in one pass (ATen's inference batch norm)."""
     dtype = values.dtype
@@ -165,7 +171,17 @@ def _affine(
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     _aten.native_batch_norm.out(
-        flat, weight, bias, centre.to(dtype), var.to(dtype), False, 0.0, eps, out=out, save_mean=unused, save_invstd=unused
+        flat,
+        weight,
+        bias,
+        centre.to(dtype),
+        var.to(dtype),
+        False,
+        0.0,
+        eps,
+        out=out,
+        save_mean=unused,
+        save_invstd=unused,
     )
     if rows is not None:
         channels_last_shape = (values.shape[0], *values.shape[2:], values.shape[1])

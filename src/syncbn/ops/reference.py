@@ -6,7 +6,6 @@ Source: Ioffe & Szegedy 2015, Algorithm 1 and the six gradient equations below i
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -90,11 +89,7 @@ def batch_norm_gradients(
     dxhat = dy if gamma is None else dy * _per_channel(gamma.double(), x)
     dvar = (dxhat * centred).sum(dims) * -0.5 * (var + eps) ** -1.5
     dmu = -dxhat.sum(dims) / std + dvar * (-2 * centred).sum(dims) / m
-    dx = (
-        dxhat / _per_channel(std, x)
-        + _per_channel(dvar, x) * 2 * centred / m
-        + _per_channel(dmu, x) / m
-    )
+    dx = dxhat / _per_channel(std, x) + _per_channel(dvar, x) * 2 * centred / m + _per_channel(dmu, x) / m
     dgamma = (dy * centred / _per_channel(std, x)).sum(dims)
     return Gradients(dx, dgamma, dy.sum(dims), dy)
 

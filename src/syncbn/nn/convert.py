@@ -1,0 +1,130 @@
+"""Makes any network's BatchNorm layers synchronised, and undoes it, in place and without a copy.
+
+A layer keeps its identity: only its class changes, so parameters, buffers, hooks, flags, sharing and names are what
+they were. This is also why only classes whose behaviour is known are converted.
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from syncbn.nn.sync_batch_norm import BatchNorm, SyncBatchNorm
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_BEHAVIOUR = (
+    "forward",
+    "__call__",
+    "_check_input_dim",
+    "train",
+    "eval",
+    "_load_from_state_dict",
+    "_save_to_state_dict",
+)
+
+
+class SyncBatchNormAct(SyncBatchNorm):
+    """A converted timm `BatchNormAct2d`: its drop and activation modules follow the normalisation."""
+
+    def forward(self, input: Any, residual: Any = None) -> Any:
+        """Normalise, then apply the layer's own `drop` and `act`."""
+        drop: Any = self.drop
+        act: Any = self.act
+        return act(drop(super().forward(input, residual)))
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Turn every `nn.BatchNorm1d/2d/3d` and `nn.SyncBatchNorm` in `module` into a `SyncBatchNorm`, in place.
+
+    Args:
+        module: a network, or one layer. timm's `BatchNormAct2d` is converted too, with its activation.
+        process_group: the ranks that normalise together; None for all. Layers that are `SyncBatchNorm` already
+            keep theirs.
+
+    Returns:
+        `module`. Undo with `revert_sync_batchnorm`.
+
+    Raises:
+        ValueError: a layer whose class has behaviour of its own, so that converting it would change what it does;
+            nothing is converted then.
+    """
+    found = [
+        (name, layer, _target_class(name or "module", layer))
+        for name, layer in module.named_modules()
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, BatchNorm)
+    ]
+    for _, layer, target in found:
+        _become_synchronised(layer, target, process_group)
+    return module
+
+
+def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Make every `SyncBatchNorm` in `module` normalise this rank's batch only, in place.
+
+    Converted layers get their class back. Layers that were built synchronised become `syncbn.nn.BatchNorm`, which
+    keeps a fused activation and takes inputs of any dimension.
+
+    Returns:
+        `module`.
+    """
+    for layer in list(module.modules()):
+        if isinstance(layer, SyncBatchNorm):
+            _become_local(layer)
+    return module
+
+
+def _become_synchronised(layer: Any, target: type[SyncBatchNorm], group: dist.ProcessGroup | None) -> None:
+    layer._original = (type(layer), layer.__dict__.pop("process_group", None))  # nn.SyncBatchNorm has a group
+    layer.__class__ = target
+    layer.activation = None
+    layer.process_group = group
+    layer._adopt()
+
+
+def _become_local(layer: Any) -> None:
+    original = layer.__dict__.pop("_original", None)
+    if original is None:
+        if type(layer) is not SyncBatchNorm:  # a subclass of ours: say so rather than drop what it adds
+            raise ValueError(f"revert_sync_batchnorm: no plain counterpart is known of {_class_name(layer)}")
+        del layer.__dict__["_group_reference"]
+        layer.__class__ = BatchNorm  # type: ignore[assignment]
+        return
+    for attribute in ("activation", "_group_reference", "_serial", "_memory", "_layer_name"):
+        layer.__dict__.pop(attribute, None)
+    layer.__class__, group = original
+    if isinstance(layer, nn.SyncBatchNorm):
+        layer.process_group = group
+
+
+def _target_class(name: str, layer: _BatchNorm) -> type[SyncBatchNorm]:
+    kind = type(layer)
+    if isinstance(layer, LazyModuleMixin):
+        raise _refusal(name, layer, "its number of channels is not known yet; run one forward first")
+    if parametrize.is_parametrized(layer):
+        raise _refusal(name, layer, "it is parametrized; remove the parametrizations first")
+    if "forward" in layer.__dict__:
+        raise _refusal(name, layer, "its forward was replaced on the instance")
+    if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
+        return SyncBatchNormAct
+    own = [n for c in kind.__mro__[: kind.__mro__.index(_base(kind))] for n in _BEHAVIOUR if n in vars(c)]
+    if own:
+        raise _refusal(name, layer, f"it defines {', '.join(sorted(set(own)))} itself")
+    return SyncBatchNorm
+
+
+def _base(kind: type) -> type:
+    return next((c for c in kind.__mro__ if c in _PLAIN), _BatchNorm)
+
+
+def _refusal(name: str, layer: nn.Module, reason: str) -> ValueError:
+    return ValueError(
+        f"convert_sync_batchnorm: '{name}' is a {_class_name(layer)}, which cannot be converted: {reason}. Replace it "
+        "by a syncbn.SyncBatchNorm, or convert the parts of the network without it"
+    )
+
+
+def _class_name(layer: nn.Module) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"

@@ -1,0 +1,127 @@
+"""Algorithm 2's inference network: every BatchNorm folded into the convolution or linear layer before it."""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.nn.sync_batch_norm import BatchNorm
+
+_FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+class _Activation(nn.Module):
+    """What is left of a folded layer that fused a ReLU, or that adds a residual."""
+
+    def __init__(self, activation: str | None) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None:
+            input = input + residual
+        return input.relu() if self.activation == "relu" else input
+
+
+def affine_map(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """The layer at inference as scale and shift (C), float64: gamma/sqrt(Var+eps), beta - gamma*E[x]/sqrt(Var+eps).
+
+    Source: Algorithm 2, line 11.
+
+    Raises:
+        ValueError: the layer has no running statistics.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError(f"{type(norm).__name__}({norm.num_features}) cannot be folded: it keeps no running statistics")
+    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.detach().double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
+
+
+@torch.no_grad()
+def fold_into(linear: nn.Module, norm: _BatchNorm) -> nn.Module:
+    """A copy of `linear` (a convolution or nn.Linear) that computes norm(linear(x)) at inference."""
+    scale, shift = affine_map(norm)
+    folded: Any = copy.deepcopy(linear).eval()
+    weight, old_bias = folded.weight, folded.bias
+    factor = scale.view(-1, *[1] * (weight.dim() - 1))
+    bias = shift if old_bias is None else shift + old_bias.double() * scale
+    folded.weight = nn.Parameter((weight.double() * factor).to(weight.dtype), weight.requires_grad)
+    folded.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
+    return folded
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy of `model` for inference in which each BatchNorm is folded into the layer before it.
+
+    A network that knows its own pairs (`inception_bn`) folds itself; others are traced with torch.fx, whole or, where
+    that fails, child by child. A BatchNorm that no convolution or linear layer feeds alone stays as it is.
+
+    Args:
+        model: any network; its running statistics are used, best those of `estimate_population_statistics`.
+
+    Returns:
+        A new network in eval mode whose outputs are the model's in eval mode, to rounding.
+
+    Raises:
+        ValueError: a BatchNorm to be folded keeps no running statistics.
+    """
+    fold_itself = getattr(model, "fold_batch_norm", None)
+    if callable(fold_itself):
+        return cast(nn.Module, fold_itself())
+    model = copy.deepcopy(model).eval()
+    _fold_children(model)
+    return model
+
+
+def _fold_children(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        fold_itself = getattr(child, "fold_batch_norm", None)
+        if callable(fold_itself):
+            setattr(module, name, fold_itself())
+    pairs = _traced_pairs(module)
+    if pairs is None:
+        for child in module.children():
+            _fold_children(child)
+        return
+    for linear_name, norm_name in pairs:
+        linear, norm = module.get_submodule(linear_name), module.get_submodule(norm_name)
+        assert isinstance(norm, _BatchNorm)
+        module.set_submodule(linear_name, fold_into(linear, norm))
+        module.set_submodule(norm_name, _Activation(getattr(norm, "activation", None)))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _traced_pairs(module: nn.Module) -> list[tuple[str, str]] | None:
+    """(linear, norm) names where the norm is the linear's only reader and both are called once; None if untraceable."""
+    try:
+        graph = _Tracer().trace(module)
+    except Exception:  # tracing runs the user's forward on proxies: anything may be raised
+        return None
+    modules: dict[str, Any] = dict(module.named_modules(remove_duplicate=False))
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    uses: dict[int, int] = {}
+    for node in calls:
+        key = id(modules[str(node.target)])
+        uses[key] = uses.get(key, 0) + 1
+    pairs = []
+    for node in calls:
+        norm, source = modules[str(node.target)], node.args[0] if node.args else None
+        if type(norm).forward not in _PLAIN_FORWARDS or not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        linear = modules[str(source.target)]
+        alone = len(source.users) == 1 and uses[id(norm)] == 1 and uses[id(linear)] == 1
+        if type(linear) in _FOLDABLE and alone:
+            pairs.append((str(source.target), str(node.target)))
+    return pairs
+
+
+_PLAIN_FORWARDS = (BatchNorm.forward, _BatchNorm.forward, nn.SyncBatchNorm.forward)

@@ -1,0 +1,67 @@
+"""The blocks of the models by themselves: padding and pooling."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from syncbn.models.blocks import Conv2dSame, max_pool_halving, same_padding
+
+
+def images(n=2, size=32, channels=3, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, channels, size, size, generator=generator, dtype=dtype)
+
+
+def slow_pad(x, kernel, stride, padding, value):
+    """Pad as the variant's convolutions do, written from TensorFlow's documentation of SAME."""
+    if padding == "symmetric":
+        return F.pad(x, (kernel // 2,) * 4, value=value)
+    pads = []
+    for size in (x.shape[3], x.shape[2]):
+        total = max(kernel - stride, 0) if size % stride == 0 else max(kernel - size % stride, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads, value=value)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "pads"),
+    [
+        (224, 7, 2, (2, 3)),
+        (28, 3, 2, (0, 1)),
+        (7, 3, 2, (1, 1)),
+        (15, 7, 2, (3, 3)),
+        (28, 3, 1, (1, 1)),
+        (1, 1, 2, (0, 0)),
+    ],
+)
+def test_same_padding(size, kernel, stride, pads):
+    assert same_padding(size, kernel, stride) == pads
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(7, 2), (3, 2)])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 8), (11, 14)])
+def test_same_convolution(kernel, stride, height, width):
+    """Output (i, j) is the sum over the window that begins at stride * i - pad_before, zeros outside."""
+    conv = Conv2dSame(1, 1, kernel, stride, bias=False).double()
+    x = torch.randn(1, 1, height, width, dtype=torch.float64)
+    expected = torch.zeros(1, 1, math.ceil(height / stride), math.ceil(width / stride), dtype=torch.float64)
+    top = max((math.ceil(height / stride) - 1) * stride + kernel - height, 0) // 2
+    left = max((math.ceil(width / stride) - 1) * stride + kernel - width, 0) // 2
+    for i in range(expected.shape[2]):
+        for j in range(expected.shape[3]):
+            for u in range(kernel):
+                for v in range(kernel):
+                    row, column = stride * i - top + u, stride * j - left + v
+                    if 0 <= row < height and 0 <= column < width:
+                        expected[0, 0, i, j] += conv.weight[0, 0, u, v].detach() * x[0, 0, row, column]
+    torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize("size", range(3, 12))
+def test_halving_pool(size):
+    x = images(1, size) - 5  # negative: padding with zeros would show
+    same = F.max_pool2d(slow_pad(x, 3, 2, "same", -math.inf), 3, 2)
+    torch.testing.assert_close(max_pool_halving(x, odd_padding=True), same)
+    torch.testing.assert_close(max_pool_halving(x, odd_padding=False), F.max_pool2d(x, 3, 2, ceil_mode=True))
