@@ -105,6 +105,11 @@ class Label(NamedTuple):
     id: int
     text: str
 
+    @property
+    def signature(self) -> tuple[int, int]:
+        """What a message ends with."""
+        return self.id, self.id**2
+
 
 def label(names: Sequence[str], direction: str) -> Label:
     """The label of a message of the layers `names`, going "forward" or "backward"."""
@@ -116,7 +121,7 @@ class Reduction:
     """One all-reduce under way.
 
     Args:
-        message: flat float64 of this rank's sums; its last `ID_LENGTH` entries are filled in here.
+        message: flat float64, summed up in place; ends with `sender.signature`.
         group: the ranks to add up.
         sender: label of the layers that the message belongs to.
 
@@ -125,12 +130,12 @@ class Reduction:
     """
 
     def __init__(self, message: Tensor, group: dist.ProcessGroup, sender: Label) -> None:
-        self.group, self.sender, self.message = group, sender, _sign(message, sender.id)
+        self.group, self.sender, self.message = group, sender, message
         self.number = _agreement(group).announce(Message(sender.text, message.numel()), self._probe)
         self.work = dist.all_reduce(message, group=group, async_op=True)
 
     def wait(self) -> Tensor:
-        """The sums over all ranks, without the id.
+        """The message summed over all ranks.
 
         Raises:
             LayerMismatch: the ranks sent different layers' messages (on a CPU; elsewhere the sums turn into NaN,
@@ -147,23 +152,27 @@ class Reduction:
             ) from error
         if dist.get_backend(self.group) != "fake":  # which adds nothing up
             self._check()
-        return self.message[:-ID_LENGTH]
+        return self.message
 
     def _probe(self, number: int, length: int) -> None:
         """Take this rank's id through the collective of `length` that its peers may be in."""
-        sums = _sign(self.message.new_zeros(length), self.sender.id)
+        sums = self.message.new_zeros(length)
+        sums[-ID_LENGTH:] = self.message[-ID_LENGTH:]
         dist.all_reduce(sums, group=self.group)
-        if sums[-ID_LENGTH:].tolist() != _signature(self.sender.id, self.group.size()):
+        if sums[-ID_LENGTH:].tolist() != self._expected():
             _agreement(self.group).fail(number, self.sender.text)
 
     def _check(self) -> None:
-        expected = _signature(self.sender.id, self.group.size())
+        expected = self._expected()
         if self.message.device.type == "cpu":
             if self.message[-ID_LENGTH:].tolist() != expected:
                 _agreement(self.group).fail(self.number, self.sender.text)
         else:
             agree = (self.message[-2] == expected[0]) & (self.message[-1] == expected[1])
             self.message.masked_fill_(~agree, float("nan"))
+
+    def _expected(self) -> list[int]:
+        return [self.group.size() * number for number in self.sender.signature]
 
 
 def all_ranks(condition: bool, device: torch.device) -> bool:
@@ -179,17 +188,16 @@ def sum_over_world(values: Tensor) -> Tensor:
 
 
 def all_reduce_differentiable(message: Tensor, group: dist.ProcessGroup, sender: Label) -> Tensor:
-    """The sums of `message` (without room for an id) over the group: differentiable any number of times, traceable.
+    """`message`, which ends with `sender.signature`, summed over the group: traceable, differentiable at any order.
 
     NaN where the ranks were in different layers.
     """
-    id, P = sender.id, group.size()
-    signed = torch.cat([message, message.new_tensor(_signature(id, 1))])
-    totals = _AllReduce.apply(signed, group.group_name)
+    totals = _AllReduce.apply(message, group.group_name)
     if dist.get_backend(group) == "fake":
-        return totals[:-ID_LENGTH]
-    agree = (totals[-2] == P * id) & (totals[-1] == P * id**2)
-    return torch.where(agree, totals[:-ID_LENGTH], float("nan"))
+        return totals
+    id, square = sender.signature
+    agree = (totals[-2] == group.size() * id) & (totals[-1] == group.size() * square)
+    return torch.where(agree, totals, float("nan"))
 
 
 class _AllReduce(torch.autograd.Function):
@@ -209,16 +217,6 @@ class _AllReduce(torch.autograd.Function):
 @torch.compiler.assume_constant_result
 def _id(text: str) -> int:
     return zlib.crc32(text.encode()) >> (32 - _ID_BITS)
-
-
-def _sign(message: Tensor, id: int) -> Tensor:
-    message[-2] = id
-    message[-1] = id**2
-    return message
-
-
-def _signature(id: int, P: int) -> list[float]:
-    return [float(P * id), float(P * id**2)]
 
 
 def _agreement(group: dist.ProcessGroup) -> Agreement:

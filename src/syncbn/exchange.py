@@ -1,13 +1,14 @@
 """One synchronisation of several activations: local sums out, statistics in, and the same for the gradients.
 
 Letters: N batch, C channels, M elements per channel over all ranks, P ranks.
-The messages, float64: forward [sum x (C), sum x^2 (C), M of this rank] an activation, backward [sum dy (C),
-sum dy * (x - mean) (C)].
+The messages, float64: forward [sum x (C), sum x^2 (C)] of each activation, then the number of elements per channel of
+each; backward [sum dy (C), sum dy * (x - mean) (C)] of each. Both end with the id of the layers.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,20 @@ from syncbn.distributed import ID_LENGTH, Label, Reduction
 
 
 class Statistics(NamedTuple):
-    """Of one activation over all ranks: mean and biased variance (C), and M (), all float64."""
+    """Of one activation over all ranks: mean and biased variance (C), float64, and M (on a device a tensor)."""
 
     mean: Tensor
     var: Tensor
-    M: Tensor
+    M: float | Tensor
+
+    def detach(self) -> "Statistics":
+        """The same without a gradient."""
+        return Statistics(*(s.detach() if isinstance(s, Tensor) else s for s in self))  # type: ignore[arg-type]
+
+    @property
+    def unbiased_var(self) -> Tensor:
+        """Var * M / (M - 1), (C)."""
+        return self.var * (self.M / at_least_one(self.M - 1))
 
 
 class Route(NamedTuple):
@@ -61,21 +71,22 @@ class Memory:
 
 
 class PendingGradient(NamedTuple):
-    """Of one activation, between the two passes of the backward."""
+    """Of one activation, between the two passes of the backward; centre, invstd, scale (C) in the compute dtype."""
 
     dy: Tensor
     x: Tensor
     pivot: Tensor | None
-    statistics: Statistics
-    var_eps: Tensor
-    scale: Tensor
-    sums: Tensor  # (2, C) float64: sum dy, sum dy * (x - mean)
+    centre: Tensor  # mean - pivot
+    invstd: Tensor  # 1 / sqrt(var + eps)
+    scale: Tensor  # weight / sqrt(var + eps)
+    M: float | Tensor
+    sums: ops.Sums
 
-    def input_gradient(self, totals: Tensor) -> Tensor:
-        """Dx, given the sums over all ranks."""
-        mean, _, M = self.statistics
-        means = totals / M.clamp(min=1)
-        return ops.input_gradient(self.dy, self.x, self.pivot, mean, self.scale, means[0], means[1] / self.var_eps)
+    def input_gradient(self, total: Tensor, dot: Tensor) -> Tensor:
+        """Dx = scale * (dy - mean(dy) - (x - mean) / (var + eps) * mean(dy * (x - mean))), given the global sums."""
+        minus = self.scale / -at_least_one(self.M)
+        slope = dot * self.invstd.square() * minus
+        return ops.input_gradient(self.dy, self.x, self.pivot, self.centre, self.scale, slope, total * minus)
 
 
 class Exchange:
@@ -100,13 +111,13 @@ class Exchange:
         parts: list[Tensor] = []
         for x in inputs:
             sums, shifted = ops.input_sums(ops.dense(x))
-            parts += [sums.view(-1), sums.new_full((1,), x.numel() // x.shape[1])]
+            parts += sums
             self.shifted.append(shifted)
-        message = torch.cat([*parts, parts[0].new_zeros(ID_LENGTH)])
-        self.local = message[:-ID_LENGTH]
+        counts = [x.numel() // x.shape[1] for x in inputs]
+        self.local = message_of(parts, counts, self.route.forward)
         self.to_keep = self.local.clone() if _may_be_recomputed() and not self.recomputed else None
         if self.route.group is not None and not self.recomputed:
-            self.reduction = Reduction(message, self.route.group, self.route.forward)
+            self.reduction = Reduction(self.local, self.route.group, self.route.forward)
 
     def receive(self) -> None:
         """Wait for the message; fills in `results`, the statistics of each input.
@@ -129,9 +140,8 @@ class Exchange:
     def launch_gradient(self, pending: list[PendingGradient]) -> None:
         """Send the sums of the backward."""
         self.gradient, self.gradient_reduction = pending, None
-        message = torch.cat([*(p.sums.view(-1) for p in pending), pending[0].sums.new_zeros(ID_LENGTH)])
-        self.gradient_local = message[:-ID_LENGTH]
         if self.route.group is not None:
+            message = message_of([s for p in pending for s in p.sums], [], self.route.backward)
             self.gradient_reduction = Reduction(message, self.route.group, self.route.backward)
 
     def input_gradients(self, needed: Sequence[bool]) -> list[Tensor | None]:
@@ -140,35 +150,56 @@ class Exchange:
         if pending is None:  # second derivatives were asked for, and computed otherwise
             return [None] * len(needed)
         reduction, self.gradient_reduction = self.gradient_reduction, None
-        totals = self.gradient_local if reduction is None else reduction.wait()
-        parts = totals.split([p.sums.numel() for p in pending])
+        totals = [s for p in pending for s in p.sums]
+        if reduction is not None:
+            totals = list(reduction.wait()[:-ID_LENGTH].split([s.numel() for s in totals]))
+        sums = zip(totals[::2], totals[1::2], strict=True)
         return [
-            p.input_gradient(part.view(2, -1)) if wanted else None
-            for p, part, wanted in zip(pending, parts, needed, strict=True)
+            p.input_gradient(total, dot) if wanted else None
+            for p, (total, dot), wanted in zip(pending, sums, needed, strict=True)
         ]
 
-    def _refuse_single_value(self, M: Tensor, x: Tensor) -> None:
-        if self.route.group is None:
-            single, P = x.numel() == x.shape[1], 1
-        else:  # elsewhere than on a CPU, reading M would stall the device
-            single, P = M.device.type == "cpu" and M.item() == 1, self.route.group.size()
-        if single:
+    def _refuse_single_value(self, M: float | Tensor, x: Tensor) -> None:
+        P = 1 if self.route.group is None else self.route.group.size()
+        # On a device, where M is a tensor, reading it would stall; alone, x tells.
+        if M == 1 if isinstance(M, float) else P == 1 and x.numel() == x.shape[1]:
             raise ValueError(
                 f"expected more than 1 value per channel when training, got 1 over all ranks ({P}); this rank's input "
                 f"has size {list(x.shape)}: give a larger batch"
             )
 
 
+def message_of(sums: Sequence[Tensor], counts: Sequence[int], label: Label) -> Tensor:
+    """One flat float64 message: sums, counts, id."""
+    device = sums[0].device
+    make = _tail if device.type == "cpu" else _tail_on_device
+    return torch.cat([*sums, make((*counts, *label.signature), device)])
+
+
 def statistics_of(totals: Tensor, channels: Sequence[int]) -> list[Statistics]:
-    """The statistics of each input from a message's sums: var = E[x^2] - E[x]^2, which float64 can afford."""
-    statistics = []
-    for part in totals.split([2 * C + 1 for C in channels]):
-        M = part[-1]
-        moments = (part[:-1] / M.clamp(min=1)).view(2, -1)
-        mean = moments[0]
-        var = torch.addcmul(moments[1], mean, mean, value=-1).clamp(min=0)
+    """The statistics of each input from a forward message's sums: var = E[x^2] - E[x]^2, which float64 can afford."""
+    counts: Any = totals[-ID_LENGTH - len(channels) : -ID_LENGTH]
+    if totals.device.type == "cpu" and not torch.compiler.is_compiling():
+        counts = counts.tolist()
+    statistics, start = [], 0
+    for C, M in zip(channels, counts, strict=True):
+        mean, mean_of_square = (totals[start : start + 2 * C] / at_least_one(M)).split(C)
+        var = torch.addcmul(mean_of_square, mean, mean, value=-1).clamp_(min=0)
         statistics.append(Statistics(mean, var, M))
+        start += 2 * C
     return statistics
+
+
+def at_least_one(M: Any) -> Any:
+    """max(M, 1), so that an empty batch divides by no zero."""
+    return M.clamp(min=1) if isinstance(M, Tensor) else max(M, 1.0)
+
+
+def _tail(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+_tail_on_device = lru_cache(maxsize=4096)(_tail)  # copying numbers to a device stalls it: once for each message
 
 
 def _may_be_recomputed() -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from syncbn import ops
 from syncbn.distributed import all_reduce_differentiable
-from syncbn.exchange import Exchange, Memory, PendingGradient, Route, Statistics, statistics_of
+from syncbn.exchange import Exchange, Memory, PendingGradient, Route, Statistics, message_of, statistics_of
 
 
 class Norm(NamedTuple):
@@ -78,7 +78,8 @@ def start(inputs: Sequence[Tensor], route: Route, memory: Memory) -> Started:
 def composed(norms: Sequence[Norm], route: Route) -> tuple[list[Tensor], list[Statistics]]:
     """Start and finish as differentiable operators, for torch.compile and second derivatives."""
     shifted = [_shifted(norm.x) for norm in norms]
-    message = torch.cat([ops.composed_sums(*s) for s in shifted])
+    counts = [norm.x.numel() // norm.x.shape[1] for norm in norms]
+    message = message_of([t for s in shifted for t in ops.composed_sums(s)], counts, route.forward)
     totals = message if route.group is None else all_reduce_differentiable(message, route.group, route.forward)
     statistics = statistics_of(totals, [norm.x.shape[1] for norm in norms])
     outputs = [_composed_normalize(n, s, *st[:2]) for n, s, st in zip(norms, shifted, statistics, strict=True)]
@@ -111,15 +112,20 @@ class _Finish(torch.autograd.Function):
         quadruples = zip(*[iter(tensors)] * 4, strict=True)
         norms = [Norm(x, w, b, r, *setting) for (x, w, b, r), setting in zip(quadruples, settings, strict=True)]
         outputs: list[Tensor] = []
-        saved: list[Tensor | None] = []
+        kept: list[Tensor | None] = []
         for norm, shifted, statistics in zip(norms, exchange.shifted, exchange.results, strict=True):
-            y = _normalize(norm, shifted, statistics)
-            outputs.append(y)
-            mask_source = y if norm.activation == "relu" and norm.residual is not None else None
-            saved += [norm.x, norm.weight, norm.bias, mask_source, shifted.pivot, *statistics]
+            dtype = shifted.values.dtype
+            centre = statistics.mean if shifted.pivot is None else statistics.mean - shifted.pivot
+            saved = _Saved(
+                norm.x, norm.weight, norm.bias, None, shifted.pivot, centre.to(dtype), statistics.var.to(dtype)
+            )
+            outputs.append(_normalize(norm, shifted, saved))
+            if norm.activation == "relu" and norm.residual is not None:
+                saved = saved._replace(y=outputs[-1])
+            kept += saved
         exchange.shifted = []
         ctx.residuals = [norm.residual is not None for norm in norms]
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*kept)
         return tuple(outputs)
 
     @staticmethod
@@ -128,11 +134,14 @@ class _Finish(torch.autograd.Function):
             return (None, None, None, *_composed_gradients(ctx, gradients))
         pending: list[PendingGradient] = []
         returned: list[Tensor | None] = []
-        for saved, dy, has_residual in zip(_saved(ctx), gradients, ctx.residuals, strict=True):
+        for i, (saved, dy) in enumerate(zip(_saved(ctx), gradients, strict=True)):
+            eps, activation = ctx.settings[i]
             saved = saved._replace(x=ops.dense(saved.x))
-            dy = _gradient_before_activation(saved, _laid_out_like(saved.x, dy))
-            pending.append(_pend(saved, dy))
-            returned += _parameter_gradients(saved, pending[-1], has_residual)
+            dy = _laid_out_like(saved.x, dy)
+            if activation == "relu":
+                dy = _gradient_before_relu(saved, eps, dy)
+            pending.append(_pend(saved, eps, dy, ctx.exchange.results[i].M))
+            returned += _parameter_gradients(saved, pending[-1], ctx.residuals[i])
         if ctx.needs_input_grad[2]:
             ctx.exchange.launch_gradient(pending)
         return (None, None, gradients[0].new_zeros((), dtype=torch.float32), *returned)
@@ -144,27 +153,22 @@ class _Saved(NamedTuple):
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    y: Tensor | None  # kept only where the ReLU's mask cannot be computed again from x
+    y: Tensor | None  # only where the ReLU's mask cannot be computed again from x
     pivot: Tensor | None
-    statistics: Statistics
-    eps: float
-    activation: str | None
+    centre: Tensor
+    var: Tensor
 
 
 def _saved(ctx: Any) -> list[_Saved]:
-    rows = zip(*[iter(ctx.saved_tensors)] * 8, strict=True)
-    return [
-        _Saved(x, weight, bias, y, pivot, Statistics(mean, var, M), eps, activation)
-        for (x, weight, bias, y, pivot, mean, var, M), (eps, activation) in zip(rows, ctx.settings, strict=True)
-    ]
+    rows = zip(*[iter(ctx.saved_tensors)] * len(_Saved._fields), strict=True)
+    return [_Saved(x, weight, bias, y, pivot, centre, var) for x, weight, bias, y, pivot, centre, var in rows]
 
 
-def _normalize(norm: Norm, shifted: ops.Shifted, statistics: Statistics) -> Tensor:
-    own = shifted.values.data_ptr() != norm.x.data_ptr()
-    mean, var, _ = statistics
-    y = ops.normalize(shifted, mean, var, norm.eps, norm.weight, norm.bias, in_place=own)
+def _normalize(norm: Norm, shifted: ops.Shifted, saved: _Saved) -> Tensor:
     if norm.x.numel() == 0:
         return torch.empty_like(norm.x)
+    own = shifted.values.data_ptr() != norm.x.data_ptr()
+    y = ops.normalize(shifted, saved.centre, saved.var, norm.eps, norm.weight, norm.bias, in_place=own)
     if norm.residual is not None:
         y = y.add_(norm.residual)
     if norm.activation == "relu":
@@ -178,48 +182,42 @@ def _laid_out_like(x: Tensor, dy: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=dy.dtype).copy_(dy)
 
 
-def _gradient_before_activation(saved: _Saved, dy: Tensor) -> Tensor:
+def _gradient_before_relu(saved: _Saved, eps: float, dy: Tensor) -> Tensor:
     """Dy where the ReLU let pass, else 0. Its mask is computed again from x, or read off y where a residual entered."""
-    if saved.activation is None or dy.numel() == 0:
-        return dy
     y = saved.y
     if y is None:
         shifted = ops.shift(saved.x, saved.pivot)
-        mean, var, _ = saved.statistics
         own = shifted.values is not saved.x
-        y = ops.normalize(shifted, mean, var, saved.eps, saved.weight, saved.bias, in_place=own)
+        y = ops.normalize(shifted, saved.centre, saved.var, eps, saved.weight, saved.bias, in_place=own)
     return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
-def _pend(saved: _Saved, dy: Tensor) -> PendingGradient:
-    mean, var, _ = saved.statistics
-    var_eps = var + saved.eps
-    scale = var_eps.rsqrt()
-    if saved.weight is not None:
-        scale = scale * saved.weight
-    sums = ops.gradient_sums(dy, saved.x, saved.pivot, mean)
-    return PendingGradient(dy, saved.x, saved.pivot, saved.statistics, var_eps, scale, sums)
+def _pend(saved: _Saved, eps: float, dy: Tensor, M: float | Tensor) -> PendingGradient:
+    invstd = (saved.var + eps).rsqrt_()
+    scale = invstd if saved.weight is None else invstd * saved.weight
+    sums = ops.gradient_sums(dy, saved.x, saved.pivot, saved.centre)
+    return PendingGradient(dy, saved.x, saved.pivot, saved.centre, invstd, scale, M, sums)
 
 
 def _parameter_gradients(saved: _Saved, pending: PendingGradient, residual: bool) -> tuple[Tensor | None, ...]:
     """Gradients of (x, weight, bias, residual); x's goes another way. This rank's share: DDP averages parameters'."""
     dweight = dbias = None
     if saved.weight is not None:
-        dweight = (pending.sums[1] * pending.var_eps.rsqrt()).to(saved.weight.dtype)
+        dweight = (pending.sums.dot * pending.invstd).to(saved.weight.dtype)
     if saved.bias is not None:
-        dbias = pending.sums[0].to(saved.bias.dtype)
+        dbias = pending.sums.total.to(saved.bias.dtype)
     return None, dweight, dbias, pending.dy if residual else None
 
 
 def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | None]:
     """All of finish's gradients through `composed`, differentiable again."""
     norms, dys = [], []
-    for saved, dy in zip(_saved(ctx), gradients, strict=True):
-        norms.append(Norm(saved.x, saved.weight, saved.bias, None, saved.eps, None))
-        if saved.activation == "relu":
+    for saved, dy, (eps, activation) in zip(_saved(ctx), gradients, ctx.settings, strict=True):
+        norms.append(Norm(saved.x, saved.weight, saved.bias, None, eps, None))
+        if activation == "relu":
             with torch.no_grad():
-                ones = _laid_out_like(saved.x, torch.ones_like(dy))
-                mask = _gradient_before_activation(saved._replace(x=ops.dense(saved.x.detach())), ones)
+                x = ops.dense(saved.x)
+                mask = _gradient_before_relu(saved._replace(x=x), eps, _laid_out_like(x, torch.ones_like(dy)))
             dy = dy * mask
         dys.append(dy)
     outputs, _ = composed(norms, ctx.exchange.route)

@@ -79,7 +79,7 @@ class _Sums:
         if self.pooled:
             rows = torch.stack([mean, var + mean.square(), torch.ones_like(mean)]) * M
         else:
-            rows = torch.stack([mean, var * (M / (M - 1).clamp(min=1)), torch.ones_like(mean)]) * (M > 0)
+            rows = torch.stack([mean, statistics.unbiased_var, torch.ones_like(mean)]) * (M > 0)
         self.total = rows if self.total is None else self.total + rows
 
     def write(self) -> None:

@@ -89,24 +89,25 @@ class BatchNorm(_BatchNorm):
 
     def _update_running_statistics(self, statistics: Statistics) -> None:
         """One step of the moving averages; nothing changes where the batch was empty on all ranks."""
-        mean, var, M = (s.detach() for s in statistics)
+        statistics = statistics.detach()
         if self.observer is not None:
-            self.observer(Statistics(mean, var, M))
+            self.observer(statistics)
             return
         if self.running_mean is None or self.running_var is None:
             return
-        seen = M > 0
+        factor = self._averaging_factor(statistics.M > 0)
+        for running, new in ((self.running_mean, statistics.mean), (self.running_var, statistics.unbiased_var)):
+            new = new.to(running.dtype)
+            running.lerp_(new, factor.to(new.dtype) if isinstance(factor, Tensor) else factor)
+
+    def _averaging_factor(self, seen: bool | Tensor) -> float | Tensor:
+        """How much the new batch counts, 0 for an empty one; counts the batch."""
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(seen)
-        if self.momentum is None:
-            assert self.num_batches_tracked is not None
-            factor = seen / self.num_batches_tracked.clamp(min=1)
-        else:
-            factor = seen * self.momentum
-        unbiased = var * (M / (M - 1).clamp(min=1))
-        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            dtype = running.dtype
-            running.lerp_(new.to(dtype), factor.to(dtype))
+        if self.momentum is not None:
+            return seen * self.momentum
+        assert self.num_batches_tracked is not None
+        return seen / self.num_batches_tracked.clamp(min=1)
 
 
 class SyncBatchNorm(BatchNorm):

@@ -5,6 +5,7 @@ This is the one dispatch point: a faster implementation of the same signatures (
 
 from syncbn.ops.aten import (
     Shifted,
+    Sums,
     composed_sums,
     compute_dtype,
     dense,
@@ -19,6 +20,7 @@ from syncbn.ops.aten import (
 
 __all__ = [
     "Shifted",
+    "Sums",
     "composed_sums",
     "compute_dtype",
     "dense",
