@@ -36,9 +36,9 @@ class Statistics(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Whom an exchange is with: the group (None: this rank alone) and the labels of its two messages."""
+    """Whom an exchange is with, and the labels of its two messages."""
 
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup
     forward: Label
     backward: Label
 
@@ -46,7 +46,8 @@ class Route(NamedTuple):
 class Memory:
     """Messages and their sums, kept so that a recomputed forward (activation checkpointing) need not reduce again.
 
-    A recomputation is recognised by its local sums: the nearest remembered message is the one it repeats.
+    A recomputation is recognised by its local sums: the nearest remembered message is the one it repeats. Without a
+    group there is nothing to remember but that there was a forward.
     """
 
     def __init__(self, size: int = 64) -> None:
@@ -58,9 +59,18 @@ class Memory:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Memory, ()
 
+    def is_repeated(self) -> bool:
+        """Whether the forward that runs now repeats a remembered one: it runs inside a backward."""
+        return bool(self.entries) and torch._C._current_graph_task_id() != -1
+
     def keep(self, message: Tensor, totals: Tensor) -> None:
         """Remember what `message` was summed up to."""
         self.entries.append((message, totals))
+
+    def keep_nothing(self) -> None:
+        """Remember a forward that sent no message."""
+        if not self.entries:
+            self.keep(torch.empty(0), torch.empty(0))
 
     def recall(self, message: Tensor) -> Tensor:
         """The sums that went with `message`, found without reading a value on the host."""
@@ -99,7 +109,7 @@ class Exchange:
 
     def __init__(self, route: Route, memory: Memory) -> None:
         self.route, self.memory = route, memory
-        self.recomputed = bool(memory.entries) and _inside_backward()
+        self.recomputed = memory.is_repeated()
         self.shifted: list[ops.Shifted] = []
         self.results: list[Statistics] = []
         self.reduction: Reduction | None = None
@@ -108,16 +118,16 @@ class Exchange:
 
     def launch(self, inputs: Sequence[Tensor]) -> None:
         """Sum the inputs (N, C, ...) locally and send the message."""
-        parts: list[Tensor] = []
+        sums: list[Tensor] = []
         for x in inputs:
-            sums, shifted = ops.input_sums(ops.dense(x))
-            parts += sums
+            x_sums, shifted = ops.input_sums(ops.dense(x))
+            sums += x_sums
             self.shifted.append(shifted)
-        counts = [x.numel() // x.shape[1] for x in inputs]
-        self.local = message_of(parts, counts, self.route.forward)
-        self.to_keep = self.local.clone() if _may_be_recomputed() and not self.recomputed else None
-        if self.route.group is not None and not self.recomputed:
-            self.reduction = Reduction(self.local, self.route.group, self.route.forward)
+        self.message = message_of(sums, [x.numel() // x.shape[1] for x in inputs], self.route.forward)
+        if self.recomputed:
+            return
+        self.to_keep = self.message.clone() if may_be_recomputed() else None
+        self.reduction = Reduction(self.message, self.route.group, self.route.forward)
 
     def receive(self) -> None:
         """Wait for the message; fills in `results`, the statistics of each input.
@@ -125,24 +135,23 @@ class Exchange:
         Raises:
             ValueError: one value per channel in all.
         """
-        totals = self.local
-        if self.recomputed:
-            totals = self.memory.recall(self.local)
-        elif self.reduction is not None:
-            totals = self.reduction.wait()
-        if self.to_keep is not None:
-            self.memory.keep(self.to_keep, totals)
+        totals = self.memory.recall(self.message) if self.recomputed else self._reduced()
         self.results = statistics_of(totals, [shifted.values.shape[1] for shifted in self.shifted])
         for statistics, shifted in zip(self.results, self.shifted, strict=True):
-            self._refuse_single_value(statistics.M, shifted.values)
-        self.reduction = None
+            if isinstance(statistics.M, float):  # on a device, reading M would stall it
+                refuse_single_value(statistics.M, shifted.values.shape, self.route.group.size())
+
+    def _reduced(self) -> Tensor:
+        assert self.reduction is not None
+        totals, self.reduction = self.reduction.wait(), None
+        if self.to_keep is not None:
+            self.memory.keep(self.to_keep, totals)
+        return totals
 
     def launch_gradient(self, pending: list[PendingGradient]) -> None:
         """Send the sums of the backward."""
-        self.gradient, self.gradient_reduction = pending, None
-        if self.route.group is not None:
-            message = message_of([s for p in pending for s in p.sums], [], self.route.backward)
-            self.gradient_reduction = Reduction(message, self.route.group, self.route.backward)
+        message = message_of([s for p in pending for s in p.sums], [], self.route.backward)
+        self.gradient, self.gradient_reduction = pending, Reduction(message, self.route.group, self.route.backward)
 
     def input_gradients(self, needed: Sequence[bool]) -> list[Tensor | None]:
         """Wait for the sums of the backward; dx of each input, None where not needed."""
@@ -150,23 +159,22 @@ class Exchange:
         if pending is None:  # second derivatives were asked for, and computed otherwise
             return [None] * len(needed)
         reduction, self.gradient_reduction = self.gradient_reduction, None
-        totals = [s for p in pending for s in p.sums]
-        if reduction is not None:
-            totals = list(reduction.wait()[:-ID_LENGTH].split([s.numel() for s in totals]))
+        assert reduction is not None
+        totals = reduction.wait()[:-ID_LENGTH].split([s.numel() for p in pending for s in p.sums])
         sums = zip(totals[::2], totals[1::2], strict=True)
         return [
             p.input_gradient(total, dot) if wanted else None
             for p, (total, dot), wanted in zip(pending, sums, needed, strict=True)
         ]
 
-    def _refuse_single_value(self, M: float | Tensor, x: Tensor) -> None:
-        P = 1 if self.route.group is None else self.route.group.size()
-        # On a device, where M is a tensor, reading it would stall; alone, x tells.
-        if M == 1 if isinstance(M, float) else P == 1 and x.numel() == x.shape[1]:
-            raise ValueError(
-                f"expected more than 1 value per channel when training, got 1 over all ranks ({P}); this rank's input "
-                f"has size {list(x.shape)}: give a larger batch"
-            )
+
+def refuse_single_value(M: float, shape: Sequence[int], P: int) -> None:
+    """A variance needs two values; the same check on every rank, so that none is left waiting."""
+    if M == 1:
+        raise ValueError(
+            f"expected more than 1 value per channel when training, got 1 over all ranks ({P}); this rank's input has "
+            f"size {list(shape)}: give a larger batch"
+        )
 
 
 def message_of(sums: Sequence[Tensor], counts: Sequence[int], label: Label) -> Tensor:
@@ -183,11 +191,18 @@ def statistics_of(totals: Tensor, channels: Sequence[int]) -> list[Statistics]:
         counts = counts.tolist()
     statistics, start = [], 0
     for C, M in zip(channels, counts, strict=True):
-        mean, mean_of_square = (totals[start : start + 2 * C] / at_least_one(M)).split(C)
-        var = torch.addcmul(mean_of_square, mean, mean, value=-1).clamp_(min=0)
-        statistics.append(Statistics(mean, var, M))
+        total, dot = totals[start : start + 2 * C].split(C)
+        statistics.append(moments(total, dot, M))
         start += 2 * C
     return statistics
+
+
+def moments(total: Tensor, dot: Tensor, M: float | Tensor) -> Statistics:
+    """The statistics of one activation from its sums (C)."""
+    M_or_one = at_least_one(M)
+    mean = total.double() / M_or_one
+    var = torch.addcmul(dot.double() / M_or_one, mean, mean, value=-1).clamp_(min=0)
+    return Statistics(mean, var, M)
 
 
 def at_least_one(M: Any) -> Any:
@@ -202,10 +217,6 @@ def _tail(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 _tail_on_device = lru_cache(maxsize=4096)(_tail)  # copying numbers to a device stalls it: once for each message
 
 
-def _may_be_recomputed() -> bool:
+def may_be_recomputed() -> bool:
     """Whether this forward may be inside an activation checkpoint (reentrant or not), whose backward runs it again."""
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def _inside_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1

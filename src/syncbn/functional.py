@@ -20,7 +20,17 @@ from torch import Tensor
 
 from syncbn import ops
 from syncbn.distributed import all_reduce_differentiable
-from syncbn.exchange import Exchange, Memory, PendingGradient, Route, Statistics, message_of, statistics_of
+from syncbn.exchange import (
+    Exchange,
+    Memory,
+    PendingGradient,
+    Route,
+    Statistics,
+    message_of,
+    moments,
+    refuse_single_value,
+    statistics_of,
+)
 
 
 class Norm(NamedTuple):
@@ -75,15 +85,58 @@ def start(inputs: Sequence[Tensor], route: Route, memory: Memory) -> Started:
     return Started(exchange, _Start.apply(exchange, *inputs))
 
 
-def composed(norms: Sequence[Norm], route: Route) -> tuple[list[Tensor], list[Statistics]]:
-    """Start and finish as differentiable operators, for torch.compile and second derivatives."""
+def batch_norm(norm: Norm) -> tuple[Tensor, Statistics]:
+    """Normalise by this rank's batch alone; the output like the input, and the statistics.
+
+    Raises:
+        ValueError: one value per channel.
+    """
+    M = norm.x.numel() // norm.x.shape[1]
+    refuse_single_value(M, norm.x.shape, P=1)
+    found: list[Statistics] = []
+    return _Alone.apply(found, M, norm.eps, norm.activation, *norm.tensors), found[0]
+
+
+def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], list[Statistics]]:
+    """The same normalisation as differentiable operators, over a group or, with no route, alone."""
     shifted = [_shifted(norm.x) for norm in norms]
+    sums = [ops.composed_sums(s) for s in shifted]
     counts = [norm.x.numel() // norm.x.shape[1] for norm in norms]
-    message = message_of([t for s in shifted for t in ops.composed_sums(s)], counts, route.forward)
-    totals = message if route.group is None else all_reduce_differentiable(message, route.group, route.forward)
-    statistics = statistics_of(totals, [norm.x.shape[1] for norm in norms])
+    if route is None:
+        statistics = [moments(*s, M) for s, M in zip(sums, counts, strict=True)]
+    else:
+        message = message_of([t for s in sums for t in s], counts, route.forward)
+        totals = all_reduce_differentiable(message, route.group, route.forward)
+        statistics = statistics_of(totals, [norm.x.shape[1] for norm in norms])
     outputs = [_composed_normalize(n, s, *st[:2]) for n, s, st in zip(norms, shifted, statistics, strict=True)]
     return outputs, statistics
+
+
+class _Alone(torch.autograd.Function):
+    """One normalisation by this rank's batch."""
+
+    @staticmethod
+    def forward(ctx: Any, found: list[Statistics], M: int, eps: float, activation: str | None, *tensors: Any) -> Tensor:
+        norm = Norm(*tensors, eps, activation)
+        sums, shifted = ops.input_sums(ops.dense(norm.x))
+        found.append(moments(sums.total, sums.dot, M))
+        y, saved = _normalize(norm, shifted, found[0])
+        ctx.settings, ctx.residuals, ctx.route, ctx.M = [(eps, activation)], [norm.residual is not None], None, M
+        ctx.save_for_backward(*saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return (None, None, None, None, *_composed_gradients(ctx, [dy]))
+        saved, dy, invstd, scale = _before_sums(ctx, 0, _saved(ctx)[0], dy)
+        whole = ops.whole_gradient(dy, saved.x, saved.pivot, saved.centre, invstd, saved.weight)
+        dx, sums = whole or (None, ops.gradient_sums(dy, saved.x, saved.pivot, saved.centre))
+        pending = PendingGradient(dy, saved.x, saved.pivot, saved.centre, invstd, scale, ctx.M, sums)
+        _, dweight, dbias, dresidual = _parameter_gradients(saved, pending, ctx.residuals[0])
+        if dx is None and ctx.needs_input_grad[4]:
+            dx = pending.input_gradient(*sums)
+        return None, None, None, None, dx, dweight, dbias, dresidual
 
 
 class _Start(torch.autograd.Function):
@@ -107,21 +160,15 @@ class _Finish(torch.autograd.Function):
     def forward(
         ctx: Any, exchange: Exchange, settings: list[tuple[float, str | None]], _token: Tensor, *tensors: Any
     ) -> tuple[Tensor, ...]:
-        ctx.exchange, ctx.settings = exchange, settings
+        ctx.exchange, ctx.settings, ctx.route = exchange, settings, exchange.route
         exchange.receive()
         quadruples = zip(*[iter(tensors)] * 4, strict=True)
         norms = [Norm(x, w, b, r, *setting) for (x, w, b, r), setting in zip(quadruples, settings, strict=True)]
         outputs: list[Tensor] = []
         kept: list[Tensor | None] = []
         for norm, shifted, statistics in zip(norms, exchange.shifted, exchange.results, strict=True):
-            dtype = shifted.values.dtype
-            centre = statistics.mean if shifted.pivot is None else statistics.mean - shifted.pivot
-            saved = _Saved(
-                norm.x, norm.weight, norm.bias, None, shifted.pivot, centre.to(dtype), statistics.var.to(dtype)
-            )
-            outputs.append(_normalize(norm, shifted, saved))
-            if norm.activation == "relu" and norm.residual is not None:
-                saved = saved._replace(y=outputs[-1])
+            y, saved = _normalize(norm, shifted, statistics)
+            outputs.append(y)
             kept += saved
         exchange.shifted = []
         ctx.residuals = [norm.residual is not None for norm in norms]
@@ -134,14 +181,12 @@ class _Finish(torch.autograd.Function):
             return (None, None, None, *_composed_gradients(ctx, gradients))
         pending: list[PendingGradient] = []
         returned: list[Tensor | None] = []
-        for i, (saved, dy) in enumerate(zip(_saved(ctx), gradients, strict=True)):
-            eps, activation = ctx.settings[i]
-            saved = saved._replace(x=ops.dense(saved.x))
-            dy = _laid_out_like(saved.x, dy)
-            if activation == "relu":
-                dy = _gradient_before_relu(saved, eps, dy)
-            pending.append(_pend(saved, eps, dy, ctx.exchange.results[i].M))
-            returned += _parameter_gradients(saved, pending[-1], ctx.residuals[i])
+        for i, (saved, dy, statistics) in enumerate(zip(_saved(ctx), gradients, ctx.exchange.results, strict=True)):
+            saved, dy, invstd, scale = _before_sums(ctx, i, saved, dy)
+            sums = ops.gradient_sums(dy, saved.x, saved.pivot, saved.centre)
+            p = PendingGradient(dy, saved.x, saved.pivot, saved.centre, invstd, scale, statistics.M, sums)
+            pending.append(p)
+            returned += _parameter_gradients(saved, p, ctx.residuals[i])
         if ctx.needs_input_grad[2]:
             ctx.exchange.launch_gradient(pending)
         return (None, None, gradients[0].new_zeros((), dtype=torch.float32), *returned)
@@ -164,16 +209,31 @@ def _saved(ctx: Any) -> list[_Saved]:
     return [_Saved(x, weight, bias, y, pivot, centre, var) for x, weight, bias, y, pivot, centre, var in rows]
 
 
-def _normalize(norm: Norm, shifted: ops.Shifted, saved: _Saved) -> Tensor:
+def _normalize(norm: Norm, shifted: ops.Shifted, statistics: Statistics) -> tuple[Tensor, _Saved]:
+    dtype = shifted.values.dtype
+    centre = statistics.mean if shifted.pivot is None else statistics.mean - shifted.pivot
+    saved = _Saved(norm.x, norm.weight, norm.bias, None, shifted.pivot, centre.to(dtype), statistics.var.to(dtype))
     if norm.x.numel() == 0:
-        return torch.empty_like(norm.x)
+        return torch.empty_like(norm.x), saved
     own = shifted.values.data_ptr() != norm.x.data_ptr()
     y = ops.normalize(shifted, saved.centre, saved.var, norm.eps, norm.weight, norm.bias, in_place=own)
     if norm.residual is not None:
         y = y.add_(norm.residual)
     if norm.activation == "relu":
         y = y.relu_()
-    return y.to(norm.x.dtype)
+    y = y.to(norm.x.dtype)
+    return y, saved._replace(y=y) if norm.activation == "relu" and norm.residual is not None else saved
+
+
+def _before_sums(ctx: Any, i: int, saved: _Saved, dy: Tensor) -> tuple[_Saved, Tensor, Tensor, Tensor]:
+    """What both passes of the backward need: x and dy in one layout, dy before the ReLU, invstd and scale (C)."""
+    eps, activation = ctx.settings[i]
+    saved = saved._replace(x=ops.dense(saved.x))
+    dy = _laid_out_like(saved.x, dy)
+    if activation == "relu":
+        dy = _gradient_before_relu(saved, eps, dy)
+    invstd = (saved.var + eps).rsqrt_()
+    return saved, dy, invstd, invstd if saved.weight is None else invstd * saved.weight
 
 
 def _laid_out_like(x: Tensor, dy: Tensor) -> Tensor:
@@ -190,13 +250,6 @@ def _gradient_before_relu(saved: _Saved, eps: float, dy: Tensor) -> Tensor:
         own = shifted.values is not saved.x
         y = ops.normalize(shifted, saved.centre, saved.var, eps, saved.weight, saved.bias, in_place=own)
     return torch.ops.aten.threshold_backward(dy, y, 0)
-
-
-def _pend(saved: _Saved, eps: float, dy: Tensor, M: float | Tensor) -> PendingGradient:
-    invstd = (saved.var + eps).rsqrt_()
-    scale = invstd if saved.weight is None else invstd * saved.weight
-    sums = ops.gradient_sums(dy, saved.x, saved.pivot, saved.centre)
-    return PendingGradient(dy, saved.x, saved.pivot, saved.centre, invstd, scale, M, sums)
 
 
 def _parameter_gradients(saved: _Saved, pending: PendingGradient, residual: bool) -> tuple[Tensor | None, ...]:
@@ -220,7 +273,7 @@ def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | 
                 mask = _gradient_before_relu(saved._replace(x=x), eps, _laid_out_like(x, torch.ones_like(dy)))
             dy = dy * mask
         dys.append(dy)
-    outputs, _ = composed(norms, ctx.exchange.route)
+    outputs, _ = composed(norms, ctx.route)
     tensors = [t for norm in norms for t in norm.tensors]
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, dys, create_graph=True, allow_unused=True))

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import distributed
-from syncbn.exchange import Memory, Route, Statistics
-from syncbn.functional import Norm, Started, composed, start
+from syncbn.exchange import Memory, Route, Statistics, may_be_recomputed
+from syncbn.functional import Norm, Started, batch_norm, composed, start
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
 
@@ -186,11 +186,11 @@ class PendingBatchNorm:
     def __init__(self, entries: "Sequence[_Entry]") -> None:
         self.entries = entries
         self.live = [e for e in entries if e.uses_batch]
+        self.route = _route([layer for e in self.live for layer in e.layers])
+        self.memory = self.live[0].layers[0]._memory if self.live else Memory()
         self.started: Started | None = None
-        if self.live:
-            self.route = _route([layer for e in self.live for layer in e.layers])
-            if not torch.compiler.is_compiling():
-                self.started = start([e.input for e in self.live], self.route, self.live[0].layers[0]._memory)
+        if self.route is not None and not torch.compiler.is_compiling():
+            self.started = start([e.input for e in self.live], self.route, self.memory)
 
     def finish(self, residuals: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """Wait for the message and normalise.
@@ -205,18 +205,26 @@ class PendingBatchNorm:
             residuals = [None] * len(self.entries)
         for entry, residual in zip(self.entries, residuals, strict=True):
             entry.take(residual)
-        norms = [e.norm() for e in self.live]
-        outputs: list[Tensor] = []
-        if self.started is not None:
-            outputs, statistics = self.started.finish(norms)
-        elif norms:
+        normalised = iter(self._normalize([e.norm() for e in self.live]))
+        return [next(normalised) if e.uses_batch else e.from_running_statistics() for e in self.entries]
+
+    def _normalize(self, norms: list[Norm]) -> list[Tensor]:
+        if torch.compiler.is_compiling():
             outputs, statistics = composed(norms, self.route)
-        recomputed = self.started is not None and self.started.recomputed
-        if norms and not recomputed:
+            repeated = False
+        elif self.started is not None:
+            outputs, statistics = self.started.finish(norms)
+            repeated = self.started.recomputed
+        else:
+            repeated = self.memory.is_repeated()
+            if may_be_recomputed():
+                self.memory.keep_nothing()
+            pairs = [batch_norm(norm) for norm in norms]
+            outputs, statistics = [y for y, _ in pairs], [s for _, s in pairs]
+        if not repeated:
             for entry, s in zip(self.live, statistics, strict=True):
                 entry.update(s)
-        normalised = iter(outputs)
-        return [next(normalised) if e.uses_batch else e.from_running_statistics() for e in self.entries]
+        return outputs
 
 
 def start_sync_batch_norm(layers: Sequence[Layers], inputs: Sequence[Tensor]) -> PendingBatchNorm:
@@ -325,16 +333,16 @@ def _check_siblings(layers: Sequence[BatchNorm]) -> None:
             raise ValueError(f"layers side by side in one input must have the same {what}, got {values}")
 
 
-def _route(layers: Sequence[BatchNorm]) -> Route:
+def _route(layers: Sequence[BatchNorm]) -> Route | None:
     groups = [layer._group() if layer.training else None for layer in layers]
-    group = groups[0]
+    group = groups[0] if groups else None
     if any(g is not group for g in groups):
         raise ValueError(
             "layers that share a message must share a process group; got ranks "
             f"{[distributed.group_ranks(g) for g in groups]}"
         )
     if group is None:
-        return Route(None, *_NOBODY)
+        return None
     if torch.compiler.is_compiling():  # names and caches are out of a tracer's reach
         return Route(group, *_labels(tuple(f"BatchNorm({layer.num_features})" for layer in layers)))
     return Route(group, *_cached_labels(layer_names(layers)))
@@ -345,7 +353,6 @@ def _labels(names: tuple[str, ...]) -> tuple[distributed.Label, distributed.Labe
 
 
 _cached_labels = lru_cache(maxsize=4096)(_labels)
-_NOBODY = _labels(("this rank alone",))
 
 
 def _check_arguments(num_features: int, eps: float, momentum: float | None, activation: str | None) -> None:

@@ -16,6 +16,7 @@ from syncbn.ops.aten import (
     per_channel,
     pivot,
     shift,
+    whole_gradient,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "per_channel",
     "pivot",
     "shift",
+    "whole_gradient",
 ]
