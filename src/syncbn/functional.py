@@ -117,7 +117,8 @@ class _Alone(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, found: list[Statistics], M: int, eps: float, activation: str | None, *tensors: Any) -> Tensor:
-        norm = Norm(*tensors, eps, activation)
+        x, weight, bias, residual = tensors
+        norm = Norm(x, weight, bias, residual, eps, activation)
         sums, shifted = ops.input_sums(ops.dense(norm.x))
         found.append(moments(sums.total, sums.dot, M))
         y, saved = _normalize(norm, shifted, found[0])

@@ -307,7 +307,7 @@ def test_work_between_start_and_finish_lies_between_them_in_backward_too(monkeyp
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_compiles_whole(norm):
-    network = inception_bn(**SMALL, norm=norm)
+    network = inception_bn(**SMALL, norm=norm).double()  # in which rounding does not grow visible over 69 small norms
     graphs = []
 
     def backend(graph, _):
@@ -315,5 +315,6 @@ def test_compiles_whole(norm):
         return graph.forward
 
     compiled = torch.compile(network, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(images()), network(images()))
+    x = images().double()
+    torch.testing.assert_close(compiled(x), network(x))
     assert len(graphs) == 1
