@@ -37,7 +37,9 @@ class SyncBatchNormAct(SyncBatchNorm):
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Turn every `nn.BatchNorm1d/2d/3d` and `nn.SyncBatchNorm` in `module` into a `SyncBatchNorm`, in place.
+    """Turn every `nn.BatchNorm1d/2d/3d`, `nn.SyncBatchNorm` and reverted layer of `module` into a `SyncBatchNorm`.
+
+    In place: the layers stay the objects that they are.
 
     Args:
         module: a network, or one layer. timm's `BatchNormAct2d` is converted too, with its activation.
@@ -54,7 +56,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
     found = [
         (name, layer, _target_class(name or "module", layer))
         for name, layer in module.named_modules()
-        if isinstance(layer, _BatchNorm) and not isinstance(layer, BatchNorm)
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, SyncBatchNorm)
     ]
     for _, layer, target in found:
         _become_synchronised(layer, target, process_group)
@@ -79,32 +81,36 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
 def _become_synchronised(layer: Any, target: type[SyncBatchNorm], group: dist.ProcessGroup | None) -> None:
     layer._original = (type(layer), layer.__dict__.pop("process_group", None))  # nn.SyncBatchNorm has a group
     layer.__class__ = target
-    layer.activation = None
     layer.process_group = group
-    layer._adopt()
+    if "activation" not in layer.__dict__:
+        layer.activation = None
+        layer._adopt()
+        layer._keep_statistics_wide(dict(layer._buffers))
 
 
 def _become_local(layer: Any) -> None:
-    original = layer.__dict__.pop("_original", None)
-    if original is None:
-        if type(layer) is not SyncBatchNorm:  # a subclass of ours: say so rather than drop what it adds
-            raise ValueError(f"revert_sync_batchnorm: no plain counterpart is known of {_class_name(layer)}")
-        del layer.__dict__["_group_reference"]
-        layer.__class__ = BatchNorm  # type: ignore[assignment]
-        return
-    for attribute in ("activation", "_group_reference", "_serial", "_memory", "_layer_name"):
-        layer.__dict__.pop(attribute, None)
-    layer.__class__, group = original
-    if isinstance(layer, nn.SyncBatchNorm):
+    if "_original" not in layer.__dict__ and type(layer) is not SyncBatchNorm:
+        raise ValueError(f"revert_sync_batchnorm: no plain counterpart is known of {_class_name(layer)}")
+    kind, group = layer.__dict__.pop("_original", (BatchNorm, None))
+    del layer.__dict__["_group_reference"]
+    if kind is not BatchNorm:
+        for attribute in ("activation", "_serial", "_memory", "_layer_name", "observer"):
+            layer.__dict__.pop(attribute, None)
+    layer.__class__ = kind
+    if kind is nn.SyncBatchNorm:
         layer.process_group = group
 
 
 def _target_class(name: str, layer: _BatchNorm) -> type[SyncBatchNorm]:
     kind = type(layer)
+    if kind is BatchNorm:
+        return SyncBatchNorm
     if isinstance(layer, LazyModuleMixin):
         raise _refusal(name, layer, "its number of channels is not known yet; run one forward first")
     if parametrize.is_parametrized(layer):
         raise _refusal(name, layer, "it is parametrized; remove the parametrizations first")
+    if hasattr(layer, "activation"):
+        raise _refusal(name, layer, "it has an attribute `activation` of its own")
     if "forward" in layer.__dict__:
         raise _refusal(name, layer, "its forward was replaced on the instance")
     if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):

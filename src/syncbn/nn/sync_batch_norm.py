@@ -60,7 +60,7 @@ class BatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         """The arguments, as `nn.BatchNorm2d` shows them, and the activation where there is one."""
-        return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
 
     def _adopt(self) -> None:
         """State beside parameters and buffers; also given to a converted layer."""
