@@ -19,7 +19,7 @@ from syncbn.distributed import ID_LENGTH, Label, Reduction
 
 
 class Statistics(NamedTuple):
-    """Of one activation over all ranks: mean and biased variance (C), float64, and M (on a device a tensor)."""
+    """Of one activation: mean and biased variance (C), float64 if ranks exchanged them, and M (on a device a tensor)."""
 
     mean: Tensor
     var: Tensor
@@ -121,7 +121,7 @@ class Exchange:
         sums: list[Tensor] = []
         for x in inputs:
             x_sums, shifted = ops.input_sums(ops.dense(x))
-            sums += x_sums
+            sums += ops.about_origin(x_sums, shifted.pivot, x.numel() // x.shape[1])
             self.shifted.append(shifted)
         self.message = message_of(sums, [x.numel() // x.shape[1] for x in inputs], self.route.forward)
         if self.recomputed:
@@ -197,12 +197,14 @@ def statistics_of(totals: Tensor, channels: Sequence[int]) -> list[Statistics]:
     return statistics
 
 
-def moments(total: Tensor, dot: Tensor, M: float | Tensor) -> Statistics:
-    """The statistics of one activation from its sums (C)."""
+def moments(total: Tensor, dot: Tensor, M: float | Tensor, pivot: Tensor | None = None) -> Statistics:
+    """The statistics of one activation from its sums (C) about a pivot (C)."""
+    if pivot is not None:  # whose sum with the mean float32 would round
+        total, dot = total.double(), dot.double()
     M_or_one = at_least_one(M)
-    mean = total.double() / M_or_one
-    var = torch.addcmul(dot.double() / M_or_one, mean, mean, value=-1).clamp_(min=0)
-    return Statistics(mean, var, M)
+    mean = total / M_or_one
+    var = torch.addcmul(dot / M_or_one, mean, mean, value=-1).clamp_(min=0)
+    return Statistics(mean if pivot is None else mean + pivot, var, M)
 
 
 def at_least_one(M: Any) -> Any:

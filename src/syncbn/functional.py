@@ -100,11 +100,12 @@ def batch_norm(norm: Norm) -> tuple[Tensor, Statistics]:
 def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], list[Statistics]]:
     """The same normalisation as differentiable operators, over a group or, with no route, alone."""
     shifted = [_shifted(norm.x) for norm in norms]
-    sums = [ops.composed_sums(s) for s in shifted]
+    sums = [ops.composed_sums(s.values) for s in shifted]
     counts = [norm.x.numel() // norm.x.shape[1] for norm in norms]
     if route is None:
-        statistics = [moments(*s, M) for s, M in zip(sums, counts, strict=True)]
+        statistics = [moments(*s, M, x.pivot) for s, x, M in zip(sums, shifted, counts, strict=True)]
     else:
+        sums = [ops.about_origin(s, x.pivot, M) for s, x, M in zip(sums, shifted, counts, strict=True)]
         message = message_of([t for s in sums for t in s], counts, route.forward)
         totals = all_reduce_differentiable(message, route.group, route.forward)
         statistics = statistics_of(totals, [norm.x.shape[1] for norm in norms])
@@ -120,7 +121,7 @@ class _Alone(torch.autograd.Function):
         x, weight, bias, residual = tensors
         norm = Norm(x, weight, bias, residual, eps, activation)
         sums, shifted = ops.input_sums(ops.dense(norm.x))
-        found.append(moments(sums.total, sums.dot, M))
+        found.append(moments(*sums, M, shifted.pivot))
         y, saved = _normalize(norm, shifted, found[0])
         ctx.settings, ctx.residuals, ctx.route, ctx.M = [(eps, activation)], [norm.residual is not None], None, M
         ctx.save_for_backward(*saved)

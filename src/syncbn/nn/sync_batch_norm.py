@@ -107,7 +107,7 @@ class BatchNorm(_BatchNorm):
         if self.momentum is not None:
             return seen * self.momentum
         assert self.num_batches_tracked is not None
-        return seen / self.num_batches_tracked.clamp(min=1)
+        return seen * self.num_batches_tracked.clamp(min=1).double().reciprocal()
 
 
 class SyncBatchNorm(BatchNorm):

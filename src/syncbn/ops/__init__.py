@@ -6,6 +6,7 @@ This is the one dispatch point: a faster implementation of the same signatures (
 from syncbn.ops.aten import (
     Shifted,
     Sums,
+    about_origin,
     composed_sums,
     compute_dtype,
     dense,
@@ -22,6 +23,7 @@ from syncbn.ops.aten import (
 __all__ = [
     "Shifted",
     "Sums",
+    "about_origin",
     "composed_sums",
     "compute_dtype",
     "dense",

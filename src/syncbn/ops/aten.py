@@ -12,14 +12,17 @@ On a CPU, ATen's batch norm operators are used for what they are inside: its bac
 reduction of sum a and sum a * (x - centre), its forward in inference one pass of (x - centre) * scale + shift.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_ROWS_PER_SUM = 1024
-_WIDTH_OF_SUMS = 1024  # accumulators side by side, which should stay in the first-level cache
-_PLANE_PER_SUM = 16384
+_ROWS = 512  # how many a float32 accumulator takes
+_WIDTH = 1024  # accumulators side by side that stay in the first-level cache; fewer calls count more where x is small
+_SMALL = 2**20
+_PIECE = 4096  # elements of a plane, which a vector of 8 accumulators takes
+_PLANE = 16384  # the longest plane that is left whole
 _aten = torch.ops.aten
 
 
@@ -60,21 +63,20 @@ def dense(x: Tensor) -> Tensor:
 
 
 def pivot(x: Tensor) -> Tensor:
-    """A value (C) near each channel's mean: the average of a few samples at the middle position."""
-    few = x[:16]
-    for _ in range(x.dim() - 2):
-        few = few.select(2, few.shape[2] // 2)
-    return few.mean(0, dtype=compute_dtype(x.dtype))
+    """A value (C) near each channel's mean: the average of a few elements here and there."""
+    few = x[:16].flatten(2) if x.dim() > 2 else x[:64, :, None]
+    few = few[:, :, :: max(1, few.shape[2] // 8)]
+    return few.mean((0, 2), dtype=compute_dtype(x.dtype))
 
 
 def input_sums(x: Tensor) -> tuple[Sums, Shifted]:
-    """First pass of the forward: sum x and sum x^2.
+    """First pass of the forward.
 
     Args:
         x: (N, C, ...), dense, floating point; N may be 0.
 
     Returns:
-        The sums, and x as it was read, for `normalize`.
+        Sum z and sum z^2 of z = x - pivot, and x as it was read, for `normalize`.
     """
     dtype = compute_dtype(x.dtype)
     if x.numel() == 0:
@@ -82,18 +84,24 @@ def input_sums(x: Tensor) -> tuple[Sums, Shifted]:
         return Sums(zero, zero), Shifted(x.to(dtype), None)
     if x.device.type == "cpu" and x.dtype == dtype:
         sums = _sums_of_products(x, x, None)
-        if dtype == torch.float64 or not _cancels(sums, x.numel() // x.shape[1]):
+        if not _cancels(sums, x.numel() // x.shape[1]):
             return sums, Shifted(x, None)
     shifted = shift(x, pivot(x))
-    sums = _sums_of_products(shifted.values, shifted.values, None)
-    return _to_origin(sums, shifted.pivot, x.numel() // x.shape[1]), shifted
+    return _sums_of_products(shifted.values, shifted.values, None), shifted
 
 
-def composed_sums(shifted: Shifted) -> Sums:
-    """`input_sums` as differentiable operators, in float64, of an x shifted before."""
-    z = shifted.values
-    dims = [d for d in range(z.dim()) if d != 1]
-    return _to_origin(Sums(z.sum(dims), z.square().sum(dims)), shifted.pivot, z.numel() // z.shape[1])
+def composed_sums(z: Tensor) -> Sums:
+    """The sums of `input_sums` as differentiable operators."""
+    return _composed(z, z, None)
+
+
+def about_origin(sums: Sums, pivot: Tensor | None, M: int) -> Sums:
+    """Sums about a pivot -> sums about 0: sum x = s1 + M p; sum x^2 = s2 + 2 p s1 + M p^2, in float64."""
+    if pivot is None:
+        return sums
+    s1, s2, p = sums.total.double(), sums.dot.double(), pivot.double()
+    total = s1 + M * p
+    return Sums(total, s2 + p * (s1 + total))
 
 
 def normalize(
@@ -155,12 +163,8 @@ def whole_gradient(
     Returns:
         dx, and the sums of `gradient_sums`.
     """
-    if x.device.type != "cpu" or pivot is not None or not x.dtype == dy.dtype == centre.dtype or x.numel() == 0:
-        return None
-    N, C = x.shape[:2]
-    planes = x.dim() > 2 and x.is_contiguous()
-    longest_sum, limit = (x.numel() // (N * C), _PLANE_PER_SUM) if planes else (x.numel() // C, 2 * _ROWS_PER_SUM)
-    if longest_sum > limit or not (planes or x.dim() in (2, 4)):
+    planes = x.dim() > 2 and x.is_contiguous() and 0 < x.numel() <= x.shape[0] * x.shape[1] * _PLANE
+    if x.device.type != "cpu" or not planes or pivot is not None or not x.dtype == dy.dtype == centre.dtype:
         return None
     weight = None if weight is None else weight.to(x.dtype)
     dx, dot, total = _aten.native_batch_norm_backward(
@@ -202,65 +206,61 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _cancels(sums: Sums, count: int) -> bool:
-    """Whether in some channel mean^2 exceeds 4 variances, so that float32 sums about 0 lose digits."""
-    return (sums.total.square().sub_(sums.dot, alpha=0.8 * count).max() > 0).item()  # type: ignore[return-value]
-
-
-def _to_origin(sums: Sums, pivot: Tensor | None, count: int) -> Sums:
-    """Sums about a pivot -> sums about 0: sum x = s1 + n p; sum x^2 = s2 + 2 p s1 + n p^2, in float64."""
-    total, dot = sums.total.double(), sums.dot.double()
-    if pivot is None:
-        return Sums(total, dot)
-    p = pivot.double()
-    about_origin = total + count * p
-    return Sums(about_origin, dot + p * (total + about_origin))
+    """Whether in some channel mean^2 exceeds the variance, so that sums about 0 lose digits."""
+    return bool((sums.total.square().sub_(sums.dot, alpha=0.5 * count).max() > 0).item())
 
 
 def _sums_of_products(a: Tensor, x: Tensor, centre: Tensor | None) -> Sums:
     """Sum a and sum a * (x - centre) per channel, for a and x dense and of one layout and dtype."""
     if x.device.type != "cpu":
-        dims = [d for d in range(x.dim()) if d != 1]
-        product = a * x if centre is None else a * (x - per_channel(centre, x))
-        return Sums(a.sum(dims), product.sum(dims))
+        return _composed(a, x, centre)
     if x.dim() == 2 or not x.is_contiguous():
         return _sums_of_rows(a, x, centre)
     return _sums_of_planes(a, x, centre)
 
 
+def _composed(a: Tensor, x: Tensor, centre: Tensor | None) -> Sums:
+    dims = [d for d in range(x.dim()) if d != 1]
+    product = a * x if centre is None else a * (x - per_channel(centre, x))
+    return Sums(a.sum(dims), product.sum(dims))
+
+
 def _sums_of_rows(a: Tensor, x: Tensor, centre: Tensor | None) -> Sums:
     C = x.shape[1]
     M = x.numel() // C
-    k = _fold(M, C)
-    if k == 1 and x.dim() in (2, 4):
+    accumulators = -(-M // _ROWS)
+    if accumulators == 1 and x.dim() in (2, 4):
         return _reduce(a, x, centre)
-    a, x = _rows(a), _rows(x)
-    whole = M // k * k
-    repeated = None if centre is None else centre.repeat(k)
-    sums = _reduce(a[:whole].view(-1, k * C), x[:whole].view(-1, k * C), repeated)
-    total, dot = (s.view(k, C).sum(0, dtype=torch.float64) for s in sums)
-    if whole < M:
-        rest_a, rest_x = a[whole:].double(), x[whole:].double()
-        total += rest_a.sum(0)
-        dot += (rest_a * (rest_x if centre is None else rest_x - centre)).sum(0)
-    return Sums(total, dot)
-
-
-def _fold(M: int, C: int) -> int:
-    """How many rows to lay side by side, so that (M, C) is read as (M/k, k*C): a divisor of M if one is near."""
-    most = min(M // _ROWS_PER_SUM, max(_WIDTH_OF_SUMS // C, M // (8 * _ROWS_PER_SUM)))
-    return next((k for k in range(most, most // 2, -1) if M % k == 0), max(most, 1))
+    widest = max(1, (_WIDTH if x.numel() > _SMALL else 4 * _WIDTH) // C)
+    k = _divisor(M, range(min(accumulators, widest), 0, -1))  # the matrix is read as (M/k, k*C) ...
+    a, x = _rows(a).view(-1, k * C), _rows(x).view(-1, k * C)
+    centre = None if centre is None else centre.repeat(k)
+    if k > accumulators // 2:
+        sums = _reduce(a, x, centre)
+        return Sums(sums.total.view(k, C).sum(0), sums.dot.view(k, C).sum(0))
+    block = -(-M // accumulators)  # ... in blocks of so many rows
+    parts = [_reduce(*pair, centre) for pair in zip(a.split(block), x.split(block), strict=True)]
+    return Sums(*(torch.stack(s).view(-1, C).sum(0, dtype=torch.float64) for s in zip(*parts, strict=True)))
 
 
 def _sums_of_planes(a: Tensor, x: Tensor, centre: Tensor | None) -> Sums:
     N, C = x.shape[:2]
-    area, k = x.numel() // (N * C), 1
-    while area // k > _PLANE_PER_SUM and area % (2 * k) == 0:
-        k *= 2  # cut long planes into k pieces
-    if k == 1:
+    area = x.numel() // (N * C)
+    if area <= _PIECE:
         return _reduce(a, x, centre)
+    fewest = -(-area // _PIECE)
+    k = _divisor(area, range(fewest, 8 * fewest))
+    if k == 1:  # no way to cut the plane evenly
+        return _composed(a, x, centre)
     pieces = (N, C * k, area // k)
     sums = _reduce(a.view(pieces), x.view(pieces), None if centre is None else centre.repeat_interleave(k))
     return Sums(*(s.view(C, k).sum(1, dtype=torch.float64) for s in sums))
+
+
+@lru_cache(maxsize=4096)
+def _divisor(number: int, candidates: range) -> int:
+    """The first of the candidates that divides the number, 1 if none does."""
+    return next((k for k in candidates if number % k == 0), 1)
 
 
 def _reduce(a: Tensor, x: Tensor, centre: Tensor | None) -> Sums:
