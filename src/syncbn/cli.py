@@ -1,0 +1,48 @@
+"""The ``syncbn`` command: ``syncbn fit | validate | test | predict --config configs/fashion_mnist.yaml``."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; a mistake of the user's ends in one line and exit status 1, without a traceback.
+
+    Args:
+        arguments: The words after ``syncbn``; None takes those of the command line. The environment variable
+            ``SYNCBN_TRACEBACK=1`` shows the traceback of every error.
+    """
+    if arguments is not None:
+        sys.argv[1:] = arguments  # where Lightning looks for them when it starts the other ranks
+    user_errors: tuple[type[BaseException], ...] = (ValueError, FileNotFoundError)
+    try:
+        from jsonargparse import ArgumentError
+        from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+        user_errors += (ArgumentError, MisconfigurationException)
+        run_command()
+    except user_errors as error:
+        if os.environ.get("SYNCBN_TRACEBACK", "0") != "0":
+            raise
+        rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+        prefix = f"syncbn: error (rank {rank}):" if rank else "syncbn: error:"
+        print(prefix, one_line(str(error)), file=sys.stderr)
+        sys.exit(1)
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks; of an error in a DataLoader's worker only what the worker said."""
+    if "Original Traceback" in message:
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(message.split())
+
+
+def run_command() -> "LightningCLI":
+    """Parse the command line and do what it says."""
+    from syncbn.training.command import SyncBNCLI
+
+    return SyncBNCLI()

@@ -1,0 +1,27 @@
+"""Images in, batches out."""
+
+from syncbn.data.augmentation import Augmentation
+from syncbn.data.batches import BatchedImages, ImageBatch
+from syncbn.data.datamodule import ImageDataModule
+from syncbn.data.datasets import ArrayDataset, ImageDataset
+from syncbn.data.fashion_mnist import fashion_mnist
+from syncbn.data.image_folder import ImageFolderDataset
+from syncbn.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, SampleKey, split_global_batch
+from syncbn.data.sources import ImageSets, open_image_sets
+
+__all__ = [
+    "ArrayDataset",
+    "Augmentation",
+    "BatchedImages",
+    "EvaluationBatchSampler",
+    "GlobalBatchSampler",
+    "ImageBatch",
+    "ImageDataModule",
+    "ImageDataset",
+    "ImageFolderDataset",
+    "ImageSets",
+    "SampleKey",
+    "fashion_mnist",
+    "open_image_sets",
+    "split_global_batch",
+]

@@ -1,0 +1,173 @@
+"""The DataModule: images of any known layout, the same global batches on any number of ranks."""
+
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
+
+from syncbn.data.augmentation import Augmentation
+from syncbn.data.batches import BatchedImages, ImageBatch, keep_batch
+from syncbn.data.samplers import EvaluationBatchSampler, GlobalBatchSampler
+from syncbn.data.sources import EMBEDDED, open_image_sets
+
+
+class ResumableDataLoader(DataLoader[ImageBatch]):
+    """A loader whose place is that of the trainer's own counters, which checkpoints hold.
+
+    The two methods have nothing to do; they tell Lightning that the loader resumes within an epoch.
+    """
+
+    def state_dict(self) -> dict[str, int]:
+        """Nothing: `ImageDataModule.train_dataloader` reads the place off the trainer."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Nothing to restore."""
+
+
+class ImageDataModule(LightningDataModule):
+    """Training, validation and test images, in batches that do not depend on the number of ranks.
+
+    Args:
+        global_batch_size: Images of one optimiser step, over all ranks.
+        root: 'fashion-mnist' (comes with the package), a folder of MNIST idx files, or a folder with
+            train/<class>/ and val/<class>/ of images.
+        image_size: Side of the square that the network sees, in pixels. Null keeps the size of the images,
+            where all have one size.
+        augmentation: Random changes to the training images. Null for none.
+        validation_images: Training images held out for validation. 0 holds out none: validation then takes
+            the data's own validation set, or the test set.
+        num_workers: Processes for each rank that prepare batches. 0 prepares them in the training process.
+        seed: Decides the order of the samples and their random changes.
+
+    Raises:
+        ValueError: The data are missing, broken or of unknown layout; or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        global_batch_size: int,
+        root: str = EMBEDDED,
+        image_size: int | None = None,
+        augmentation: Augmentation | None = Augmentation(),  # noqa: B008 (frozen)
+        validation_images: int = 0,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if seed < 0:
+            raise ValueError(f"seed={seed} must not be negative")
+        self.global_batch_size = global_batch_size
+        self.root = root
+        self.augmentation = augmentation
+        self.num_workers = num_workers
+        self.seed = seed
+        self.sets = open_image_sets(root, validation_images)
+        self.image_size = self._native_size() if image_size is None else image_size
+        if self.image_size < 1:
+            raise ValueError(f"image_size={image_size} must be at least 1")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their labels."""
+        return tuple(self.sets.train.classes)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.sets.train.classes)
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image, 1 or 3."""
+        return self.sets.train.channels
+
+    @property
+    def training_images(self) -> int:
+        """Images of the training set, without those held out."""
+        return len(self.sets.train)
+
+    def setup(self, stage: str) -> None:
+        """Refuse a trainer that would replace the samplers by its own.
+
+        Raises:
+            ValueError: ``Trainer(use_distributed_sampler=True)``, Lightning's default, on several ranks.
+        """
+        trainer = self.trainer
+        if trainer and trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                "ImageDataModule divides each batch among the ranks itself:"
+                " pass Trainer(use_distributed_sampler=False) (config key trainer.use_distributed_sampler)"
+            )
+
+    def train_dataloader(self) -> ResumableDataLoader:
+        """Shuffled, augmented training batches of this rank, from the trainer's present place onwards."""
+        trainer = self.trainer
+        sampler = GlobalBatchSampler(
+            self.training_images,
+            self.global_batch_size,
+            rank=trainer.global_rank if trainer else 0,
+            num_ranks=trainer.world_size if trainer else 1,
+            accumulate_grad_batches=trainer.accumulate_grad_batches if trainer else 1,
+            seed=self.seed,
+        )
+        if trainer and trainer.state.fn == TrainerFn.FITTING:
+            sampler.set_position(*self._place_of_trainer(len(sampler)))
+        images = BatchedImages(self.sets.train, self.image_size, self.augmentation, self.seed)
+        return ResumableDataLoader(images, batch_sampler=sampler, **self._loader_options())
+
+    def val_dataloader(self) -> DataLoader[ImageBatch]:
+        """All validation images in order, each once over the ranks."""
+        return self._evaluation_loader(BatchedImages(self.sets.validation, self.image_size))
+
+    def test_dataloader(self) -> DataLoader[ImageBatch]:
+        """All test images in order, each once over the ranks."""
+        return self._evaluation_loader(BatchedImages(self.sets.test, self.image_size))
+
+    def predict_dataloader(self) -> DataLoader[ImageBatch]:
+        """The test images, as `test_dataloader` gives them."""
+        return self.test_dataloader()
+
+    def _evaluation_loader(self, images: BatchedImages) -> DataLoader[ImageBatch]:
+        trainer = self.trainer
+        sampler = EvaluationBatchSampler(
+            len(images),
+            self.global_batch_size,
+            rank=trainer.global_rank if trainer else 0,
+            num_ranks=trainer.world_size if trainer else 1,
+        )
+        return DataLoader(images, batch_sampler=sampler, **self._loader_options())
+
+    def _loader_options(self) -> dict[str, Any]:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {
+            "collate_fn": keep_batch,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": on_gpu,
+        }
+
+    def _native_size(self) -> int:
+        images = getattr(self.sets.test, "images", None)
+        if images is None or images.shape[1] != images.shape[2]:
+            raise ValueError(f"image_size is needed for {self.root!r}: its images are not squares of one size")
+        return int(images.shape[1])
+
+    def _place_of_trainer(self, batches_per_epoch: int) -> tuple[int, int]:
+        """Epoch and batch at which a trainer, fresh or restored from a checkpoint, goes on.
+
+        A checkpoint may lie within an epoch, at the validation that ends it, or after its end, where the
+        batch counter still shows the epoch that is over.
+        """
+        assert self.trainer is not None
+        loop = self.trainer.fit_loop
+        epochs: Any = loop.epoch_progress.current
+        batches: Any = loop.epoch_loop.batch_progress.current
+        limit = self.trainer.limit_train_batches or 0
+        last = min(limit, batches_per_epoch) if isinstance(limit, int) else int(batches_per_epoch * limit)
+        if epochs.ready == epochs.processed:  # between two epochs
+            return epochs.processed, 0
+        if batches.processed >= last:  # all trained, validation not yet over
+            return epochs.processed + 1, 0
+        return epochs.processed, batches.processed

@@ -1,0 +1,71 @@
+"""Reader of idx files, the format of MNIST and Fashion-MNIST.
+
+Source of the format: Y. LeCun, C. Cortes, C. Burges, "The MNIST database of handwritten digits": a
+big-endian header (two zero bytes, a type code, the number of dimensions, then each dimension as a
+32-bit unsigned integer), followed by the values in row-major order.
+"""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+
+UNSIGNED_BYTE = 0x08
+"""The type code of idx files that hold unsigned bytes, as all image sets do."""
+
+IDX_FILES = {
+    ("train", "images"): "train-images-idx3-ubyte",
+    ("train", "labels"): "train-labels-idx1-ubyte",
+    ("test", "images"): "t10k-images-idx3-ubyte",
+    ("test", "labels"): "t10k-labels-idx1-ubyte",
+}
+"""File name of each part of a data set in MNIST's layout; each may carry the suffix ``.gz``."""
+
+
+def find_idx_file(folder: Path, split: str, part: str) -> Path | None:
+    """Path of one idx file of a folder, gzipped or not.
+
+    Args:
+        folder: Folder in MNIST's layout.
+        split: ``"train"`` or ``"test"``.
+        part: ``"images"`` or ``"labels"``.
+
+    Returns:
+        The path, or None when neither the plain nor the gzipped file is there.
+    """
+    name = IDX_FILES[split, part]
+    for candidate in (folder / name, folder / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read one idx file of unsigned bytes.
+
+    Args:
+        path: An idx file, gzipped when its name ends in ``.gz``.
+
+    Returns:
+        uint8 array with the dimensions the header names: (N, H, W) for images, (N,) for labels.
+
+    Raises:
+        ValueError: The file is no complete idx file of unsigned bytes.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != UNSIGNED_BYTE:
+        raise ValueError(f"{path} is not an idx file of unsigned bytes (it begins with {content[:4].hex()})")
+    dimensions = content[3]
+    header_size = 4 + 4 * dimensions
+    if len(content) < header_size:
+        raise ValueError(f"{path} ends within its header")
+    shape = struct.unpack(f">{dimensions}I", content[4:header_size])
+    values = np.frombuffer(content, np.uint8, offset=header_size)
+    expected = int(np.prod(shape, dtype=np.int64))
+    if values.size != expected:
+        raise ValueError(f"{path} names {expected} values of shape {shape} in its header, and holds {values.size}")
+    return values.reshape(shape)

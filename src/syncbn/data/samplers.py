@@ -1,0 +1,152 @@
+"""Which samples make up which batch, on any number of ranks.
+
+The order of the samples of an epoch is a function of (seed, epoch). It is cut into global batches, and each
+global batch into one contiguous slice for each rank: with the same seed and global batch size, batch k holds
+the same samples on 1 rank and on 1024.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from syncbn.data.augmentation import ORDER_STREAM, random_stream
+
+
+class SampleKey(NamedTuple):
+    """Names a sample and the state of its augmentation; what a batch sampler hands to a data set."""
+
+    epoch: int
+    sample: int
+
+
+def split_global_batch(global_batch_size: int, num_ranks: int, accumulate_grad_batches: int = 1) -> int:
+    """Images that one rank processes at a time.
+
+    Args:
+        global_batch_size: Images of one optimiser step, over all ranks.
+        num_ranks: Processes that train together.
+        accumulate_grad_batches: Forward and backward passes of one optimiser step.
+
+    Returns:
+        ``global_batch_size / (num_ranks * accumulate_grad_batches)``.
+
+    Raises:
+        ValueError: It does not divide; the message names the nearest sizes that do.
+    """
+    if global_batch_size < 1:
+        raise ValueError(f"global_batch_size={global_batch_size} must be at least 1")
+    parts = num_ranks * accumulate_grad_batches
+    per_rank, remainder = divmod(global_batch_size, parts)
+    if remainder:
+        fitting = [str(size) for size in (per_rank * parts, (per_rank + 1) * parts) if size]
+        accumulated = f" x {accumulate_grad_batches} accumulated batches" if accumulate_grad_batches > 1 else ""
+        raise ValueError(
+            f"global_batch_size={global_batch_size} cannot be divided among {num_ranks} ranks{accumulated}:"
+            f" it must be a multiple of {parts}; nearest: {' or '.join(fitting)}"
+        )
+    return per_rank
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Order of the samples in an epoch: a permutation, and a function of the arguments alone."""
+    return random_stream(seed, epoch, 0, ORDER_STREAM).permutation(num_samples)
+
+
+class GlobalBatchSampler(Sampler[list[SampleKey]]):
+    """One rank's share of the shuffled global batches of an epoch.
+
+    With accumulation each global batch is cut into ``accumulate_grad_batches`` consecutive parts, and each of
+    these among the ranks. The last, incomplete global batch of an epoch is dropped.
+
+    Args:
+        num_samples: Size of the training set.
+        global_batch_size: Images of one optimiser step, over all ranks.
+        rank: This process, in 0..num_ranks - 1.
+        num_ranks: Processes that train together.
+        accumulate_grad_batches: Forward and backward passes of one optimiser step.
+        seed: Of the run.
+
+    Raises:
+        ValueError: ``global_batch_size`` does not divide, or exceeds ``num_samples``.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        accumulate_grad_batches: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.per_rank = split_global_batch(global_batch_size, num_ranks, accumulate_grad_batches)
+        if global_batch_size > num_samples:
+            raise ValueError(
+                f"global_batch_size={global_batch_size} exceeds the {num_samples} training images:"
+                " at most that many fit"
+            )
+        self.num_samples = num_samples
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.seed = seed
+        self.epoch = 0
+        self.first_batch = 0
+        self._batches = num_samples // global_batch_size * accumulate_grad_batches
+
+    @property
+    def sampler(self) -> "GlobalBatchSampler":
+        """Itself: Lightning calls ``dataloader.batch_sampler.sampler.set_epoch``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch; a place within the present one is kept."""
+        if epoch != self.epoch:
+            self.set_position(epoch, 0)
+
+    def set_position(self, epoch: int, first_batch: int) -> None:
+        """Go to a batch of an epoch, at no cost: the next iteration starts there and ends with the epoch."""
+        self.epoch = epoch
+        self.first_batch = first_batch
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever the next iteration starts."""
+        return self._batches
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        epoch = self.epoch
+        order = epoch_order(self.num_samples, self.seed, epoch)
+        for batch in range(self.first_batch, self._batches):
+            start = (batch * self.num_ranks + self.rank) * self.per_rank
+            yield [SampleKey(epoch, int(index)) for index in order[start : start + self.per_rank]]
+
+
+class EvaluationBatchSampler(Sampler[list[SampleKey]]):
+    """One rank's share of all samples in order, each exactly once over the ranks.
+
+    No sample is repeated to fill up a batch: shares differ in size by one where the samples do not divide,
+    and a rank's share may be empty (never that of rank 0). All ranks see the same number of batches.
+
+    Args:
+        num_samples: Size of the data set.
+        global_batch_size: Images that the ranks together process at a time.
+        rank: This process, in 0..num_ranks - 1.
+        num_ranks: Processes that evaluate together.
+    """
+
+    def __init__(self, num_samples: int, global_batch_size: int, *, rank: int = 0, num_ranks: int = 1) -> None:
+        self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
+        self.rank = rank
+        self.num_ranks = num_ranks
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.global_batch_size)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for start in range(0, self.num_samples, self.global_batch_size):
+            size = min(self.global_batch_size, self.num_samples - start)
+            first, last = (start - (-size * part // self.num_ranks) for part in (self.rank, self.rank + 1))
+            yield [SampleKey(0, index) for index in range(first, last)]

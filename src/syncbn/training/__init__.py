@@ -1,0 +1,46 @@
+"""Lightning around the network: the module, its optimiser, callbacks, plugins and strategies.
+
+Names are imported when they are first used: Lightning loads this package for every Trainer (see `plugins`),
+and that should cost nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from syncbn.training.batch_arithmetic import BatchArithmetic
+    from syncbn.training.classifier import ImageClassifier
+    from syncbn.training.curves import CurvesPlot
+    from syncbn.training.plugins import SyncBatchNormPlugin
+    from syncbn.training.polyak import PolyakAveraging
+    from syncbn.training.predictions import PredictionTable
+    from syncbn.training.runs import RunRecord
+    from syncbn.training.strategies import SynchronisedDDPStrategy
+
+MODULES = {
+    "BatchArithmetic": "batch_arithmetic",
+    "CurvesPlot": "curves",
+    "ImageClassifier": "classifier",
+    "PolyakAveraging": "polyak",
+    "PredictionTable": "predictions",
+    "RunRecord": "runs",
+    "SyncBatchNormPlugin": "plugins",
+    "SynchronisedDDPStrategy": "strategies",
+}
+
+__all__ = [
+    "BatchArithmetic",
+    "CurvesPlot",
+    "ImageClassifier",
+    "PolyakAveraging",
+    "PredictionTable",
+    "RunRecord",
+    "SyncBatchNormPlugin",
+    "SynchronisedDDPStrategy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -1,0 +1,235 @@
+"""Inception-BN as a LightningModule: the loss, the accuracies, the optimiser."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from syncbn.data.batches import ImageBatch
+from syncbn.distributed import new_group
+from syncbn.models import inception_bn
+from syncbn.nn import SyncBatchNorm
+from syncbn.training.batch_arithmetic import BatchArithmetic, scale_learning_rate
+from syncbn.training.parameter_groups import parameter_groups
+from syncbn.training.schedules import exponential_schedule
+
+
+class ImageClassifier(LightningModule):
+    """Trains Inception-BN with the recipe of Ioffe & Szegedy 2015, section 4.2.
+
+    One step is one step on the global batch, on any number of ranks: the layers normalise over all ranks,
+    every rank processes equally many images, and so the mean over the ranks of each rank's mean loss, and of
+    its gradient (what DistributedDataParallel takes), is the mean over the images of the global batch.
+
+    Args:
+        global_batch_size: Images of one optimiser step, over all ranks.
+        num_classes: Classes to tell apart.
+        in_channels: Channels of the images.
+        training_images: Size of the training set, by which epochs are counted.
+        variant: Of Inception-BN: "paper", "cadene" or "slim".
+        norm: "batch", or "none" for the plain Inception.
+        activation: "relu" or "sigmoid".
+        width_multiplier: Factor on all channel counts.
+        stem: "imagenet", or "small" for images of 28 to 64 pixels.
+        local_response_norm: GoogLeNet's, in the stem (the paper's Inception and BN-Baseline have it).
+        dropout: Probability of dropping a feature before the classifier.
+        learning_rate_per_32_images: Initial learning rate for a batch of 32 images; scaled in proportion to
+            global_batch_size.
+        momentum: Of SGD.
+        nesterov: Nesterov's form of the momentum.
+        weight_decay: Of the weights of convolutions and linear layers (L2 in the gradient).
+        norm_weight_decay: Of gamma and beta.
+        bias_weight_decay: Of biases.
+        label_smoothing: Share of the target spread over all classes.
+        decay_factor: What the learning rate is multiplied by ...
+        decay_every: ... every so many epochs or images; need not be whole.
+        decay_staircase: In one step each time, rather than smoothly.
+        warmup: Epochs or images over which the learning rate first rises linearly from 0.
+        schedule_unit: What decay_every and warmup count: "epochs" or "images".
+        normalization_batch_size: Images that normalise as one batch, whole ranks of them. Null for all ranks.
+        channels_last: Lay out images and weights channels-last, which is faster on most devices.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        global_batch_size: int,
+        num_classes: int,
+        in_channels: int,
+        training_images: int,
+        variant: str = "paper",
+        norm: str = "batch",
+        activation: str = "relu",
+        width_multiplier: float = 1.0,
+        stem: str = "imagenet",
+        local_response_norm: bool = False,
+        dropout: float = 0.0,
+        learning_rate_per_32_images: float = 0.045,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 1e-4,
+        norm_weight_decay: float = 0.0,
+        bias_weight_decay: float = 0.0,
+        label_smoothing: float = 0.0,
+        decay_factor: float = 0.96,
+        decay_every: float = 8 / 6,
+        decay_staircase: bool = False,
+        warmup: float = 0.0,
+        schedule_unit: Literal["epochs", "images"] = "epochs",
+        normalization_batch_size: int | None = None,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.network = inception_bn(
+            num_classes,
+            variant,
+            norm,
+            activation,
+            width_multiplier=width_multiplier,
+            stem=stem,
+            local_response_norm=local_response_norm,
+            dropout=dropout,
+            in_channels=in_channels,
+        )
+        if channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images_per_unit = training_images // global_batch_size * global_batch_size if schedule_unit == "epochs" else 1
+        self.learning_rate_factor = exponential_schedule(
+            decay_factor,
+            decay_every * max(1, images_per_unit),
+            warmup=warmup * images_per_unit,
+            staircase=decay_staircase,
+        )
+        self.metrics = accuracy_metrics(num_classes)
+        self.in_several_groups = False
+
+    def setup(self, stage: str) -> None:
+        """Form the groups that normalise together, once the ranks are known."""
+        if stage != "fit":
+            return
+        arithmetic = self.batch_arithmetic(self.trainer)
+        self.in_several_groups = arithmetic.ranks_per_normalization < arithmetic.num_ranks
+        if self.in_several_groups:
+            group = new_group(arithmetic.ranks_per_normalization)
+            for layer in self.network.modules():
+                if isinstance(layer, SyncBatchNorm):
+                    layer.process_group = group
+
+    def batch_arithmetic(self, trainer: Trainer) -> BatchArithmetic:
+        """What the global batch size comes to with a trainer."""
+        return BatchArithmetic(
+            global_batch_size=self.hparams["global_batch_size"],
+            num_ranks=trainer.world_size,
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            learning_rate_per_32_images=self.hparams["learning_rate_per_32_images"],
+            normalization_batch_size=self.hparams["normalization_batch_size"],
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, shape (N, num_classes), of normalised images, shape (N, C, H, W)."""
+        if self.hparams["channels_last"]:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.network(images)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Mean loss over this rank's images."""
+        logits = self(batch.images)
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.hparams["label_smoothing"])
+        top1 = self._metric("train_top1")
+        top1.update(logits.detach(), batch.labels)
+        self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log("train_top1", top1, on_step=False, on_epoch=True)
+        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
+        return loss
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Count this rank's hits."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Count this rank's hits."""
+        self._evaluate("test", batch)
+
+    def on_validation_start(self) -> None:
+        """Where ranks normalise in several groups, make their running statistics one: the mean over the ranks."""
+        if not self.in_several_groups or self.trainer.sanity_checking:
+            return
+        for layer in self.network.modules():
+            if isinstance(layer, SyncBatchNorm) and layer.track_running_stats:
+                for buffer in (layer.running_mean, layer.running_var):
+                    assert isinstance(buffer, Tensor)
+                    buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss and accuracies over all validation images."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss and accuracies over all test images."""
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Class probabilities.
+
+        Returns:
+            "indices" and "labels", int64, shape (N,); "probabilities", shape (N, num_classes).
+        """
+        probabilities = self(batch.images).softmax(1) if len(batch.images) else batch.images.new_zeros(0, 1)
+        return {"indices": batch.indices, "labels": batch.labels, "probabilities": probabilities}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """SGD with momentum over the parameter groups; the schedule steps with the optimiser."""
+        options = self.hparams
+        optimizer = torch.optim.SGD(
+            parameter_groups(
+                self.network,
+                options["weight_decay"],
+                norm_weight_decay=options["norm_weight_decay"],
+                bias_weight_decay=options["bias_weight_decay"],
+            ),
+            lr=scale_learning_rate(options["learning_rate_per_32_images"], options["global_batch_size"]),
+            momentum=options["momentum"],
+            nesterov=options["nesterov"],
+        )
+        batch_size = options["global_batch_size"]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda steps: self.learning_rate_factor(steps * batch_size)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _evaluate(self, stage: str, batch: ImageBatch) -> None:
+        images = len(batch.images)
+        if images == 0:  # this rank's share of the last batch may be empty; BN sends no message in evaluation
+            return
+        logits = self(batch.images)
+        self._metric(f"{stage}_loss").update(F.cross_entropy(logits, batch.labels), weight=images)
+        self._metric(f"{stage}_top1").update(logits, batch.labels)
+        self._metric(f"{stage}_top5").update(logits, batch.labels)
+
+    def _log_evaluation(self, stage: str) -> None:
+        # Here, and not in the step: every rank has to take part in adding up, also one without an image.
+        for name in (f"{stage}_loss", f"{stage}_top1", f"{stage}_top5"):
+            self.log(name, self._metric(name), prog_bar=name.endswith("top1"))
+
+    def _metric(self, name: str) -> Any:
+        return self.metrics[name]
+
+
+def accuracy_metrics(num_classes: int) -> nn.ModuleDict:
+    """Mean loss, top-1 and top-5 accuracy of each stage, averaged by sample over all ranks."""
+
+    def accuracy(top_k: int) -> Metric:
+        return MulticlassAccuracy(num_classes, min(top_k, num_classes), average="micro", validate_args=False)
+
+    metrics: dict[str, Metric] = {"train_top1": accuracy(1)}
+    for stage in ("val", "test"):
+        metrics |= {f"{stage}_loss": MeanMetric(), f"{stage}_top1": accuracy(1), f"{stage}_top5": accuracy(5)}
+    return nn.ModuleDict(metrics)

@@ -1,0 +1,267 @@
+"""The command line of the trainer: Lightning's, with one batch knob and a folder for each run."""
+
+import logging
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from syncbn.data import ImageDataModule
+from syncbn.training.classifier import ImageClassifier
+from syncbn.training.curves import CurvesPlot
+from syncbn.training.predictions import PredictionTable
+from syncbn.training.runs import RunRecord, run_folder, run_loggers
+from syncbn.training.strategies import SynchronisedDDPStrategy
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "use_distributed_sampler": False,  # the DataModule divides batches itself
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "log_every_n_steps": 10,
+}
+
+CHECKPOINT_DEFAULTS: dict[str, Any] = {
+    "monitor": "val_top1",
+    "mode": "max",
+    "filename": "best-epoch={epoch}-val_top1={val_top1:.4f}",
+    "auto_insert_metric_name": False,
+}
+
+
+NO_CONCERN_WITHOUT_TRAINING = (
+    ".*callbacks used to create the checkpoint need to be provided",
+    "The dirpath has changed",
+    "You are using a custom batch sampler `EvaluationBatchSampler` for prediction",  # it leaves out nothing
+)
+"""Warnings of Lightning's when a checkpoint is only evaluated."""
+
+
+class SyncBNCLI(LightningCLI):
+    """LightningCLI for `ImageClassifier` and `ImageDataModule`."""
+
+    def __init__(self) -> None:
+        quieten()
+        super().__init__(
+            ImageClassifier,
+            ImageDataModule,
+            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that raises its errors rather than print the usage and exit."""
+        return super().init_parser(**kwargs | {"exit_on_error": False})
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed: a number, so that every rank has the same."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=0,
+            help="Seed of the initial weights, the order of the samples and the augmentation.",
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The arguments of a run, and the links that make ``global_batch_size`` the only batch knob."""
+        parser.add_argument(
+            "--global_batch_size", type=int, default=128, help="Images of one optimiser step, over all ranks."
+        )
+        parser.add_argument("--runs_folder", type=str, default="runs", help="Where the folders of runs go.")
+        parser.add_argument(
+            "--name", type=str, default="unnamed", help="Of the experiment: runs go to runs_folder/name."
+        )
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=True,
+            help="Whether fit ends with the test of the best checkpoint.",
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()})
+        parser.link_arguments("seed_everything", "data.seed")
+        for target in ("data.global_batch_size", "model.global_batch_size"):
+            parser.link_arguments("global_batch_size", target)
+        for source, target in (
+            ("data.num_classes", "model.num_classes"),
+            ("data.channels", "model.in_channels"),
+            ("data.training_images", "model.training_images"),
+        ):
+            parser.link_arguments(source, target, apply_on="instantiate")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults({"weights_only": True})  # a checkpoint may come from anywhere: run no code of it
+        if subcommand == "predict":
+            parser.add_argument("--predictions", type=str, default="predictions.csv", help="The file to write.")
+            parser.set_defaults({"return_predictions": False})
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; ``--data PATH`` is short for ``--data.root PATH``."""
+        self.config = parser.parse_args(expand_data_shorthand(sys.argv[1:]))
+
+    def before_instantiate_classes(self) -> None:
+        """Only a fit has a run folder, in which its config is saved."""
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+            for message in NO_CONCERN_WITHOUT_TRAINING:
+                warnings.filterwarnings("ignore", message)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with the loggers, the callbacks and the strategy of a run."""
+        config = self._get(self.config_init, "trainer")
+        callbacks: list[Any] = []
+        if self.subcommand == "fit" and not config.get("fast_dev_run"):
+            kwargs["logger"] = self._loggers(config.get("logger"))
+            callbacks = [RunRecord(), CurvesPlot(), last_checkpoint()]
+        elif self.subcommand != "fit":
+            kwargs["logger"] = False
+        if self.subcommand == "predict":
+            callbacks = [PredictionTable(Path(self._get(self.config, "predictions")))]
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
+        if config.get("strategy") == "auto" and str(config.get("devices")) != "1":
+            kwargs["strategy"] = SynchronisedDDPStrategy.strategy_name
+        return super().instantiate_trainer(**kwargs)
+
+    def _loggers(self, configured: Any) -> list[Any]:
+        if configured is False:
+            raise ValueError("trainer.logger=false: the run folder and the curves need the CSV log; leave it out")
+        added = [] if configured in (None, True) else configured if isinstance(configured, list) else [configured]
+        return [*run_loggers(self._get(self.config, "runs_folder"), self._get(self.config, "name")), *added]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        launcher = self.trainer.strategy.launcher
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException as error:
+            stop_other_ranks(launcher, error)
+            raise
+
+    def before_fit(self) -> None:
+        """Check the batch arithmetic before any other process starts, and print it."""
+        arithmetic = self.model.batch_arithmetic(self.trainer)
+        if self.trainer.is_global_zero:
+            parameters = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+            print(arithmetic.describe())
+            print(
+                f"{parameters:,} trainable parameters, {self.datamodule.training_images:,} training images,"
+                f" device {self.trainer.strategy.root_device.type}",
+                flush=True,
+            )
+
+    def fit(self, **arguments: Any) -> None:
+        """Train; name the run folder also when interrupted."""
+        try:
+            self.trainer.fit(**arguments)
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            self._print_run_folder()
+            raise
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint; print the accuracy and, last, the run folder."""
+        if self._get(self.config, "test_after_fit"):
+            best = self._get(self.config_init, "checkpoint").best_model_path or None
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+            self._print_accuracy("test", len(self.datamodule.sets.test), best)
+        wait_for_other_ranks(self.trainer.strategy.launcher)
+        self._print_run_folder()
+
+    def after_test(self) -> None:
+        """Print the accuracy."""
+        self._print_accuracy("test", len(self.datamodule.sets.test), self._get(self.config, "ckpt_path"))
+
+    def after_validate(self) -> None:
+        """Print the accuracy."""
+        images = len(self.datamodule.sets.validation)
+        self._print_accuracy("val", images, self._get(self.config, "ckpt_path"))
+
+    def after_predict(self) -> None:
+        """Name the file written."""
+        if self.trainer.is_global_zero:
+            print(self._get(self.config, "predictions"))
+
+    def _print_accuracy(self, prefix: str, images: int, checkpoint: Any) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        metrics = self.trainer.callback_metrics
+        top1, top5 = (100 * float(metrics[f"{prefix}_{name}"]) for name in ("top1", "top5"))
+        weights = Path(checkpoint).name if checkpoint else "the weights as they are"
+        kind = {"test": "test", "val": "validation"}[prefix]
+        print(f"{kind} accuracy {top1:.2f} % (top-5 {top5:.2f} %) on {images:,} images with {weights}")
+
+    def _print_run_folder(self) -> None:
+        folder = run_folder(self.trainer)
+        if self.trainer.is_global_zero and folder:
+            print(folder, flush=True)
+
+
+def last_checkpoint() -> ModelCheckpoint:
+    """Saves ``last.ckpt`` after every epoch.
+
+    Lightning's option save_last does not: in a callback that keeps the best, it copies the best.
+    """
+    return ModelCheckpoint(filename="last", enable_version_counter=False)
+
+
+def quieten() -> None:
+    """Leave out what Lightning says at every start, and warnings that do not apply here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # said whatever the images cost to prepare
+        ".*Grad strides do not match bucket view strides.*",  # of 1x1 convolutions: there they do not matter
+        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # Lightning's own business with torch
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def expand_data_shorthand(words: list[str]) -> list[str]:
+    """Replace ``--data PATH`` by ``--data.root PATH``; a YAML file stays what it is, a config of the data."""
+    expanded = list(words)
+    for place, word in enumerate(words):
+        option, separator, value = word.partition("=")
+        value = value if separator else "".join(words[place + 1 : place + 2])
+        if option == "--data" and not value.endswith((".yaml", ".yml", ".json")) and not value.startswith("{"):
+            expanded[place] = f"--data.root{separator}{value}" if separator else "--data.root"
+    return expanded
+
+
+def wait_for_other_ranks(launcher: Any) -> None:
+    """Wait for the processes that this one started: they print nothing after its last line."""
+    for process in getattr(launcher, "procs", []):
+        process.wait(timeout=60)
+
+
+def stop_other_ranks(launcher: Any, error: BaseException) -> None:
+    """End the processes that this one started, whose next collective would wait in vain.
+
+    Raises:
+        ValueError: One of them had ended by itself in an error, of which ``error`` is but the consequence.
+    """
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return
+    failed = None
+    if isinstance(error, RuntimeError):
+        failed = first_failed_rank(launcher, seconds=3.0)
+    launcher.kill(signal.SIGKILL)  # on SIGTERM Lightning would first wait for the other ranks
+    if failed is not None:
+        raise ValueError(f"rank {failed} stopped with an error, see above") from error
+
+
+def first_failed_rank(launcher: _SubprocessScriptLauncher, seconds: float) -> int | None:
+    """Local rank of a started process that ended in an error within some seconds, or None."""
+    deadline = time.monotonic() + seconds
+    while launcher.procs and time.monotonic() < deadline:
+        for rank, process in enumerate(launcher.procs, start=1):
+            if process.poll():
+                return rank
+        time.sleep(0.1)
+    return None

@@ -1,0 +1,87 @@
+"""The folder of a run, and what is written into it besides logs and checkpoints."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+def claim_run_folder(runs_folder: Path, name: str) -> int:
+    """Create the first free ``runs_folder/name/version_N``, and return N.
+
+    Creating a folder is atomic: of two runs started at once, each gets its own.
+    """
+    parent = runs_folder / name
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 0
+    while True:
+        folder = parent / f"version_{number}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return number
+
+
+def run_loggers(runs_folder: str, name: str) -> list[Logger]:
+    """A CSV and a TensorBoard logger that write into one new folder.
+
+    Only rank 0 claims a folder and writes; Lightning tells the other ranks its path.
+    """
+    is_rank_zero = getattr(rank_zero_only, "rank", 0) == 0
+    claimed = claim_run_folder(Path(runs_folder), name) if is_rank_zero else 0
+    csv = CSVLogger(runs_folder, name, version=claimed, flush_logs_every_n_steps=10)
+    if is_rank_zero:
+        _ = csv.experiment  # now, while the folder is empty: later it would warn of what others wrote there
+    return [csv, TensorBoardLogger(runs_folder, name, version=claimed, default_hp_metric=False)]
+
+
+def git_revision(folder: Path) -> str:
+    """Revision of the git checkout that ``folder`` lies in, with "-dirty" if it was changed; or "unknown"."""
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return described.stdout.strip() or "unknown"
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """The folder of the run, or None where the trainer writes no CSV log.
+
+    Unlike ``trainer.log_dir`` this sends no message, so that rank 0 may ask alone; on other ranks it means
+    nothing.
+    """
+    return next((Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
+
+
+class RunRecord(Callback):
+    """Writes ``provenance.yaml`` into the run folder: the code, the libraries and the command of the run."""
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        folder = run_folder(trainer)
+        if folder is None:
+            return
+        record = {
+            "command": sys.argv,
+            "git_revision": git_revision(Path.cwd()),
+            "syncbn_git_revision": git_revision(Path(__file__).parent),
+            "versions": {name: version(name) for name in ("syncbn", "torch", "lightning")},
+            "ranks": trainer.world_size,
+            "device": str(trainer.strategy.root_device),
+        }
+        (folder / "provenance.yaml").write_text(yaml.safe_dump(record, sort_keys=False))

@@ -1,0 +1,37 @@
+"""The DataModule without a trainer, and what it refuses."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from syncbn.data import ImageDataModule
+
+
+def test_it_describes_the_data_and_gives_batches():
+    data = ImageDataModule(global_batch_size=50, validation_images=1000, seed=1)
+    assert (data.num_classes, data.channels, data.image_size, data.training_images) == (10, 1, 28, 9000)
+    assert data.classes[9] == "Ankle boot"
+    assert len(data.train_dataloader()) == 180
+    assert len(data.val_dataloader()) == 20 and len(data.test_dataloader()) == 40
+    batch = next(iter(data.train_dataloader()))
+    assert batch.images.shape == (50, 1, 28, 28) and batch.labels.dtype == torch.int64
+
+
+def test_images_can_be_resized():
+    data = ImageDataModule(global_batch_size=4, image_size=40)
+    assert next(iter(data.test_dataloader())).images.shape == (4, 1, 40, 40)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [({"seed": -1}, "seed=-1"), ({"image_size": 0}, "image_size=0")])
+def test_arguments_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ImageDataModule(global_batch_size=4, **arguments)
+
+
+def test_lightnings_own_distributed_sampler_is_refused():
+    data = ImageDataModule(global_batch_size=4)
+    data.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, barebones=True)
+    with pytest.raises(ValueError, match="use_distributed_sampler=False"):
+        data.setup("fit")
+    data.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", use_distributed_sampler=False, barebones=True)
+    data.setup("fit")

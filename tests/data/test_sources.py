@@ -1,0 +1,170 @@
+"""Detecting and reading idx files and folders of images, whole and broken."""
+
+import gzip
+import os
+import struct
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from syncbn.data import open_image_sets
+from syncbn.data.datasets import hold_out
+from syncbn.data.idx import IDX_FILES, read_idx
+
+TEST_DATA = Path(os.environ.get("SYNCBN_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
+    content = header + values.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def make_idx_folder(folder: Path, suffix: str = "") -> dict[tuple[str, str], np.ndarray]:
+    random = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 12), ("test", 5)):
+        arrays[split, "images"] = random.integers(0, 256, (count, 9, 9))
+        arrays[split, "labels"] = np.arange(count) % 4
+        for part in ("images", "labels"):
+            write_idx(folder / f"{IDX_FILES[split, part]}{suffix}", arrays[split, part])
+    return arrays
+
+
+def make_image_folder(folder: Path, splits: dict[str, dict[str, int]]) -> None:
+    random = np.random.default_rng(0)
+    for split, classes in splits.items():
+        for name, count in classes.items():
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = random.integers(0, 256, (10 + number, 14, 3), dtype=np.uint8)
+                assert cv2.imwrite(str(folder / split / name / f"{number}.png"), image)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_files_are_read_gzipped_or_not(tmp_path, suffix):
+    arrays = make_idx_folder(tmp_path, suffix)
+    sets = open_image_sets(str(tmp_path))
+    for split, images in (("train", sets.train), ("test", sets.test)):
+        assert len(images) == len(arrays[split, "labels"])
+        for index in range(len(images)):
+            assert np.array_equal(images.image(index)[:, :, 0], arrays[split, "images"][index])
+            assert images.label(index) == arrays[split, "labels"][index]
+    pixels = arrays["train", "images"] / 255
+    assert sets.train.mean[0] == pytest.approx(pixels.mean()) and sets.train.std[0] == pytest.approx(pixels.std())
+    assert sets.train.classes == ("0", "1", "2", "3")
+    assert sets.validation is sets.test
+
+
+def test_an_idx_folder_must_be_complete(tmp_path):
+    make_idx_folder(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(ValueError, match="lacks t10k-labels-idx1-ubyte"):
+        open_image_sets(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\0\0\x08\x01\0\0\0\x05abc", "names 5 values .* and holds 3"),
+        (b"GIF89a", "not an idx file"),
+        (b"\0\0\x0d\x01\0\0\0\x01abcd", "not an idx file of unsigned bytes"),
+        (b"\0\0\x08\x03\0\0", "ends within its header"),
+    ],
+)
+def test_a_broken_idx_file_is_named(tmp_path, content, message):
+    path = tmp_path / "broken"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_idx(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_truncated_gzip_file_is_named(tmp_path):
+    path = tmp_path / "broken.gz"
+    path.write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcde")[:-12])
+    with pytest.raises(ValueError, match=r"cannot read .*broken\.gz"):
+        read_idx(path)
+
+
+def test_mnist_itself():
+    folder = TEST_DATA / "mnist"
+    if not folder.is_dir():
+        pytest.skip(f"no MNIST at {folder}; set SYNCBN_TEST_DATA to the folder that holds it")
+    sets = open_image_sets(str(folder), validation_images=5000)
+    assert (len(sets.train), len(sets.validation), len(sets.test)) == (55_000, 5_000, 10_000)
+    assert sets.test.label(0) == 7
+    assert sets.train.mean[0] == pytest.approx(0.1307, abs=1e-4)
+
+
+def test_images_in_class_folders(tmp_path):
+    make_image_folder(tmp_path, {"train": {"cat": 3, "ant": 2}, "val": {"cat": 1, "ant": 2}})
+    sets = open_image_sets(str(tmp_path))
+    assert sets.train.classes == ("ant", "cat") and sets.train.channels == 3
+    assert [sets.train.label(index) for index in range(5)] == [0, 0, 1, 1, 1]
+    assert sets.validation is sets.test and len(sets.test) == 3
+    path = tmp_path / "train" / "ant" / "0.png"
+    assert np.array_equal(sets.train.image(0), cv2.imread(str(path))[:, :, ::-1])  # OpenCV's files are BGR
+
+
+def test_a_class_missing_in_val_keeps_the_labels_and_one_missing_in_train_is_an_error(tmp_path):
+    make_image_folder(tmp_path, {"train": {"ant": 1, "bee": 1, "cat": 1}, "val": {"cat": 2}})
+    assert open_image_sets(str(tmp_path)).test.label(0) == 2
+    make_image_folder(tmp_path, {"val": {"dog": 1}})
+    with pytest.raises(ValueError, match="the class 'dog', which is no class of the training images"):
+        open_image_sets(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"no image"])
+def test_a_broken_image_is_named(tmp_path, content):
+    make_image_folder(tmp_path, {"train": {"ant": 1}, "val": {"ant": 1}})
+    path = tmp_path / "train" / "ant" / "0.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot decode the image .*ant/0\.png"):
+        open_image_sets(str(tmp_path)).train.image(0)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ({"train": {"ant": 1}}, "neither val nor test"),
+        ({"train": {"ant": 0}, "val": {"ant": 1}}, "holds no images"),
+        ({"other": {"ant": 1}}, "no data of a known layout"),
+    ],
+)
+def test_what_is_missing_is_said(tmp_path, folders, message):
+    make_image_folder(tmp_path, folders)
+    with pytest.raises(ValueError, match=message):
+        open_image_sets(str(tmp_path))
+
+
+def test_a_train_folder_without_classes(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match="holds no class folders"):
+        open_image_sets(str(tmp_path))
+
+
+def test_a_missing_folder_is_named_and_what_is_accepted():
+    with pytest.raises(ValueError, match=r"no data at '/no/such/folder': data\.root takes") as raised:
+        open_image_sets("/no/such/folder")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("count", [1, 7, 11])
+def test_images_held_out_are_spread_and_in_one_part_only(tmp_path, count):
+    make_idx_folder(tmp_path)
+    dataset = open_image_sets(str(tmp_path)).train
+    kept, held_out = hold_out(dataset, count)
+    assert len(held_out) == count
+    assert sorted([*kept.indices, *held_out.indices]) == list(range(12))
+    gaps = np.diff([*held_out.indices, 12])
+    assert gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize("count", [12, 13, -1])
+def test_holding_out_too_many_is_refused(tmp_path, count):
+    make_idx_folder(tmp_path)
+    with pytest.raises(ValueError, match=f"validation_images={count}"):
+        open_image_sets(str(tmp_path), validation_images=count)

@@ -1,0 +1,210 @@
+"""The ``syncbn`` command: what it writes and prints, and what it says about mistakes."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+import yaml
+
+from syncbn.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FASHION_MNIST = CONFIGS / "fashion_mnist.yaml"
+
+QUICK = [
+    *("--data.image_size=16", "--global_batch_size=32", "--model.width_multiplier=0.125", "--trainer.max_epochs=1"),
+    *("--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", "--trainer.limit_test_batches=2"),
+    *("--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test runs in a folder of its own, and leaves words and environment as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["syncbn"])
+    before = dict(os.environ)
+    os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning would set as many threads as there are cores
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def run_command(*words: str, module: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user would, with one thread for each rank."""
+    start = ["-m", "syncbn"] if module else [str(Path(sys.executable).with_name("syncbn"))]
+    return subprocess.run(
+        [sys.executable, *start, *words],
+        env=os.environ | {"MASTER_ADDR": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def check_run_folder(output: str, *, ranks: int) -> Path:
+    """Check the last lines of a fit and what its folder holds."""
+    lines = output.strip().splitlines()
+    folder = Path(lines[-1])
+    assert folder.parent == Path("runs/fashion_mnist") and folder.is_dir()
+    assert re.match(r"test accuracy \d+\.\d\d % \(top-5 \d+\.\d\d %\) on 2,000 images with best-", lines[-2])
+    assert any(f"global batch 32 = {ranks} rank" in line for line in lines)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["global_batch_size"] == 32 and config["model"]["width_multiplier"] == 0.125
+    provenance = yaml.safe_load((folder / "provenance.yaml").read_text())
+    assert provenance["git_revision"] and provenance["ranks"] == ranks
+    with (folder / "metrics.csv").open(newline="") as lines_of_log:
+        rows = list(csv.DictReader(lines_of_log))
+    assert [int(row["step"]) for row in rows if row["train_loss"]] == [0, 1, 2]
+    assert sum(bool(row["val_top1"]) for row in rows) == 1
+    assert cv2.imread(str(folder / "curves.png")) is not None
+    assert list(folder.glob("events.out.tfevents.*"))
+    checkpoints = list((folder / "checkpoints").iterdir())
+    assert len(checkpoints) == 2 and folder / "checkpoints" / "last.ckpt" in checkpoints
+    for checkpoint in checkpoints:
+        torch.load(checkpoint, weights_only=True)
+    return folder
+
+
+def test_fit_then_test_and_predict_in_one_process(capsys):
+    main(["fit", "--config", str(FASHION_MNIST), "--trainer.devices=1", *QUICK])
+    folder = check_run_folder(capsys.readouterr().out, ranks=1)
+    again = ["--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
+    sys.argv[:] = ["syncbn"]
+    main(["test", *again])
+    assert re.match(r"test accuracy .* with last\.ckpt", capsys.readouterr().out.strip().splitlines()[-1])
+    main(["validate", *again])
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("validation accuracy")
+    main(["predict", *again, "--trainer.limit_predict_batches=2"])
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "predictions.csv"
+    with Path("predictions.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [int(row["index"]) for row in rows] == list(range(64))
+    main(["fit", *again[:2], "--trainer.fast_dev_run=true"])
+    assert len(list(Path("runs/fashion_mnist").iterdir())) == 1
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_fit_on_two_processes(module):
+    finished = run_command("fit", "--config", str(FASHION_MNIST), "--trainer.devices=2", *QUICK, module=module)
+    assert finished.returncode == 0, finished.stderr
+    check_run_folder(finished.stdout, ranks=2)
+    assert "Warning" not in finished.stderr, finished.stderr
+
+
+def test_ranks_may_normalise_apart():
+    words = ["--trainer.devices=2", "--model.normalization_batch_size=16", "--test_after_fit=false"]
+    finished = run_command("fit", "--config", str(FASHION_MNIST), *QUICK, *words)
+    assert finished.returncode == 0, finished.stderr
+    assert "BatchNorm normalises over 16 images (1 rank)" in finished.stdout
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_accepted(config, capsys):
+    sys.argv[1:] = ["fit", "--config", str(config), "--print_config"]
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code in (0, None)
+    assert yaml.safe_load(capsys.readouterr().out)["global_batch_size"] > 0
+    assert config.read_text().startswith("#"), "a config begins with its command, time and accuracy"
+
+
+MISTAKES = {
+    "a key that does not exist": (["--model.widht=1"], "widht"),
+    "a top-level key that does not exist": (["--bacth_size=1"], "bacth_size"),
+    "a missing data folder": (["--data.root=/no/such/folder"], "no data at '/no/such/folder'"),
+    "the same in short": (["--data", "/no/such/folder"], "no data at '/no/such/folder'"),
+    "an unknown variant": (["--model.variant=vgg"], "vgg"),
+    "a batch that cannot be divided": (
+        ["--global_batch_size=31", "--trainer.devices=2"],
+        "global_batch_size=31 cannot be divided among 2 ranks: it must be a multiple of 2; nearest: 30 or 32",
+    ),
+    "a batch that is no number": (["--global_batch_size=many"], "many"),
+    "a batch knob elsewhere": (["--data.global_batch_size=8"], "global_batch_size"),
+    "a value out of range": (["--data.augmentation.max_shift=-1"], "max_shift=-1"),
+    "a log that is needed": (["--trainer.logger=false"], "trainer.logger=false"),
+    "a missing checkpoint": (["--ckpt_path=/no/such.ckpt"], "/no/such.ckpt"),
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_answered_in_one_line(words, expected, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["fit", "--config", str(FASHION_MNIST), "--trainer.devices=1", *QUICK, *words])
+    assert exited.value.code not in (0, None)
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert errors[-1].startswith("syncbn: error:") and expected in errors[-1]
+    assert not any("Traceback" in line or line.startswith("usage") for line in errors)
+    assert len([line for line in errors if "error" in line]) == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_image_is_named(num_workers, tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / split / "ant").mkdir(parents=True)
+        for number in range(32):
+            (tmp_path / split / "ant" / f"{number}.jpg").write_bytes(b"broken")
+    words = ["--data", str(tmp_path), "--data.validation_images=0", f"--data.num_workers={num_workers}"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(FASHION_MNIST), "--trainer.devices=1", *QUICK, *words])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(r"syncbn: error: cannot decode the image .*/ant/\d+\.jpg \(6 bytes\)", last)
+
+
+def test_an_interrupted_fit_keeps_its_curves_and_names_its_folder():
+    command = [str(Path(sys.executable).with_name("syncbn")), "fit", "--config", str(FASHION_MNIST), *QUICK]
+    command += ["--trainer.devices=1", "--trainer.limit_train_batches=1.0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        started = time.monotonic()
+        while not list(Path().glob("runs/*/*/metrics.csv")):
+            assert process.poll() is None and time.monotonic() - started < 60
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode != 0 and "Traceback" not in errors
+    folder = Path(output.strip().splitlines()[-1])
+    assert (folder / "curves.png").is_file() and (folder / "config.yaml").is_file()
+
+
+def test_a_key_in_a_config_that_does_not_exist(tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text(FASHION_MNIST.read_text().replace("global_batch_size:", "globl_batch_size:", 1))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(config)])
+    assert "globl_batch_size" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_missing_config_and_a_missing_verb(capsys):
+    for words in (["fit", "--config", "nowhere.yaml"], ["train"], []):
+        with pytest.raises(SystemExit) as exited:
+            main(words)
+        assert exited.value.code not in (0, None)
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith("syncbn: error:")
+
+
+def test_the_command_itself_exits_with_an_error_and_no_traceback():
+    finished = run_command("fit", "--config", str(FASHION_MNIST), "--data.root=/no/such/folder")
+    assert finished.returncode != 0 and "Traceback" not in finished.stderr
+    assert finished.stderr.strip().splitlines()[-1].startswith("syncbn: error: no data at '/no/such/folder'")
+
+
+def test_importing_the_package_or_the_command_does_not_import_lightning():
+    code = "import sys, syncbn, syncbn.cli; sys.exit('lightning' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
