@@ -6,7 +6,6 @@ only where all ranks sent the same id, and both sums are exact: so each message 
 the ranks were in the same layer.
 """
 
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from syncbn.agreement import Agreement, Message
 
 ID_LENGTH = 2
-_ID_BITS = 20  # P * id^2 stays an exact float64 up to P = 8192
 
 _agreements: dict[dist.ProcessGroup, Agreement] = {}
 
@@ -40,7 +38,7 @@ def new_group(size: int) -> dist.ProcessGroup:
     world = dist.get_world_size()
     if not isinstance(size, int) or size < 1 or world % size:
         fitting = [d for d in range(1, world + 1) if world % d == 0]
-        raise ValueError(f"new_group: size {size} does not divide the {world} ranks; sizes that do: {fitting}")
+        raise ValueError(f"new_group: size {size!r} does not divide the {world} ranks; sizes that do: {fitting}")
     if size == world:
         return _world()
     return dist.new_subgroups(group_size=size)[0]
@@ -99,40 +97,56 @@ def _world() -> dist.ProcessGroup:
     return world
 
 
-class Label(NamedTuple):
-    """Who sends a message: `id` for the check within it, `text` for people."""
+class Ticket(NamedTuple):
+    """Leave to send one message: every rank of the group is about to send the same."""
 
+    group: dist.ProcessGroup
+    description: Message
+    number: int
     id: int
-    text: str
 
     @property
     def signature(self) -> tuple[int, int]:
-        """What a message ends with."""
+        """What the message must end with."""
         return self.id, self.id**2
 
 
-def label(names: Sequence[str], direction: str) -> Label:
-    """The label of a message of the layers `names`, going "forward" or "backward"."""
-    text = f"{direction} of {', '.join(names)}"
-    return Label(_id(text), text)
+def agree(group: dist.ProcessGroup, description: Message, device: torch.device, layers_built: int) -> Ticket:
+    """Make sure that all ranks of the group are about to send the message described.
+
+    Args:
+        group: the ranks.
+        description: of this rank's message.
+        device: where the message lies.
+        layers_built: how many layers this process has built so far.
+
+    Raises:
+        LayerMismatch: they are about to send different ones, or some do not come within the group's timeout.
+    """
+
+    def probe(number: int, length: int, id: int) -> None:
+        sums = torch.zeros(length, dtype=torch.float64, device=device)
+        sums[-2], sums[-1] = id, id**2
+        dist.all_reduce(sums, group=group)
+        if sums[-ID_LENGTH:].tolist() != [group.size() * id, group.size() * id**2]:
+            agreement.fail(number, description)
+
+    agreement = _agreement(group)
+    number, id = agreement.announce(description, probe, layers_built)
+    return Ticket(group, description, number, id)
 
 
 class Reduction:
     """One all-reduce under way.
 
     Args:
-        message: flat float64, summed up in place; ends with `sender.signature`.
-        group: the ranks to add up.
-        sender: label of the layers that the message belongs to.
-
-    Raises:
-        LayerMismatch: the peers are about to send another layer's message.
+        message: flat float64, summed up in place; ends with the ticket's signature.
+        ticket: the ranks' agreement to send it.
     """
 
-    def __init__(self, message: Tensor, group: dist.ProcessGroup, sender: Label) -> None:
-        self.group, self.sender, self.message = group, sender, message
-        self.number = _agreement(group).announce(Message(sender.text, message.numel()), self._probe)
-        self.work = dist.all_reduce(message, group=group, async_op=True)
+    def __init__(self, message: Tensor, ticket: Ticket) -> None:
+        self.message, self.ticket = message, ticket
+        self.work = dist.all_reduce(message, group=ticket.group, async_op=True)
 
     def wait(self) -> Tensor:
         """The message summed over all ranks.
@@ -146,33 +160,24 @@ class Reduction:
             if self.work is not None:  # some backends return none
                 self.work.wait()
         except RuntimeError as error:
+            group, description, number, _ = self.ticket
             raise RuntimeError(
-                f"rank {dist.get_rank()}: the all-reduce of {self.sender.text} failed: a rank died, hangs, or did not "
-                f"come here within the process group's timeout ({error})"
+                "the all-reduce of a BatchNorm layer failed: a rank died, hangs, or did not come here within the "
+                f"process group's timeout. {_agreement(group).describe(number, description)} ({error})"
             ) from error
-        if dist.get_backend(self.group) != "fake":  # which adds nothing up
+        if dist.get_backend(self.ticket.group) != "fake":  # which adds nothing up
             self._check()
         return self.message
 
-    def _probe(self, number: int, length: int) -> None:
-        """Take this rank's id through the collective of `length` that its peers may be in."""
-        sums = self.message.new_zeros(length)
-        sums[-ID_LENGTH:] = self.message[-ID_LENGTH:]
-        dist.all_reduce(sums, group=self.group)
-        if sums[-ID_LENGTH:].tolist() != self._expected():
-            _agreement(self.group).fail(number, self.sender.text)
-
     def _check(self) -> None:
-        expected = self._expected()
+        group, description, number, _ = self.ticket
+        id_sum, square_sum = (group.size() * part for part in self.ticket.signature)
         if self.message.device.type == "cpu":
-            if self.message[-ID_LENGTH:].tolist() != expected:
-                _agreement(self.group).fail(self.number, self.sender.text)
+            if self.message[-ID_LENGTH:].tolist() != [id_sum, square_sum]:
+                _agreement(group).fail(number, description)
         else:
-            agree = (self.message[-2] == expected[0]) & (self.message[-1] == expected[1])
+            agree = (self.message[-2] == id_sum) & (self.message[-1] == square_sum)
             self.message.masked_fill_(~agree, float("nan"))
-
-    def _expected(self) -> list[int]:
-        return [self.group.size() * number for number in self.sender.signature]
 
 
 def all_ranks(condition: bool, device: torch.device) -> bool:
@@ -187,16 +192,15 @@ def sum_over_world(values: Tensor) -> Tensor:
     return values
 
 
-def all_reduce_differentiable(message: Tensor, group: dist.ProcessGroup, sender: Label) -> Tensor:
-    """`message`, which ends with `sender.signature`, summed over the group: traceable, differentiable at any order.
+def all_reduce_differentiable(message: Tensor, group: dist.ProcessGroup, id: int) -> Tensor:
+    """`message`, which ends with id and its square, summed over the group: traceable, differentiable at any order.
 
     NaN where the ranks were in different layers.
     """
     totals = _AllReduce.apply(message, group.group_name)
     if dist.get_backend(group) == "fake":
         return totals
-    id, square = sender.signature
-    agree = (totals[-2] == group.size() * id) & (totals[-1] == group.size() * square)
+    agree = (totals[-2] == group.size() * id) & (totals[-1] == group.size() * id**2)
     return torch.where(agree, totals, float("nan"))
 
 
@@ -212,11 +216,6 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return _AllReduce.apply(gradient, ctx.group_name), None
-
-
-@torch.compiler.assume_constant_result
-def _id(text: str) -> int:
-    return zlib.crc32(text.encode()) >> (32 - _ID_BITS)
 
 
 def _agreement(group: dist.ProcessGroup) -> Agreement:

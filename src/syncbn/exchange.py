@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import ops
-from syncbn.distributed import ID_LENGTH, Label, Reduction
+from syncbn.agreement import LayerName, Message
+from syncbn.distributed import ID_LENGTH, Reduction, agree
 
 
 class Statistics(NamedTuple):
-    """Of one activation: mean and biased variance (C), float64 if ranks exchanged them, and M (on a device a tensor)."""
+    """Of one activation: mean and biased variance (C), float64 where ranks exchanged them, and M."""
 
     mean: Tensor
     var: Tensor
@@ -36,22 +37,26 @@ class Statistics(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Whom an exchange is with, and the labels of its two messages."""
+    """Whom an exchange is with, which layers it is of, and how many layers this process has built so far."""
 
     group: dist.ProcessGroup
-    forward: Label
-    backward: Label
+    layers: tuple[LayerName, ...]
+    layers_built: int
 
 
 class Memory:
-    """Messages and their sums, kept so that a recomputed forward (activation checkpointing) need not reduce again.
+    """A layer's messages and their sums, kept so that activation checkpointing's recomputed forward reduces nothing.
 
-    A recomputation is recognised by its local sums: the nearest remembered message is the one it repeats. Without a
-    group there is nothing to remember but that there was a forward.
+    A recomputation runs inside a backward, and is recognised by its local sums: the message nearest to them is the one
+    it repeats; of several the same, the one repeated least and latest, since a backward goes from the end.
     """
 
-    def __init__(self, size: int = 64) -> None:
-        self.entries: deque[tuple[Tensor, Tensor]] = deque(maxlen=size)
+    _BYTES = 2**22
+
+    def __init__(self) -> None:
+        self.entries: deque[tuple[Tensor, Tensor]] = deque()
+        self.uses = torch.zeros(0)
+        self.recalls = 0
 
     def __deepcopy__(self, memo: object) -> "Memory":
         return Memory()
@@ -59,25 +64,41 @@ class Memory:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Memory, ()
 
-    def is_repeated(self) -> bool:
-        """Whether the forward that runs now repeats a remembered one: it runs inside a backward."""
-        return bool(self.entries) and torch._C._current_graph_task_id() != -1
-
     def keep(self, message: Tensor, totals: Tensor) -> None:
-        """Remember what `message` was summed up to."""
+        """Remember what `message` was summed up to; forget what was repeated, and the oldest where it gets too much."""
+        if self.entries and (self.recalls >= len(self.entries) or not self._fits(message)):
+            self.entries.clear()
+            self.recalls = 0
+        if len(self.entries) >= max(64, self._BYTES // (16 * message.numel())):
+            self.entries.popleft()
+        kept = len(self.entries)
+        self.uses = torch.cat([self.uses[len(self.uses) - kept :].to(message.device), message.new_zeros(1)])
         self.entries.append((message, totals))
 
-    def keep_nothing(self) -> None:
-        """Remember a forward that sent no message."""
-        if not self.entries:
-            self.keep(torch.empty(0), torch.empty(0))
+    def is_repeated(self, message: Tensor) -> bool:
+        """Whether the forward with these local sums repeats a remembered one."""
+        if not self.entries or torch._C._current_graph_task_id() == -1 or not self._fits(message):
+            return False
+        if message.device.type != "cpu":  # comparing would stall the device
+            return True
+        return bool(self._distances(message).min() <= 1e-3 * message.abs().max())
 
     def recall(self, message: Tensor) -> Tensor:
         """The sums that went with `message`, found without reading a value on the host."""
-        fitting = [(m, t) for m, t in self.entries if m.shape == message.shape and m.device == message.device]
-        messages = torch.stack([m for m, _ in fitting])
-        nearest = (messages - message).abs().amax(1).argmin()
-        return torch.stack([t for _, t in fitting])[nearest]
+        distances = self._distances(message)
+        latest_last = torch.arange(len(self.entries) - 1, -1, -1, device=message.device)
+        order = self.uses * len(self.entries) + latest_last
+        found = order.masked_fill(distances > distances.min(), float("inf")).argmin(keepdim=True)
+        self.uses.index_add_(0, found, self.uses.new_ones(1))
+        self.recalls += 1
+        return torch.stack([totals for _, totals in self.entries])[found][0]
+
+    def _fits(self, message: Tensor) -> bool:
+        kept = self.entries[-1][0]
+        return kept.shape == message.shape and kept.device == message.device and kept.dtype == message.dtype
+
+    def _distances(self, message: Tensor) -> Tensor:
+        return (torch.stack([m for m, _ in self.entries]) - message).abs().amax(1)
 
 
 class PendingGradient(NamedTuple):
@@ -109,7 +130,7 @@ class Exchange:
 
     def __init__(self, route: Route, memory: Memory) -> None:
         self.route, self.memory = route, memory
-        self.recomputed = memory.is_repeated()
+        self.recomputed = False
         self.shifted: list[ops.Shifted] = []
         self.results: list[Statistics] = []
         self.reduction: Reduction | None = None
@@ -123,11 +144,13 @@ class Exchange:
             x_sums, shifted = ops.input_sums(ops.dense(x))
             sums += ops.about_origin(x_sums, shifted.pivot, x.numel() // x.shape[1])
             self.shifted.append(shifted)
-        self.message = message_of(sums, [x.numel() // x.shape[1] for x in inputs], self.route.forward)
-        if self.recomputed:
-            return
-        self.to_keep = self.message.clone() if may_be_recomputed() else None
-        self.reduction = Reduction(self.message, self.route.group, self.route.forward)
+        counts = [x.numel() // x.shape[1] for x in inputs]
+        self.to_keep: Tensor | None = None
+        if may_be_recomputed() or self.memory.entries:
+            self.to_keep = message_of(sums, counts, (0, 0))
+            self.recomputed = self.memory.is_repeated(self.to_keep)
+        if not self.recomputed:
+            self.reduction = self._send("forward", sums, counts)
 
     def receive(self) -> None:
         """Wait for the message; fills in `results`, the statistics of each input.
@@ -135,23 +158,16 @@ class Exchange:
         Raises:
             ValueError: one value per channel in all.
         """
-        totals = self.memory.recall(self.message) if self.recomputed else self._reduced()
+        totals = self._reduced()
         self.results = statistics_of(totals, [shifted.values.shape[1] for shifted in self.shifted])
         for statistics, shifted in zip(self.results, self.shifted, strict=True):
             if isinstance(statistics.M, float):  # on a device, reading M would stall it
                 refuse_single_value(statistics.M, shifted.values.shape, self.route.group.size())
 
-    def _reduced(self) -> Tensor:
-        assert self.reduction is not None
-        totals, self.reduction = self.reduction.wait(), None
-        if self.to_keep is not None:
-            self.memory.keep(self.to_keep, totals)
-        return totals
-
     def launch_gradient(self, pending: list[PendingGradient]) -> None:
         """Send the sums of the backward."""
-        message = message_of([s for p in pending for s in p.sums], [], self.route.backward)
-        self.gradient, self.gradient_reduction = pending, Reduction(message, self.route.group, self.route.backward)
+        self.gradient = pending
+        self.gradient_reduction = self._send("backward", [s for p in pending for s in p.sums], [])
 
     def input_gradients(self, needed: Sequence[bool]) -> list[Tensor | None]:
         """Wait for the sums of the backward; dx of each input, None where not needed."""
@@ -167,6 +183,21 @@ class Exchange:
             for p, (total, dot), wanted in zip(pending, sums, needed, strict=True)
         ]
 
+    def _send(self, direction: str, sums: list[Tensor], counts: list[int]) -> Reduction:
+        group, layers, layers_built = self.route
+        length = sum(s.numel() for s in sums) + len(counts) + ID_LENGTH
+        ticket = agree(group, Message(direction, layers, length), sums[0].device, layers_built)
+        return Reduction(message_of(sums, counts, ticket.signature), ticket)
+
+    def _reduced(self) -> Tensor:
+        if self.reduction is None:
+            assert self.to_keep is not None
+            return self.memory.recall(self.to_keep)
+        totals, self.reduction = self.reduction.wait(), None
+        if self.to_keep is not None and may_be_recomputed():
+            self.memory.keep(self.to_keep, totals)
+        return totals
+
 
 def refuse_single_value(M: float, shape: Sequence[int], P: int) -> None:
     """A variance needs two values; the same check on every rank, so that none is left waiting."""
@@ -177,11 +208,11 @@ def refuse_single_value(M: float, shape: Sequence[int], P: int) -> None:
         )
 
 
-def message_of(sums: Sequence[Tensor], counts: Sequence[int], label: Label) -> Tensor:
-    """One flat float64 message: sums, counts, id."""
+def message_of(sums: Sequence[Tensor], counts: Sequence[int], signature: tuple[int, int]) -> Tensor:
+    """One flat float64 message: sums, counts, id and its square."""
     device = sums[0].device
     make = _tail if device.type == "cpu" else _tail_on_device
-    return torch.cat([*sums, make((*counts, *label.signature), device)])
+    return torch.cat([*sums, make((*counts, *signature), device)])
 
 
 def statistics_of(totals: Tensor, channels: Sequence[int]) -> list[Statistics]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from syncbn import ops
+from syncbn.agreement import id_of
 from syncbn.distributed import all_reduce_differentiable
 from syncbn.exchange import (
     Exchange,
@@ -106,8 +107,9 @@ def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], 
         statistics = [moments(*s, M, x.pivot) for s, x, M in zip(sums, shifted, counts, strict=True)]
     else:
         sums = [ops.about_origin(s, x.pivot, M) for s, x, M in zip(sums, shifted, counts, strict=True)]
-        message = message_of([t for s in sums for t in s], counts, route.forward)
-        totals = all_reduce_differentiable(message, route.group, route.forward)
+        id = id_of(" ".join(layer.kind for layer in route.layers))
+        message = message_of([t for s in sums for t in s], counts, (id, id**2))
+        totals = all_reduce_differentiable(message, route.group, id)
         statistics = statistics_of(totals, [norm.x.shape[1] for norm in norms])
     outputs = [_composed_normalize(n, s, *st[:2]) for n, s, st in zip(norms, shifted, statistics, strict=True)]
     return outputs, statistics

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from syncbn import distributed
 from syncbn.nn.sync_batch_norm import BatchNorm, SyncBatchNorm
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -53,6 +54,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
         ValueError: a layer whose class has behaviour of its own, so that converting it would change what it does;
             nothing is converted then.
     """
+    distributed.check_member(process_group)
     found = [
         (name, layer, _target_class(name or "module", layer))
         for name, layer in module.named_modules()

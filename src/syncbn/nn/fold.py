@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.nn.sync_batch_norm import BatchNorm
+from syncbn.ops import per_channel
 
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -23,6 +24,26 @@ class _Activation(nn.Module):
         if residual is not None:
             input = input + residual
         return input.relu() if self.activation == "relu" else input
+
+
+class _AfterLinear(_Activation):
+    """What is left after an nn.Linear; undoes the folding of an output longer than (N, C), whose channels are not last."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__(getattr(norm, "activation", None))
+        assert norm.running_mean is not None
+        scale, shift = (v.to(norm.running_mean.dtype) for v in affine_map(norm))
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if input.dim() > 2:
+            input = (input - self.shift) / self.scale
+            input = input * per_channel(self.scale, input) + per_channel(self.shift, input)
+        return super().forward(input, residual)
 
 
 def affine_map(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -92,7 +113,8 @@ def _fold_children(module: nn.Module) -> None:
         linear, norm = module.get_submodule(linear_name), module.get_submodule(norm_name)
         assert isinstance(norm, _BatchNorm)
         module.set_submodule(linear_name, fold_into(linear, norm))
-        module.set_submodule(norm_name, _Activation(getattr(norm, "activation", None)))
+        left = _AfterLinear(norm) if isinstance(linear, nn.Linear) else _Activation(getattr(norm, "activation", None))
+        module.set_submodule(norm_name, left.eval())
 
 
 class _Tracer(fx.Tracer):
@@ -107,6 +129,7 @@ def _traced_pairs(module: nn.Module) -> list[tuple[str, str]] | None:
     except Exception:  # tracing runs the user's forward on proxies: anything may be raised
         return None
     modules: dict[str, Any] = dict(module.named_modules(remove_duplicate=False))
+    read_directly = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     calls = [node for node in graph.nodes if node.op == "call_module"]
     uses: dict[int, int] = {}
     for node in calls:
@@ -119,7 +142,8 @@ def _traced_pairs(module: nn.Module) -> list[tuple[str, str]] | None:
             continue
         linear = modules[str(source.target)]
         alone = len(source.users) == 1 and uses[id(norm)] == 1 and uses[id(linear)] == 1
-        if type(linear) in _FOLDABLE and alone:
+        alone = alone and not any(name.startswith(f"{source.target}.") for name in read_directly)
+        if type(linear) in _FOLDABLE and alone and linear.weight.shape[0] == norm.num_features:
             pairs.append((str(source.target), str(node.target)))
     return pairs
 

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from syncbn.agreement import LayerName
 
-def layer_names(layers: Sequence[nn.Module]) -> tuple[str, ...]:
-    """A name for each layer, found once and kept: its path in the model, like `'backbone.layer1.bn'`, and its kind."""
+
+def layer_names(layers: Sequence[nn.Module]) -> tuple[LayerName, ...]:
+    """A name for each layer, found once and kept."""
     if any("_layer_name" not in layer.__dict__ for layer in layers):
         _name_layers(layers)
     return tuple(layer.__dict__["_layer_name"] for layer in layers)
@@ -23,7 +25,8 @@ def _name_layers(layers: Sequence[nn.Module]) -> None:
     kinds = {type(layer) for layer in layers}
     for layer in [m for m in modules if type(m) in kinds] + list(layers):
         if "_layer_name" not in layer.__dict__:
-            layer.__dict__["_layer_name"] = _described(layer, _qualified_name(layer, parents))
+            path, serial = _qualified_name(layer, parents), layer.__dict__.get("_serial", 0)
+            layer.__dict__["_layer_name"] = LayerName(path, f"{type(layer).__name__}({layer.num_features})", serial)
 
 
 def _qualified_name(module: nn.Module, parents: dict[int, list[tuple[nn.Module, str]]], depth: int = 0) -> str:
@@ -32,8 +35,3 @@ def _qualified_name(module: nn.Module, parents: dict[int, list[tuple[nn.Module, 
         above = _qualified_name(parent, parents, depth + 1)
         paths.append(f"{above}.{name}" if above else name)
     return max(paths, key=lambda path: (path.count("."), path), default="")
-
-
-def _described(layer: nn.Module, path: str) -> str:
-    kind = f"{type(layer).__name__}({layer.num_features})"
-    return f"'{path}' {kind}" if path else f"{kind} #{layer.__dict__.get('_serial', 0)}"

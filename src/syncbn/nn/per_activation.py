@@ -46,6 +46,8 @@ class PerActivationBatchNorm(SyncBatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        if not shape or min(shape) < 1:
+            raise ValueError(f"normalized_shape must hold sizes of 1 or more, got {normalized_shape}")
         super().__init__(
             math.prod(shape),
             eps,
@@ -65,10 +67,14 @@ class PerActivationBatchNorm(SyncBatchNorm):
             raise ValueError(
                 f"expected samples of shape {self.normalized_shape}, got input of size {list(input.shape)}"
             )
+        if residual is not None and residual.shape != input.shape:
+            raise ValueError(f"residual of size {list(residual.shape)} for an input of size {list(input.shape)}")
         flat = input.reshape(input.shape[0], self.num_features)
-        if residual is not None:
-            residual = residual.reshape(flat.shape)
-        return super().forward(flat, residual).view(input.shape)
+        output = super().forward(flat, None if residual is None else residual.reshape(flat.shape)).view(input.shape)
+        if input.is_contiguous() or input.dim() not in (4, 5):
+            return output
+        layout = torch.channels_last if input.dim() == 4 else torch.channels_last_3d
+        return output.contiguous(memory_format=layout) if input.is_contiguous(memory_format=layout) else output
 
     def extra_repr(self) -> str:
         """`SyncBatchNorm`'s, with the shape."""

@@ -53,7 +53,7 @@ def estimate_population_statistics(
         if not layers:
             raise ValueError("the model has no BatchNorm layer that tracks running statistics")
         sums = {layer: _Sums(layer, estimator) for layer in layers}
-        device = next(model.parameters()).device
+        device = layers[0].running_mean.device  # type: ignore[union-attr]
         stream = iter(batches)
         for step in range(num_batches):
             batch = next(stream, None)
@@ -71,6 +71,8 @@ class _Sums:
 
     def __init__(self, layer: BatchNorm, estimator: str) -> None:
         self.layer, self.pooled = layer, estimator == "pooled"
+        group = layer._group()
+        self.ranks = 1 if group is None else group.size()
         self.total: Tensor | None = None
         layer.observer = self.add
 
@@ -80,13 +82,13 @@ class _Sums:
             rows = torch.stack([mean, var + mean.square(), torch.ones_like(mean)]) * M
         else:
             rows = torch.stack([mean, statistics.unbiased_var, torch.ones_like(mean)]) * (M > 0)
+        rows = rows.double() / self.ranks  # each of which adds the same
         self.total = rows if self.total is None else self.total + rows
 
     def write(self) -> None:
         if self.total is None:
             raise ValueError(f"the forward never came through {type(self.layer).__name__}({self.layer.num_features})")
         first, second, weight = distributed.sum_over_world(self.total)
-        weight = weight.clamp(min=1)
         mean, var = first / weight, second / weight
         if self.pooled:
             var = (var - mean.square()).clamp(min=0) * (weight / (weight - 1).clamp(min=1))

@@ -1,8 +1,6 @@
 """SyncBatchNorm, and the form in which several layers share one message."""
 
-import itertools
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -11,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import distributed
+from syncbn import distributed, ops
+from syncbn.agreement import LayerName
 from syncbn.exchange import Memory, Route, Statistics, may_be_recomputed
 from syncbn.functional import Norm, Started, batch_norm, composed, start
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
 
-_serials = itertools.count()
+_built = 0
 _BUFFERS = ("running_mean", "running_var")
 
 
@@ -60,13 +59,19 @@ class BatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         """The arguments, as `nn.BatchNorm2d` shows them, and the activation where there is one."""
-        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+        return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
 
     def _adopt(self) -> None:
         """State beside parameters and buffers; also given to a converted layer."""
-        self._serial = next(_serials)
+        global _built
+        self._serial, _built = _built, _built + 1
         self._memory = Memory()
         self.observer: Callable[[Statistics], None] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.pop("_layer_name", None)
+        self._adopt()  # a copy is another layer
 
     def _group(self) -> dist.ProcessGroup | None:
         return None
@@ -108,6 +113,11 @@ class BatchNorm(_BatchNorm):
             return seen * self.momentum
         assert self.num_batches_tracked is not None
         return seen * self.num_batches_tracked.clamp(min=1).double().reciprocal()
+
+
+def layers_built() -> int:
+    """How many layers this process has built so far."""
+    return _built
 
 
 class SyncBatchNorm(BatchNorm):
@@ -216,15 +226,23 @@ class PendingBatchNorm:
             outputs, statistics = self.started.finish(norms)
             repeated = self.started.recomputed
         else:
-            repeated = self.memory.is_repeated()
-            if may_be_recomputed():
-                self.memory.keep_nothing()
             pairs = [batch_norm(norm) for norm in norms]
             outputs, statistics = [y for y, _ in pairs], [s for _, s in pairs]
+            repeated = self._repeats(statistics)
         if not repeated:
             for entry, s in zip(self.live, statistics, strict=True):
                 entry.update(s)
         return outputs
+
+    def _repeats(self, statistics: list[Statistics]) -> bool:
+        """Whether a forward without messages is an activation checkpoint's second; of a first one, takes note."""
+        if not statistics or not (may_be_recomputed() or self.memory.entries):
+            return False
+        note = torch.cat([part for mean, var, _ in statistics for part in (mean, var)])
+        repeated = self.memory.is_repeated(note)
+        if not repeated and may_be_recomputed():
+            self.memory.keep(note, note)
+        return repeated
 
 
 def start_sync_batch_norm(layers: Sequence[Layers], inputs: Sequence[Tensor]) -> PendingBatchNorm:
@@ -297,20 +315,16 @@ class _Entry:
             layer._update_running_statistics(Statistics(mean, var, statistics.M))
 
     def from_running_statistics(self) -> Tensor:
-        mean, var = self._joined("running_mean"), self._joined("running_var")
-        y = F.batch_norm(
-            self.input,
-            mean,
-            var,
-            self._joined("weight"),
-            self._joined("bias"),
-            False,
-            0.0,
-            self.layers[0].eps,
-        )
+        names = ("running_mean", "running_var", "weight", "bias")
+        x, dtype = self.input, ops.compute_dtype(self.input.dtype)
+        mean, var, weight, bias = (None if (v := self._joined(n)) is None else v.to(dtype) for n in names)
+        x = x.to(dtype) if x.device.type == "cpu" else x  # where ATen knows no mixture of dtypes
+        y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.layers[0].eps)
         if self.residual is not None:
-            y = (y + self.residual).to(self.input.dtype)
-        return F.relu(y) if self.layers[0].activation == "relu" else y
+            y = y + self.residual
+        if self.layers[0].activation == "relu":
+            y = F.relu(y)
+        return y.to(self.input.dtype)
 
     def _joined(self, name: str) -> Tensor | None:
         tensors = [getattr(layer, name) for layer in self.layers]
@@ -343,16 +357,9 @@ def _route(layers: Sequence[BatchNorm]) -> Route | None:
         )
     if group is None:
         return None
-    if torch.compiler.is_compiling():  # names and caches are out of a tracer's reach
-        return Route(group, *_labels(tuple(f"BatchNorm({layer.num_features})" for layer in layers)))
-    return Route(group, *_cached_labels(layer_names(layers)))
-
-
-def _labels(names: tuple[str, ...]) -> tuple[distributed.Label, distributed.Label]:
-    return distributed.label(names, "forward"), distributed.label(names, "backward")
-
-
-_cached_labels = lru_cache(maxsize=4096)(_labels)
+    if torch.compiler.is_compiling():  # names are out of a tracer's reach
+        return Route(group, tuple(LayerName("", f"BatchNorm({layer.num_features})", 0) for layer in layers), 0)
+    return Route(group, layer_names(layers), layers_built())
 
 
 def _check_arguments(num_features: int, eps: float, momentum: float | None, activation: str | None) -> None:

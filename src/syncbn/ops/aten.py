@@ -18,11 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ROWS = 512  # how many a float32 accumulator takes
+_ROWS = 1024  # how many a float32 accumulator takes
 _WIDTH = 1024  # accumulators side by side that stay in the first-level cache; fewer calls count more where x is small
 _SMALL = 2**20
 _PIECE = 4096  # elements of a plane, which a vector of 8 accumulators takes
-_PLANE = 16384  # the longest plane that is left whole
+_PLANE = 16384  # the longest plane that is left whole, and the most rows, where there are passes to save
+_FEW_ROWS = 8192
 _aten = torch.ops.aten
 
 
@@ -163,8 +164,11 @@ def whole_gradient(
     Returns:
         dx, and the sums of `gradient_sums`.
     """
-    planes = x.dim() > 2 and x.is_contiguous() and 0 < x.numel() <= x.shape[0] * x.shape[1] * _PLANE
-    if x.device.type != "cpu" or not planes or pivot is not None or not x.dtype == dy.dtype == centre.dtype:
+    if x.device.type != "cpu" or x.numel() == 0 or pivot is not None or not x.dtype == dy.dtype == centre.dtype:
+        return None
+    M, N = x.numel() // x.shape[1], x.shape[0]
+    planes = x.dim() > 2 and x.is_contiguous()
+    if M > N * _PLANE if planes else x.dim() != 4 or M > _FEW_ROWS:
         return None
     weight = None if weight is None else weight.to(x.dtype)
     dx, dot, total = _aten.native_batch_norm_backward(

@@ -1,0 +1,264 @@
+"""How the benchmarks measure: verify, then time in turns (A B C A B C ...), then compare round by round.
+
+What neighbours on the machine do hits all contenders of a round alike, so their ratio within a round is steadier than
+their times. A ratio in the results is the median over rounds of: time of syncbn / time of this contender. Below 1
+syncbn is faster.
+"""
+
+import csv
+import datetime
+import gc
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+OURS = "syncbn"
+RESULTS = Path(__file__).parent / "results"
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+MAX_REPEATS = 50
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the results.
+
+    Attributes:
+        section: which comparison.
+        shape: what was run, in words.
+        memory_format: "contiguous" or "channels_last".
+        ranks: P.
+        contender: who.
+        median: over the rounds; on several ranks, of the slowest rank's time. In `unit`.
+        p20: 20th percentile.
+        p80: 80th percentile.
+        ratio: median over the rounds of syncbn's time / this contender's in the same round.
+        unit: "ms", or what was counted.
+    """
+
+    section: str
+    shape: str
+    memory_format: str
+    ranks: int
+    contender: str
+    median: float
+    p20: float
+    p80: float
+    ratio: float
+    unit: str = "ms"
+
+
+class WrongContender(AssertionError):
+    """A contender computes something else: its time would mean nothing."""
+
+
+@torch.no_grad()
+def relative_error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float:
+    """The largest error over the largest expected magnitude, or over `scale` where that is more; NaN is infinite."""
+    error = (found.double() - expected).abs().max() / expected.abs().max().clamp(min=max(scale, 1e-30))
+    return error.nan_to_num(math.inf, math.inf).item()
+
+
+def verify(contender: str, errors: Mapping[str, float], tolerance: float) -> None:
+    """Refuse a contender that is off the float64 oracle.
+
+    Args:
+        contender: who.
+        errors: relative error of each quantity.
+        tolerance: the largest that passes.
+
+    Raises:
+        WrongContender: naming the contender, and what is furthest off with its error.
+    """
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    if wrong:
+        worst = sorted(wrong, key=lambda name: -wrong[name])
+        off = ", ".join(f"{name} by {wrong[name]:.1e}" for name in worst[:8])
+        off += f" and {len(worst) - 8} more" if len(worst) > 8 else ""
+        raise WrongContender(f"{contender!r} is off the float64 oracle (at most {tolerance:.0e} is accepted): {off}")
+
+
+def time_in_turns(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, least_ms: float = 5.0
+) -> dict[str, list[float]]:
+    """Time each contender once a round.
+
+    In a world of several ranks all start together and the slowest rank's time counts.
+
+    Args:
+        contenders: what to call, by name.
+        rounds: how many are kept.
+        warmup: how many come before these.
+        least_ms: a contender that takes less is called several times for one timing, as often as all others.
+
+    Returns:
+        Milliseconds per call, one for each round, by name.
+    """
+    for run in contenders.values():
+        run()
+    first = _slowest([_milliseconds(run, 1) for run in contenders.values()])
+    repeats = min(MAX_REPEATS, max(1, math.ceil(least_ms / min(first))))
+    times = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(warmup + rounds):
+            times.append([_milliseconds(run, repeats) for run in contenders.values()])
+    finally:
+        gc.enable()
+    kept = torch.tensor(times[warmup:]).T.contiguous()
+    return dict(zip(contenders, (_slowest(row) for row in kept.tolist()), strict=True))
+
+
+def _milliseconds(run: Callable[[], Any], repeats: int) -> float:
+    if dist.is_initialized():
+        dist.barrier()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats * 1e3
+
+
+def _slowest(times: list[float]) -> list[float]:
+    if not dist.is_initialized():
+        return times
+    longest = torch.tensor(times, dtype=torch.float64)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    return longest.tolist()
+
+
+def rows_of(section: str, shape: str, memory_format: str, ranks: int, times: Mapping[str, list[float]]) -> list[Row]:
+    """The results of one `time_in_turns`; `times` must hold OURS."""
+    rows = []
+    for contender, own in times.items():
+        p20, median, p80 = (percentile(own, q) for q in (0.2, 0.5, 0.8))
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(times[OURS], own, strict=True))
+        rows.append(Row(section, shape, memory_format, ranks, contender, median, p20, p80, ratio))
+    return rows
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The value below which a part q of the values lies, interpolated."""
+    return torch.tensor(values, dtype=torch.float64).quantile(q).item()
+
+
+def geometric_means(rows: Sequence[Row]) -> dict[tuple[str, int, str, str], float]:
+    """Of the ratios over the shapes, by (section, ranks, memory format, contender)."""
+    ratios: dict[tuple[str, int, str, str], list[float]] = {}
+    for row in rows:
+        if row.unit == "ms" and row.contender != OURS:
+            key = (row.section, row.ranks, row.memory_format, row.contender)
+            ratios.setdefault(key, []).append(row.ratio)
+    return {key: statistics.geometric_mean(values) for key, values in ratios.items()}
+
+
+@cache
+def environment(threads: int) -> dict[str, str | int]:
+    """Date, machine and versions: the first columns of the results."""
+    model = next((line for line in _cpu_info() if line.startswith("model name")), "")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": model.partition(":")[2].strip() or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": threads,
+        "memory": "kept" if KEEP_MEMORY.items() <= os.environ.items() else "default",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def write_csv(rows: Sequence[Row], path: Path, threads: int) -> None:
+    """Write rows to `path`, one line for each, with the environment before it; `threads` of each rank."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*environment(threads), *(field.name for field in fields(Row))])
+        writer.writeheader()
+        for row in rows:
+            numbers = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+            writer.writerow({**environment(threads), **numbers})
+
+
+def show(rows: Sequence[Row], title: str, console: Console) -> None:
+    """Print the medians as a table, each with its ratio, and below it the geometric means of the ratios."""
+    timed = [row for row in rows if row.unit == "ms"]
+    names = list(dict.fromkeys(row.contender for row in timed))
+    table = Table(title=title, caption="median in ms (ratio: time of syncbn / time of this contender)")
+    for column in ("what", "format", "P", *names):
+        table.add_column(column, justify="left" if column in ("what", "format") else "right")
+    lines: dict[tuple[str, str, int], dict[str, str]] = {}
+    for row in timed:
+        ratio = "" if row.contender == OURS else f" ({row.ratio:.2f})"
+        lines.setdefault((row.shape, row.memory_format, row.ranks), {})[row.contender] = f"{row.median:.2f}{ratio}"
+    means: dict[tuple[str, str, int], dict[str, str]] = {}
+    for (_, ranks, memory_format, contender), mean in geometric_means(rows).items():
+        means.setdefault(("geometric mean", memory_format, ranks), {})[contender] = f"({mean:.2f})"
+    for block in (lines, means):
+        for (shape, memory_format, ranks), cells in block.items():
+            table.add_row(shape, memory_format, str(ranks), *(cells.get(name, "") for name in names))
+        table.add_section()
+    console.print(table)
+
+
+def publish(rows: Sequence[Row], output: Path, name: str, title: str, threads: int, console: Console) -> None:
+    """Print the table; write the CSV and, beside it, the figure, named by date and `name`."""
+    from plot import plot_ratios  # which needs this file
+
+    path = output / f"{environment(threads)['date']}-{name}.csv"
+    show(rows, title, console)
+    write_csv(rows, path, threads)
+    plot_ratios(rows, path.with_suffix(".png"), f"{title}\n{environment(threads)['cpu']}, torch {torch.__version__}")
+    console.print(f"{path} and its .png", soft_wrap=True)
+
+
+def console() -> Console:
+    """Wide enough for the tables where the output is no terminal."""
+    found = Console()
+    return found if found.is_terminal else Console(width=150)
+
+
+def progress(console: Console) -> Progress:
+    """A progress bar that says what is being timed."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def command(main: Callable[..., None], keep_memory: bool) -> None:
+    """Run `main` with its arguments from the command line; `quick`, which it must have, is a plain flag.
+
+    `keep_memory` is the default of an option that all scripts share.
+    """
+    parser = jsonargparse.ArgumentParser(description=main.__doc__.splitlines()[0] if main.__doc__ else None)
+    parser.add_function_arguments(main, skip={"quick"})
+    parser.add_argument("--quick", action="store_true", help="a smoke run: tiny sizes, figures without meaning")
+    parser.add_argument(
+        "--keep_memory",
+        type=bool,
+        default=keep_memory,
+        help="let glibc keep freed memory. Otherwise it is given back to the system and taken again, page by page, or "
+        "not, by the luck of the heap's layout: that may cost more than the layer",
+    )
+    arguments = vars(parser.instantiate_classes(parser.parse_args()))
+    if arguments.pop("keep_memory") and not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})  # read at the start only
+    main(**arguments)

@@ -1,0 +1,273 @@
+"""A whole training step of Inception-BN on P ranks: forward, loss, backward, gradients averaged, SGD; in float32.
+
+    python benchmarks/step.py
+    python benchmarks/step.py --pixels [224] --batch [4] --width [1.0] --rounds 20
+    python benchmarks/step.py --quick                # does it run?
+
+Contenders are the same network, with the same parameters, under the same DistributedDataParallel:
+- "syncbn": as `syncbn.models` runs it, branches sharing their messages, 1x1 convolutions on one input fused;
+- "per layer": syncbn's layers in stock order, each convolution and norm by itself;
+- "all gather, passes": stock order, one all-gather of peers.py for each layer, on syncbn's passes. Only how the
+  network runs and what the layers send is different;
+- "all gather, plain": stock order, all-gather, ordinary torch operators: what others would run on a CPU;
+- "all gather, passes, fused convolutions": as the third, but the 1x1 convolutions stay fused.
+"""
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+import measure
+from measure import FORMATS, OURS, Row
+from peers import ALL_GATHER, Arithmetic, PeerBatchNorm, stock_inception
+from syncbn.models import InceptionBN, inception_bn
+from syncbn.ops import reference
+from world import run_ranks
+
+TOLERANCE = 1e-7  # in float64: the algorithms are compared, not how a deep network amplifies rounding
+CLASSES = 1000
+SMALL_STEM_BELOW = 64  # pixels
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained: images of `pixels`, `batch` of them on each rank, all channel counts times `width`."""
+
+    pixels: int
+    batch: int
+    width: float
+    memory_format: str = "contiguous"
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.pixels} px, width {self.width:g}"
+
+    def network(self) -> InceptionBN:
+        """The same on every rank; with the stem for small images where they are small."""
+        torch.manual_seed(0)
+        stem = "small" if self.pixels < SMALL_STEM_BELOW else "imagenet"
+        network = inception_bn(CLASSES, width_multiplier=self.width, stem=stem)
+        return network.to(memory_format=FORMATS[self.memory_format])  # type: ignore[call-overload]
+
+    def whole_batch(self, ranks: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of all ranks."""
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randn(ranks * self.batch, 3, self.pixels, self.pixels, generator=generator)
+        labels = torch.randint(CLASSES, (ranks * self.batch,), generator=generator)
+        return images.contiguous(memory_format=FORMATS[self.memory_format]), labels
+
+
+def gathering(arithmetic: Arithmetic, bn: _BatchNorm) -> PeerBatchNorm:
+    """The peer that takes a SyncBatchNorm's place."""
+    momentum, activation = cast(float, bn.momentum), cast("str | None", bn.activation)
+    return PeerBatchNorm(
+        bn.num_features, bn.eps, momentum, exchange="all_gather", arithmetic=arithmetic, activation=activation
+    )
+
+
+def contenders(network: InceptionBN) -> dict[str, InceptionBN]:
+    """The network as each of them runs it."""
+    passes, plain = partial(gathering, "passes"), partial(gathering, "plain")
+    return {
+        OURS: network,
+        "per layer": stock_inception(network),
+        "all gather, passes": stock_inception(network, passes),
+        "all gather, plain": stock_inception(network, plain),
+        "all gather, passes, fused convolutions": stock_inception(network, passes, fused_convolutions=True),
+    }
+
+
+class Trainer:
+    """One contender's training step."""
+
+    def __init__(self, network: InceptionBN) -> None:
+        with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers, older ones have not
+            warnings.simplefilter("ignore", FutureWarning)
+            self.network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Forward, loss, backward with the gradients averaged over the ranks, update."""
+        self.optimizer.zero_grad()
+        self.backward(images, labels)
+        self.optimizer.step()
+
+    def backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Forward and backward; returns the logits."""
+        logits = self.network(images)
+        F.cross_entropy(logits, labels).backward()
+        return logits
+
+
+class OracleNorm(nn.Module):
+    """The float64 oracle as a layer, in one process with the whole batch."""
+
+    def __init__(self, bn: _BatchNorm) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(bn.weight.detach()), nn.Parameter(bn.bias.detach())
+        self.eps, self.momentum, self.activation = bn.eps, cast(float, bn.momentum), cast("str | None", bn.activation)
+        for name, buffer in bn.named_buffers():
+            self.register_buffer(name, buffer.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Algorithm 1."""
+        y, mean, var = reference.batch_norm(x, self.weight, self.bias, self.eps, activation=self.activation)
+        running = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+        with torch.no_grad():
+            new = reference.running_statistics(mean, var, x.numel() // x.shape[1], *running, self.momentum)
+            for buffer, value in zip(running, new, strict=True):
+                buffer.copy_(value)
+        return y
+
+
+def verify(setting: Setting, rank: int, ranks: int) -> None:
+    """Check one step of each contender: logits, gradients of images and parameters, running statistics.
+
+    In float64, on at most two images a rank of at most 96 pixels, against the same network on `syncbn.ops.reference`.
+
+    Raises:
+        WrongContender: one of them is off.
+    """
+    setting = replace(setting, batch=min(setting.batch, 2), pixels=min(setting.pixels, 96))
+    network = setting.network().double()
+    whole, labels = setting.whole_batch(ranks)
+    whole = whole.double().requires_grad_()
+    oracle = stock_inception(network, OracleNorm)
+    expected_logits = oracle(whole)
+    F.cross_entropy(expected_logits, labels).backward()
+    expected = {
+        "logits": expected_logits.detach().chunk(ranks)[rank],
+        "dimages": cast(Tensor, whole.grad).chunk(ranks)[rank] * ranks,  # of this rank's mean loss, not of all images'
+        **_state_and_gradients(oracle),
+    }
+    for name, contender in contenders(network).items():
+        images = whole.detach().chunk(ranks)[rank].requires_grad_()
+        logits = Trainer(contender).backward(images, labels.chunk(ranks)[rank])
+        found = {"logits": logits, "dimages": images.grad, **_state_and_gradients(contender)}
+        assert found.keys() == expected.keys()
+        errors = {what: measure.relative_error(cast(Tensor, found[what]), expected[what]) for what in expected}
+        measure.verify(name, errors, TOLERANCE)
+
+
+def _state_and_gradients(network: nn.Module) -> dict[str, Tensor]:
+    gradients = {f"d{name}": cast(Tensor, p.grad).clone() for name, p in network.named_parameters()}
+    return gradients | {name: b.clone() for name, b in network.named_buffers() if "running" in name}
+
+
+@contextlib.contextmanager
+def counted(totals: Counter[str], what: str) -> Iterator[None]:
+    """Count the calls of collectives, and the bytes that each rank receives by them, all ranks' together."""
+
+    def counting(collective: Callable) -> Callable:
+        def call(result: Tensor, *args: Any, **more: Any) -> Any:
+            totals[f"collectives {what}"] += 1
+            totals[f"bytes {what}"] += result.numel() * result.element_size()
+            return collective(result, *args, **more)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in ("all_reduce", ALL_GATHER):
+            stack.enter_context(mock.patch.object(dist, name, counting(getattr(dist, name))))
+        yield
+
+
+def messages(trainer: Trainer, images: Tensor, labels: Tensor) -> Counter[str]:
+    """Collectives and bytes of the normalisation in one step; DDP's own run beneath what is counted here."""
+    totals: Counter[str] = Counter()
+    trainer.optimizer.zero_grad()
+    with counted(totals, "forward"):
+        loss = F.cross_entropy(trainer.network(images), labels)
+    with counted(totals, "backward"):
+        loss.backward()
+    return totals
+
+
+def measure_on_rank(rank: int, ranks: int, settings: list[Setting], rounds: int, warmup: int) -> Iterator[list[Row]]:
+    """What each process runs."""
+    for setting in settings:
+        verify(setting, rank, ranks)
+        images, labels = (t.chunk(ranks)[rank] for t in setting.whole_batch(ranks))
+        trainers = {name: Trainer(network) for name, network in contenders(setting.network()).items()}
+        steps = {name: partial(trainer.step, images, labels) for name, trainer in trainers.items()}
+        times = measure.time_in_turns(steps, rounds, warmup)
+        rows = measure.rows_of("step", str(setting), setting.memory_format, ranks, times)
+        counts = {name: messages(trainer, images, labels) for name, trainer in trainers.items()}
+        for name, totals in counts.items():
+            for unit, n in totals.items():
+                rows.append(
+                    replace(rows[0], contender=name, median=n, p20=n, p80=n, ratio=counts[OURS][unit] / n, unit=unit)
+                )
+        yield rows
+
+
+def show_messages(rows: list[Row], console: Console) -> None:
+    """Print collectives and bytes of the last setting; bytes depend on the width alone."""
+    counts = [row for row in rows if row.unit != "ms" and row.shape == rows[-1].shape]
+    units = list(dict.fromkeys(row.unit for row in counts))
+    table = Table("contender", title=f"Messages of the normalisation, per step and rank: {rows[-1].shape}")
+    for unit in units:
+        table.add_column(unit, justify="right")
+    for name in dict.fromkeys(row.contender for row in counts):
+        found = {row.unit: f"{row.median:,.0f}" for row in counts if row.contender == name}
+        table.add_row(name, *(found[unit] for unit in units))
+    console.print(table)
+
+
+def main(
+    pixels: list[int] = [28, 64, 96, 224],  # noqa: B006 - shown in --help, never changed
+    batch: list[int] = [64, 8, 8, 4],  # noqa: B006
+    width: list[float] = [0.125, 1.0, 1.0, 1.0],  # noqa: B006
+    formats: list[Literal["contiguous", "channels_last"]] = ["contiguous", "channels_last"],  # noqa: B006
+    ranks: int = 2,
+    rounds: int = 11,
+    warmup: int = 2,
+    output: Path = measure.RESULTS,
+    quick: bool = False,
+) -> None:
+    """Time a training step of Inception-BN against the same network with one all-gather per layer.
+
+    Args:
+        pixels: size of the images, one for each setting. The first default is the network of `make train`.
+        batch: images of each rank, one for each setting.
+        width: multiplier of all channel counts, one for each setting.
+        formats: memory formats, of images and weights.
+        ranks: processes, each with one thread.
+        rounds: timings of each contender that count.
+        warmup: rounds before these.
+        output: folder for the CSV and the figure.
+        quick: a smoke run of one small setting in one format.
+    """
+    console = measure.console()
+    if quick:
+        pixels, batch, width, formats, rounds, warmup = [32], [2], [0.125], formats[:1], 1, 0
+    if not len(pixels) == len(batch) == len(width):
+        raise SystemExit(f"one value for each setting: got --pixels {pixels} --batch {batch} --width {width}")
+    settings = [Setting(*s, f) for s in zip(pixels, batch, width, strict=True) for f in formats]
+    rows: list[Row] = []
+    with measure.progress(console) as bar:
+        task = bar.add_task("Inception-BN", total=len(settings))
+        for more in run_ranks(measure_on_rank, ranks, ranks, settings, rounds, warmup):
+            rows += more
+            bar.update(task, advance=1, description=f"{more[0].shape}, {more[0].memory_format}")
+    title = f"Training step of Inception-BN, {ranks} ranks of one thread, float32"
+    measure.publish(rows, output, "step", title, 1, console)
+    show_messages(rows, console)
+
+
+if __name__ == "__main__":
+    measure.command(main, keep_memory=False)

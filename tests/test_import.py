@@ -1,0 +1,172 @@
+"""What an import costs, and which part of the package may know which."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import syncbn
+
+PACKAGE = Path(syncbn.__file__).parent
+HEAVY = ["triton", "lightning", "deepspeed", "matplotlib", "torchmetrics", "cv2", "tensorboard", "jsonargparse", "rich"]
+HEAVY_TORCH = ["torch._dynamo", "torch._inductor", "torch.fx.experimental", "torch.testing", "torch.utils.tensorboard"]
+ORDER = [
+    "ops",
+    "agreement",
+    "distributed",
+    "exchange",
+    "functional",
+    "nn",
+    "models",
+    "data",
+    "training",
+    "experiments",
+    "cli",
+]
+COLLECTIVES = {
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "monitored_barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+    "scatter_object_list",
+    "send",
+    "recv",
+    "isend",
+    "irecv",
+    "new_group",
+    "new_subgroups",
+}
+
+
+def modules_after(statement):
+    """Names in sys.modules of a fresh interpreter that ran `statement`."""
+    code = f"{statement}\nimport sys\nprint(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def imported():
+    return modules_after("import torch"), modules_after("import syncbn")
+
+
+def test_import_brings_nothing_heavy(imported):
+    before, after = imported
+    new = after - before
+    assert [m for m in HEAVY if m in after and m not in before] == []
+    assert [m for m in HEAVY_TORCH if any(n == m or n.startswith(m + ".") for n in new)] == []
+
+
+def test_import_brings_little_besides_itself(imported):
+    """Counted in modules, which is steadier than seconds: torch brings about two thousand."""
+    before, after = imported
+    new = {m for m in after - before if not m.startswith("syncbn")}
+    assert len(new) < 40, sorted(new)
+
+
+def test_parts_without_the_trainer():
+    loaded = modules_after("import syncbn.nn, syncbn.ops, syncbn.models, syncbn.distributed")
+    assert [m for m in ("lightning", "deepspeed", "matplotlib", "cv2") if m in loaded] == []
+
+
+def test_public_names():
+    for name in syncbn.__all__:
+        assert getattr(syncbn, name) is not None
+    wanted = {
+        "SyncBatchNorm",
+        "sync_batch_norm_group",
+        "convert_sync_batchnorm",
+        "revert_sync_batchnorm",
+        "estimate_population_statistics",
+        "fold_batch_norm",
+        "new_group",
+    }
+    assert wanted <= set(syncbn.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = syncbn.nothing
+
+
+# ---- which part imports which --------------------------------------------------------------------
+
+
+def files():
+    return sorted(
+        p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py") or p.parent != PACKAGE
+    )
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(tree):
+    """The parts of syncbn that a module's import statements name, in functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            head, _, rest = name.partition(".")
+            if head == "syncbn":
+                yield rest.split(".")[0] or "syncbn"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downward(path):
+    part = part_of(path)
+    assert part in ORDER, f"{part} has no place in the order of the package"
+    found = set(imported_parts(ast.parse(path.read_text())))
+    allowed = set(ORDER[: ORDER.index(part) + 1])
+    if part == "data":
+        allowed -= {"models", "nn", "functional", "exchange"}
+    if part == "ops":
+        allowed = {"ops"}
+    if part != "cli":
+        allowed |= {"__version__"}
+    assert found <= allowed, f"{part} may import {sorted(allowed)}"
+
+
+def calls_of_collectives(tree):
+    """Collectives called through torch.distributed, by whatever name it goes in the file."""
+    names = {"dist", "distributed", "c10d", "funcol"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
+            yield from (alias.name for alias in node.names if alias.name in COLLECTIVES)
+        if isinstance(node, ast.Attribute) and node.attr in COLLECTIVES:
+            owner = ast.unparse(node.value)
+            if owner in names - {"distributed"} or owner.startswith(("torch.distributed", "torch.ops")):
+                yield f"{owner}.{node.attr}"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_one_file_calls_collectives(path):
+    found = list(calls_of_collectives(ast.parse(path.read_text())))
+    assert (found != []) == (path == PACKAGE / "distributed.py"), found
+
+
+def test_the_search_for_collectives_finds_them():
+    for text in (
+        "import torch.distributed as dist\ndist.all_reduce(x)",
+        "import torch\ntorch.distributed.barrier()",
+        "from torch.distributed import broadcast",
+        "torch.ops._c10d_functional.all_reduce(x)",
+    ):
+        assert list(calls_of_collectives(ast.parse(text))), text
