@@ -1,5 +1,6 @@
 """Runs a function on P ranks: gloo over loopback, one thread each, a hard timeout, results and errors collected."""
 
+import contextlib
 import datetime
 import multiprocessing as mp
 import os
@@ -59,11 +60,9 @@ def run_ranks(fn: Callable, P: int, *args: Any, timeout: float = 60, group_timeo
     try:
         return _collect(pipes, timeout)
     finally:
-        for pipe, process in zip(pipes, processes, strict=True):
-            try:
+        for pipe in pipes:
+            with contextlib.suppress(OSError):
                 pipe.send("leave")
-            except OSError:
-                pass
         for process in processes:
             process.join(5)
             process.kill()

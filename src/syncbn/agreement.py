@@ -159,7 +159,6 @@ class Agreement:
         return said
 
 
-@torch.compiler.assume_constant_result
 def id_of(text: str) -> int:
     """A number for a message's description, small enough that sums of its square are exact."""
     return zlib.crc32(text.encode()) >> (32 - _ID_BITS)

@@ -192,6 +192,15 @@ def sum_over_world(values: Tensor) -> Tensor:
     return values
 
 
+def gather_objects(mine: Any) -> list[Any]:
+    """What each rank of the world gave, on every rank."""
+    if not dist.is_available() or not dist.is_initialized():
+        return [mine]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return gathered
+
+
 def all_reduce_differentiable(message: Tensor, group: dist.ProcessGroup, id: int) -> Tensor:
     """`message`, which ends with id and its square, summed over the group: traceable, differentiable at any order.
 

@@ -5,6 +5,7 @@ And the other side: what all ranks do alike, in whatever order, must not raise.
 
 import datetime
 import itertools
+import random
 import time
 
 import pytest
@@ -27,13 +28,14 @@ class Network(nn.Module):
         super().__init__()
         self.first, self.second, self.third = (SyncBatchNorm(4) for _ in range(3))
         self.wide = SyncBatchNorm(6)
+        self.spare, self.wide_spare = SyncBatchNorm(4), SyncBatchNorm(6)
 
     def run(self, path, backward=True):
         """Call the layers named in `path`, one after the other, then backward through them all."""
         x = torch.randn(5, 4, requires_grad=True)
         for name in path.split():
-            if name == "wide":
-                x = self.wide(torch.cat([x, x[:, :2]], 1))[:, :4]
+            if name.startswith("wide"):
+                x = getattr(self, name)(torch.cat([x, x[:, :2]], 1))[:, :4]
             elif name == "group":
                 x = sum(sync_batch_norm_group([self.first, self.second], [x, x.sin()]))
             else:
@@ -58,6 +60,9 @@ SCENARIOS = {
     "skips the wide one, later step": ([ALL, "first second third"], [ALL, ALL]),
     "skips the last, later step": ([ALL, "first second wide", ALL], [ALL, ALL, ALL]),
     "one layer too many": ([ALL, "first first second wide third"], [ALL, ALL]),
+    "a layer never run before, later step": ([ALL, ALL, "first spare wide third"], [ALL, ALL, ALL]),
+    "a layer never run before, of another width": ([ALL, "first wide_spare wide third"], [ALL, ALL]),
+    "two layers never run before": ([ALL, "first spare wide third"], [ALL, "first wide_spare wide third"]),
     "a group against single layers": ([ALL, "group wide third"], [ALL, ALL]),
     "a group against single layers, first step": (["group"], ["first second"]),
 }
@@ -96,7 +101,7 @@ def describe(found, P):
             wrong.append(f"rank {rank} noticed nothing")
         elif kind not in ("LayerMismatch", "RuntimeError", "ValueError"):
             wrong.append(f"rank {rank}: {kind}: {text}")
-        elif "\n" in text or not any(name in text for name in ("first", "second", "third", "wide")):
+        elif "\n" in text or not any(name in text for name in ("first", "second", "third", "wide", "spare")):
             wrong.append(f"rank {rank} names no layer: {text}")
         elif not all(f"rank {r}" in text for r in range(P)):
             wrong.append(f"rank {rank} does not name all ranks: {text}")
@@ -112,6 +117,40 @@ def test_ranks_in_different_layers(P, part):
     found = run_ranks(all_scenarios, P, P, names, timeout=150, group_timeout=60)
     wrong = {name: describe([f[name] for f in found], P) for name in names}
     assert {name: w for name, w in wrong.items() if w} == {}
+
+
+def drawn_scenarios(rank, seeds):
+    """Steps drawn alike on both ranks, but for one call that rank 1 replaces, adds or leaves out."""
+    found = []
+    names = ["first", "second", "third", "wide", "group", "spare", "wide_spare"]
+    for seed in seeds:
+        draw = random.Random(seed)
+        steps = [draw.choices(names, k=draw.randint(2, 5)) for _ in range(draw.randint(1, 5))]
+        if draw.random() < 0.7:
+            steps = [steps[0]] * draw.randint(1, 3) + steps
+        odd = [list(step) for step in steps]
+        step = draw.choice(odd)
+        place, kind = draw.randrange(len(step)), draw.choice(["replace", "add", "leave out"])
+        other = draw.choice([n for n in names if n != step[place]])
+        step[place : place + 1] = {"replace": [other], "add": [step[place], other], "leave out": []}[kind]
+        group = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=TIMEOUT))
+        net = Network()
+        for layer in net.children():
+            layer.process_group = group
+        paths = [" ".join(s) for s in (odd if rank else steps) if s] + [ALL]
+        found.append((paths, *outcome(net, paths)))
+    return found
+
+
+def test_one_call_astray_anywhere():
+    seeds = range(24)
+    found = run_ranks(drawn_scenarios, 2, seeds, timeout=200, group_timeout=60)
+    wrong = {}
+    for seed, one, other in zip(seeds, *found, strict=True):
+        problems = describe([one[1:], other[1:]], 2)
+        if problems:
+            wrong[seed] = (problems, one[0], other[0])
+    assert wrong == {}
 
 
 def twins(rank, how):
@@ -281,8 +320,6 @@ ROUTES = [
 
 def legitimate_routes(rank, seed):
     """All ranks alike: every route above, and a hundred drawn at random from one seed; now and then no backward."""
-    import random
-
     draw = random.Random(seed)
     for route in ROUTES:
         net = Network()

@@ -16,15 +16,6 @@ from syncbn import distributed
 from syncbn.nn.sync_batch_norm import BatchNorm, SyncBatchNorm
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_BEHAVIOUR = (
-    "forward",
-    "__call__",
-    "_check_input_dim",
-    "train",
-    "eval",
-    "_load_from_state_dict",
-    "_save_to_state_dict",
-)
 
 
 class SyncBatchNormAct(SyncBatchNorm):
@@ -117,7 +108,7 @@ def _target_class(name: str, layer: _BatchNorm) -> type[SyncBatchNorm]:
         raise _refusal(name, layer, "its forward was replaced on the instance")
     if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
         return SyncBatchNormAct
-    own = [n for c in kind.__mro__[: kind.__mro__.index(_base(kind))] for n in _BEHAVIOUR if n in vars(c)]
+    own = [n for c in kind.__mro__[: kind.__mro__.index(_base(kind))] for n in vars(c) if _matters(n)]
     if own:
         raise _refusal(name, layer, f"it defines {', '.join(sorted(set(own)))} itself")
     return SyncBatchNorm
@@ -125,6 +116,12 @@ def _target_class(name: str, layer: _BatchNorm) -> type[SyncBatchNorm]:
 
 def _base(kind: type) -> type:
     return next((c for c in kind.__mro__ if c in _PLAIN), _BatchNorm)
+
+
+def _matters(attribute: str) -> bool:
+    """Whether a class attribute is behaviour: any name, and the special methods that modules are run by."""
+    special = attribute.startswith("__") and attribute.endswith("__")
+    return not special or attribute in ("__call__", "__getattr__", "__setattr__", "__getstate__", "__setstate__")
 
 
 def _refusal(name: str, layer: nn.Module, reason: str) -> ValueError:

@@ -27,7 +27,7 @@ class _Activation(nn.Module):
 
 
 class _AfterLinear(_Activation):
-    """What is left after an nn.Linear; undoes the folding of an output longer than (N, C), whose channels are not last."""
+    """Follows an nn.Linear: undoes the folding of an output longer than (N, C), whose channels are not last."""
 
     scale: Tensor
     shift: Tensor

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ROWS = 1024  # how many a float32 accumulator takes
+_ROWS = 512  # how many a float32 accumulator takes
 _WIDTH = 1024  # accumulators side by side that stay in the first-level cache; fewer calls count more where x is small
 _SMALL = 2**20
 _PIECE = 4096  # elements of a plane, which a vector of 8 accumulators takes
@@ -232,7 +232,7 @@ def _composed(a: Tensor, x: Tensor, centre: Tensor | None) -> Sums:
 def _sums_of_rows(a: Tensor, x: Tensor, centre: Tensor | None) -> Sums:
     C = x.shape[1]
     M = x.numel() // C
-    accumulators = -(-M // _ROWS)
+    accumulators = max(-(-M // _ROWS), 4 if M >= 64 else 1)
     if accumulators == 1 and x.dim() in (2, 4):
         return _reduce(a, x, centre)
     widest = max(1, (_WIDTH if x.numel() > _SMALL else 4 * _WIDTH) // C)

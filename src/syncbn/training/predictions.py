@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+
+from syncbn.distributed import gather_objects
 
 
 class PredictionTable(BasePredictionWriter):
@@ -32,10 +33,7 @@ class PredictionTable(BasePredictionWriter):
     ) -> None:
         """Gather the rows of all ranks on rank 0 and write them."""
         rows = [row for batch in predictions for row in _rows(batch)]
-        if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(gathered, rows)
-            rows = [row for part in gathered for row in part]
+        rows = [row for part in gather_objects(rows) for row in part]
         if trainer.is_global_zero:
             with self.path.open("w", newline="") as lines:
                 writer = csv.writer(lines)
