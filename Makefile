@@ -7,8 +7,10 @@ INSTALLED := .venv/installed
 
 .PHONY: train test lint format benchmark clean
 
+# Two processes: on the CPU, or on GPUs where there are two. One GPU can hold one of them only.
 train: $(INSTALLED)
-	$(BIN)/syncbn fit --config configs/fashion_mnist.yaml
+	$(BIN)/syncbn fit --config configs/fashion_mnist.yaml \
+	  $$($(BIN)/python -c 'import torch; torch.cuda.device_count() == 1 and print("--trainer.devices 1")')
 
 test: lint
 	$(BIN)/python -m pytest
@@ -30,8 +32,8 @@ benchmark: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), f"Python 3.10 to 3.13 is needed, not {sys.version}"'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:

@@ -18,12 +18,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if arguments is not None:
         sys.argv[1:] = arguments  # where Lightning looks for them when it starts the other ranks
-    user_errors: tuple[type[BaseException], ...] = (ValueError, FileNotFoundError)
+    user_errors: tuple[type[BaseException], ...] = (ValueError, OSError)
     try:
         from jsonargparse import ArgumentError
         from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-        user_errors += (ArgumentError, MisconfigurationException)
+        from syncbn.agreement import LayerMismatch
+
+        user_errors += (ArgumentError, MisconfigurationException, LayerMismatch)
         run_command()
     except user_errors as error:
         if os.environ.get("SYNCBN_TRACEBACK", "0") != "0":

@@ -51,7 +51,7 @@ class Memory:
     it repeats; of several the same, the one repeated least and latest, since a backward goes from the end.
     """
 
-    _BYTES = 2**22
+    _MOST = 128
 
     def __init__(self) -> None:
         self.entries: deque[tuple[Tensor, Tensor]] = deque()
@@ -67,13 +67,17 @@ class Memory:
     def keep(self, message: Tensor, totals: Tensor) -> None:
         """Remember what `message` was summed up to; forget what was repeated, and the oldest where it gets too much."""
         if self.entries and (self.recalls >= len(self.entries) or not self._fits(message)):
-            self.entries.clear()
-            self.recalls = 0
-        if len(self.entries) >= max(64, self._BYTES // (16 * message.numel())):
+            self.forget()
+        if len(self.entries) >= self._MOST:
             self.entries.popleft()
         kept = len(self.entries)
         self.uses = torch.cat([self.uses[len(self.uses) - kept :].to(message.device), message.new_zeros(1)])
         self.entries.append((message, totals))
+
+    def forget(self) -> None:
+        """Drop everything."""
+        self.entries.clear()
+        self.recalls = 0
 
     def is_repeated(self, message: Tensor) -> bool:
         """Whether the forward with these local sums repeats a remembered one."""
@@ -161,8 +165,9 @@ class Exchange:
         totals = self._reduced()
         self.results = statistics_of(totals, [shifted.values.shape[1] for shifted in self.shifted])
         for statistics, shifted in zip(self.results, self.shifted, strict=True):
-            if isinstance(statistics.M, float):  # on a device, reading M would stall it
-                refuse_single_value(statistics.M, shifted.values.shape, self.route.group.size())
+            shape = shifted.values.shape
+            if shifted.values.numel() <= shape[1]:  # as on every rank if there is one value in all; reading M may stall
+                refuse_single_value(float(statistics.M), shape, self.route.group.size())
 
     def launch_gradient(self, pending: list[PendingGradient]) -> None:
         """Send the sums of the backward."""

@@ -103,6 +103,8 @@ def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], 
     sums = [ops.composed_sums(s.values) for s in shifted]
     counts = [norm.x.numel() // norm.x.shape[1] for norm in norms]
     if route is None:
+        for M, norm in zip(counts, norms, strict=True):
+            refuse_single_value(M, norm.x.shape, P=1)
         statistics = [moments(*s, M, x.pivot) for s, x, M in zip(sums, shifted, counts, strict=True)]
     else:
         sums = [ops.about_origin(s, x.pivot, M) for s, x, M in zip(sums, shifted, counts, strict=True)]

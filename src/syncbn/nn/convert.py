@@ -35,8 +35,8 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
 
     Args:
         module: a network, or one layer. timm's `BatchNormAct2d` is converted too, with its activation.
-        process_group: the ranks that normalise together; None for all. Layers that are `SyncBatchNorm` already
-            keep theirs.
+        process_group: the ranks that normalise together; None for all, or for the group that an `nn.SyncBatchNorm`
+            has. Layers that are `syncbn.SyncBatchNorm` already keep theirs.
 
     Returns:
         `module`. Undo with `revert_sync_batchnorm`.
@@ -72,9 +72,10 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
 
 def _become_synchronised(layer: Any, target: type[SyncBatchNorm], group: dist.ProcessGroup | None) -> None:
-    layer._original = (type(layer), layer.__dict__.pop("process_group", None))  # nn.SyncBatchNorm has a group
+    own_group = layer.__dict__.pop("process_group", None)  # of an nn.SyncBatchNorm
+    layer._original = (type(layer), own_group)
     layer.__class__ = target
-    layer.process_group = group
+    layer.process_group = own_group if group is None else group
     if "activation" not in layer.__dict__:
         layer.activation = None
         layer._adopt()
@@ -108,7 +109,7 @@ def _target_class(name: str, layer: _BatchNorm) -> type[SyncBatchNorm]:
         raise _refusal(name, layer, "its forward was replaced on the instance")
     if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
         return SyncBatchNormAct
-    own = [n for c in kind.__mro__[: kind.__mro__.index(_base(kind))] for n in vars(c) if _matters(n)]
+    own = [n for c in kind.__mro__ if c not in _base(kind).__mro__ for n in vars(c) if _matters(n)]
     if own:
         raise _refusal(name, layer, f"it defines {', '.join(sorted(set(own)))} itself")
     return SyncBatchNorm

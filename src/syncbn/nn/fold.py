@@ -143,6 +143,8 @@ def _traced_pairs(module: nn.Module) -> list[tuple[str, str]] | None:
         linear = modules[str(source.target)]
         alone = len(source.users) == 1 and uses[id(norm)] == 1 and uses[id(linear)] == 1
         alone = alone and not any(name.startswith(f"{source.target}.") for name in read_directly)
+        if isinstance(linear, nn.Linear) and norm.weight is not None and not norm.weight.all():
+            continue  # a scale of 0 could not be undone
         if type(linear) in _FOLDABLE and alone and linear.weight.shape[0] == norm.num_features:
             pairs.append((str(source.target), str(node.target)))
     return pairs

@@ -60,9 +60,12 @@ def estimate_population_statistics(
             if not distributed.all_ranks(batch is not None, device):
                 raise ValueError(f"num_batches={num_batches}, but after {step} a rank has no further batch")
             model(_input_of(batch).to(device))
-        for layer in layers:
-            layer.observer = None
-            sums[layer].write()
+        found = [sums[layer].statistics() for layer in layers]
+        for layer, (mean, var) in zip(layers, found, strict=True):
+            assert layer.running_mean is not None and layer.running_var is not None
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(var)
+            layer._memory.forget()
     return model
 
 
@@ -85,16 +88,17 @@ class _Sums:
         rows = rows.double() / self.ranks  # each of which adds the same
         self.total = rows if self.total is None else self.total + rows
 
-    def write(self) -> None:
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        name = f"{type(self.layer).__name__}({self.layer.num_features})"
         if self.total is None:
-            raise ValueError(f"the forward never came through {type(self.layer).__name__}({self.layer.num_features})")
+            raise ValueError(f"the forward never came through {name}")
         first, second, weight = distributed.sum_over_world(self.total)
+        if not weight.any():
+            raise ValueError(f"all batches of {name} were empty on all ranks")
         mean, var = first / weight, second / weight
         if self.pooled:
             var = (var - mean.square()).clamp(min=0) * (weight / (weight - 1).clamp(min=1))
-        assert self.layer.running_mean is not None and self.layer.running_var is not None
-        self.layer.running_mean.copy_(mean)
-        self.layer.running_var.copy_(var)
+        return mean, var
 
 
 @contextlib.contextmanager

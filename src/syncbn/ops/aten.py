@@ -5,8 +5,8 @@ activation is in memory, "planes" the (N, C, ...) blocks of a contiguous one. Th
 float32, or float64 for float64 input.
 
 Two things keep float32 sums good to 1e-7. A pivot per channel is subtracted first wherever a channel's mean is large
-against its deviation. And no accumulator runs over more than about a thousand rows: a tall matrix is read as a wide
-one, whose columns are then added up in float64.
+against its deviation. And no accumulator takes more than some 500 elements: a tall matrix is read as a wide one, in
+blocks, and a long plane as short ones; their sums are then added up.
 
 On a CPU, ATen's batch norm operators are used for what they are inside: its backward in training holds a vectorised
 reduction of sum a and sum a * (x - centre), its forward in inference one pass of (x - centre) * scale + shift.
@@ -18,9 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ROWS = 512  # how many a float32 accumulator takes
-_WIDTH = 1024  # accumulators side by side that stay in the first-level cache; fewer calls count more where x is small
-_SMALL = 2**20
+_ROWS = 512  # how many an accumulator takes
+_WIDTH = 4096  # accumulators side by side: few calls, whose data still stay in a near cache
 _PIECE = 4096  # elements of a plane, which a vector of 8 accumulators takes
 _PLANE = 16384  # the longest plane that is left whole, and the most rows, where there are passes to save
 _FEW_ROWS = 8192
@@ -235,15 +234,13 @@ def _sums_of_rows(a: Tensor, x: Tensor, centre: Tensor | None) -> Sums:
     accumulators = max(-(-M // _ROWS), 4 if M >= 64 else 1)
     if accumulators == 1 and x.dim() in (2, 4):
         return _reduce(a, x, centre)
-    widest = max(1, (_WIDTH if x.numel() > _SMALL else 4 * _WIDTH) // C)
-    k = _divisor(M, range(min(accumulators, widest), 0, -1))  # the matrix is read as (M/k, k*C) ...
+    k = _divisor(M, range(min(accumulators, max(1, _WIDTH // C)), 0, -1))  # the matrix is read as (M/k, k*C)
     a, x = _rows(a).view(-1, k * C), _rows(x).view(-1, k * C)
     centre = None if centre is None else centre.repeat(k)
-    if k > accumulators // 2:
+    if len(x) <= _ROWS:
         sums = _reduce(a, x, centre)
         return Sums(sums.total.view(k, C).sum(0), sums.dot.view(k, C).sum(0))
-    block = -(-M // accumulators)  # ... in blocks of so many rows
-    parts = [_reduce(*pair, centre) for pair in zip(a.split(block), x.split(block), strict=True)]
+    parts = [_reduce(*pair, centre) for pair in zip(a.split(_ROWS), x.split(_ROWS), strict=True)]
     return Sums(*(torch.stack(s).view(-1, C).sum(0, dtype=torch.float64) for s in zip(*parts, strict=True)))
 
 

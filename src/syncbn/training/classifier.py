@@ -87,6 +87,10 @@ class ImageClassifier(LightningModule):
         channels_last: bool = True,
     ) -> None:
         super().__init__()
+        if norm == "none" and normalization_batch_size is not None:
+            raise ValueError(
+                f"normalization_batch_size={normalization_batch_size} has no meaning with norm='none': leave it out"
+            )
         self.save_hyperparameters()
         self.network = inception_bn(
             num_classes,

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -108,8 +109,21 @@ class SyncBNCLI(LightningCLI):
         """Parse; ``--data PATH`` is short for ``--data.root PATH``."""
         self.config = parser.parse_args(expand_data_shorthand(sys.argv[1:]))
 
+    def _check_checkpoint(self) -> None:
+        """Refuse a file that is no checkpoint before anything is built for it."""
+        path = self._get(self.config, "ckpt_path")
+        if not path or not Path(path).is_file():  # a missing one is reported by Lightning, as are "best" and "last"
+            return
+        try:
+            torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        except Exception as error:  # whatever unpickling junk may raise
+            raise ValueError(
+                f"--ckpt_path {path} is not a checkpoint of tensors only: {type(error).__name__}"
+            ) from error
+
     def before_instantiate_classes(self) -> None:
         """Only a fit has a run folder, in which its config is saved."""
+        self._check_checkpoint()
         if self.subcommand != "fit":
             self.save_config_callback = None
             for message in NO_CONCERN_WITHOUT_TRAINING:
