@@ -14,7 +14,17 @@ import torch
 import torch.distributed as dist
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "syncbn"])
+_context.set_forkserver_preload(  # what ranks would else import one by one, 2 s each
+    [
+        "torch",
+        "torch.distributed",
+        "torch._dynamo",
+        "torch.utils.checkpoint",
+        "torch.nn.parallel",
+        "torch.optim",
+        "syncbn",
+    ]
+)
 
 
 class RankError(AssertionError):

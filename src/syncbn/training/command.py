@@ -108,10 +108,11 @@ class SyncBNCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; ``--data PATH`` is short for ``--data.root PATH``."""
         self.config = parser.parse_args(expand_data_shorthand(sys.argv[1:]))
+        self._check_checkpoint()
 
     def _check_checkpoint(self) -> None:
         """Refuse a file that is no checkpoint before anything is built for it."""
-        path = self._get(self.config, "ckpt_path")
+        path = self.config[self.config["subcommand"]].get("ckpt_path")
         if not path or not Path(path).is_file():  # a missing one is reported by Lightning, as are "best" and "last"
             return
         try:
@@ -123,7 +124,6 @@ class SyncBNCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Only a fit has a run folder, in which its config is saved."""
-        self._check_checkpoint()
         if self.subcommand != "fit":
             self.save_config_callback = None
             for message in NO_CONCERN_WITHOUT_TRAINING:
