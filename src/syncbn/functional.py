@@ -108,9 +108,8 @@ def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], 
         statistics = [moments(*s, M, x.pivot) for s, x, M in zip(sums, shifted, counts, strict=True)]
     else:
         sums = [ops.about_origin(s, x.pivot, M) for s, x, M in zip(sums, shifted, counts, strict=True)]
-        id = (
-            1 + sum(i * norm.x.shape[1] for i, norm in enumerate(norms, 1)) % 2**20
-        )  # names are out of a tracer's reach
+        # The layers' names are out of a tracer's reach; their widths are not.
+        id = 1 + sum(i * norm.x.shape[1] for i, norm in enumerate(norms, 1)) % 2**20
         message = message_of([t for s in sums for t in s], counts, (id, id**2))
         totals = all_reduce_differentiable(message, route.group, id)
         statistics = statistics_of(totals, [norm.x.shape[1] for norm in norms])

@@ -5,33 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import SMALL, images, shake, trainable
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from syncbn.models import blocks, inception_bn
 from syncbn.models.inception_bn import TABLE
 from syncbn.nn import SyncBatchNorm
-
-SMALL = {"num_classes": 10, "width_multiplier": 0.125}
-
-
-def images(n=2, size=32, channels=3, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(n, channels, size, size, generator=generator, dtype=dtype)
-
-
-def trainable(network):
-    return sum(p.numel() for p in network.parameters() if p.requires_grad)
-
-
-def shake(network):
-    """Move gamma, beta and the biases away from 1 and 0, so that a test sees them."""
-    with torch.no_grad():
-        for p in network.parameters():
-            if p.dim() == 1 and p.requires_grad:
-                p.add_(0.2 * torch.randn_like(p))
-    return network
-
 
 # ---- the numbers of the paper --------------------------------------------------------------------
 

@@ -21,8 +21,8 @@ from torch import Tensor
 _ROWS = 512  # how many an accumulator takes
 _WIDTH = 4096  # accumulators side by side: few calls, whose data still stay in a near cache
 _PIECE = 4096  # elements of a plane, which a vector of 8 accumulators takes
-_PLANE = 16384  # the longest plane that is left whole, and the most rows, where there are passes to save
-_FEW_ROWS = 8192
+_PLANE = 16384  # the longest plane that `whole_gradient` leaves whole ...
+_FEW_ROWS = 8192  # ... and the most rows
 _aten = torch.ops.aten
 
 
