@@ -1,12 +1,12 @@
 """The ``syncbn`` command: ``syncbn fit | validate | test | predict --config configs/fashion_mnist.yaml``."""
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lightning.pytorch.cli import LightningCLI
+VERBS: dict[str, str] = {}
+"""Verbs besides those of Lightning, each with the module whose COMMANDS holds its functions by name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,8 +43,20 @@ def one_line(message: str) -> str:
     return " ".join(message.split())
 
 
-def run_command() -> "LightningCLI":
+def run_command() -> None:
     """Parse the command line and do what it says."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    if verb in VERBS:
+        run_verb(verb, sys.argv[2:])
+        return
     from syncbn.training.command import SyncBNCLI
 
-    return SyncBNCLI()
+    SyncBNCLI()
+
+
+def run_verb(verb: str, arguments: Sequence[str]) -> None:
+    """Run one of a verb's functions, whose parameters are the options of the command."""
+    from jsonargparse import auto_cli
+
+    commands = importlib.import_module(VERBS[verb]).COMMANDS
+    auto_cli(commands, args=list(arguments), prog=f"syncbn {verb}", exit_on_error=False)
