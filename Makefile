@@ -29,7 +29,7 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/step.py
 
 # torch first, by itself: with torch there, nothing that follows looks for another build of it.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt setup.py src/syncbn/ops/native.cpp
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), f"Python 3.10 to 3.13 is needed, not {sys.version}"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --quiet -c constraints.txt torch

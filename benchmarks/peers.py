@@ -35,77 +35,74 @@ Exchange = Literal["all_gather", "two_reduces"]
 Arithmetic = Literal["plain", "passes"]
 
 
-class Local(NamedTuple):
-    """What a rank finds in its x: the mean (C), a second moment (C), and x as it was read."""
-
-    mean: Tensor
-    second: Tensor
-    read: ops.Shifted
-
-
 class Plain:
     """Ordinary torch operators. y = x * a + b is the shortest way to write it, and two passes."""
 
     fuses_relu = False
 
     @staticmethod
-    def mean_and_var(x: Tensor) -> Local:
-        """The second moment is the biased variance."""
+    def mean_and_var(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance (C)."""
         var, mean = torch.var_mean(x, _all_but_channels(x), correction=0)
-        return Local(mean, var, ops.Shifted(x, None))
+        return mean, var
 
     @staticmethod
-    def mean_and_square(x: Tensor) -> Local:
-        """The second moment is the mean of squares."""
+    def mean_and_square(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and mean of squares (C)."""
         dims = _all_but_channels(x)
-        return Local(x.mean(dims), x.square().mean(dims), ops.Shifted(x, None))
+        return x.mean(dims), x.square().mean(dims)
 
     @staticmethod
-    def normalize(read: ops.Shifted, mean: Tensor, var: Tensor, eps: float, weight: Tensor, bias: Tensor) -> Tensor:
+    def normalize(x: Tensor, affine: ops.Affine) -> Tensor:
         """(x - mean) / sqrt(var + eps) * weight + bias."""
-        x, scale = read.values, weight * (var + eps).rsqrt()
-        return x * _as(scale, x) + _as(bias - mean * scale, x)
+        mean, scale = affine.mean.to(x.dtype), _scale(affine).to(x.dtype)
+        return x * _as(scale, x) + _as(affine.bias - mean * scale, x)
 
     @staticmethod
-    def gradient_sums(dy: Tensor, x: Tensor, pivot: Tensor | None, mean: Tensor) -> ops.Sums:
-        """Sum dy and sum dy * (x - mean)."""
-        dims = _all_but_channels(x)
-        return ops.Sums(dy.sum(dims), (dy * (x - _as(mean, x))).sum(dims))
+    def gradient_sums(dy: Tensor, x: Tensor, affine: ops.Affine) -> Tensor:
+        """Sum dy and sum dy * (x - mean), one after the other (2C)."""
+        dims, mean = _all_but_channels(x), affine.mean.to(x.dtype)
+        return torch.cat([dy.sum(dims), (dy * (x - _as(mean, x))).sum(dims)])
 
     @staticmethod
-    def input_gradient(
-        dy: Tensor, x: Tensor, pivot: Tensor | None, mean: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
-    ) -> Tensor:
+    def input_gradient(dy: Tensor, x: Tensor, affine: ops.Affine, sums: Tensor, M: float) -> Tensor:
         """Scale * dy + slope * (x - mean) + offset."""
-        return dy * _as(scale, x) + x * _as(slope, x) + _as(offset - slope * mean, x)
+        total, dot = sums.chunk(2)
+        scale = _scale(affine)
+        slope, offset = dot / (affine.var + affine.eps) * scale / -M, total * scale / -M
+        scale, slope, offset = (v.to(x.dtype) for v in (scale, slope, offset - slope * affine.mean))
+        return dy * _as(scale, x) + x * _as(slope, x) + _as(offset, x)
 
 
 class Passes:
-    """The passes of `syncbn.ops`. `mean` is less the pivot where one was subtracted."""
+    """The passes of `syncbn.ops`."""
 
     fuses_relu = True
 
     @staticmethod
-    def mean_and_var(x: Tensor) -> Local:
-        """The second moment is the biased variance."""
-        mean, square, read = Passes.mean_and_square(x)
-        return Local(mean, torch.addcmul(square, mean, mean, value=-1).clamp_(min=0), read)
+    def mean_and_var(x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Plain.mean_and_var`."""
+        return ops.moments(x)
 
     @staticmethod
-    def mean_and_square(x: Tensor) -> Local:
-        """The second moment is the mean of squares."""
-        sums, read = ops.input_sums(x)
-        n = x.numel() // x.shape[1]
-        sums = ops.about_origin(sums, read.pivot, n)
-        return Local(sums.total.double() / n, sums.dot.double() / n, read)
+    def mean_and_square(x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Plain.mean_and_square`."""
+        total, dot = (ops.input_sums(x) / (x.numel() // x.shape[1])).chunk(2)
+        return total, dot
+
+    normalize = staticmethod(ops.normalize)
 
     @staticmethod
-    def normalize(read: ops.Shifted, mean: Tensor, var: Tensor, eps: float, weight: Tensor, bias: Tensor) -> Tensor:
-        """As `Plain.normalize`."""
-        return ops.normalize(read, mean, var, eps, weight, bias, in_place=read.pivot is not None)
+    def gradient_sums(dy: Tensor, x: Tensor, affine: ops.Affine) -> Tensor:
+        """As `Plain.gradient_sums`."""
+        return ops.gradient(dy, x, affine).sums
 
-    gradient_sums = staticmethod(ops.gradient_sums)
     input_gradient = staticmethod(ops.input_gradient)
+
+
+def _scale(affine: ops.Affine) -> Tensor:
+    assert affine.weight is not None
+    return (affine.var + affine.eps).rsqrt() * affine.weight
 
 
 def _all_but_channels(x: Tensor) -> list[int]:
@@ -117,59 +114,57 @@ def _as(v: Tensor, x: Tensor) -> Tensor:
 
 
 class Merged(NamedTuple):
-    """Over all ranks: mean and biased variance (C), and M; this rank's x as it was read."""
+    """Over all ranks: mean and biased variance (C), and M."""
 
     mean: Tensor
     var: Tensor
     M: float
-    read: ops.Shifted
 
 
 def gather_statistics(arithmetic: Any, x: Tensor) -> Merged:
     """One all-gather of [mean (C), variance (C), count (1)], merged exactly."""
-    local = arithmetic.mean_and_var(x)
     C, dtype = x.shape[1], ops.compute_dtype(x.dtype)
     count = x.new_tensor([x.numel() // C], dtype=dtype)
-    message = torch.cat([local.mean.to(dtype), local.second.to(dtype), count])
+    message = torch.cat([*(v.to(dtype) for v in arithmetic.mean_and_var(x)), count])
     gathered = message.new_empty(dist.get_world_size() * message.numel())
     getattr(dist, ALL_GATHER)(gathered, message)
     means, variances, counts = gathered.view(-1, 2 * C + 1).split([C, C, 1], dim=1)
     M = counts.sum()
     mean = (means * counts).sum(0) / M
     var = ((variances + (means - mean).square()) * counts).sum(0) / M
-    return Merged(mean, var, M.item(), local.read)
+    return Merged(mean, var, M.item())
 
 
 def reduce_statistics_twice(arithmetic: Any, x: Tensor) -> Merged:
     """An all-reduce of [sum x (C), count (1)], then one of [sum x^2 (C)]."""
-    local = arithmetic.mean_and_square(x)
+    mean, square = arithmetic.mean_and_square(x)
     n = x.numel() // x.shape[1]
-    first = torch.cat([local.mean * n, local.mean.new_tensor([n])])
+    first = torch.cat([mean * n, mean.new_tensor([n])])
     dist.all_reduce(first)
-    second = local.second * n
+    second = square * n
     dist.all_reduce(second)
     M = first[-1].item()
     mean = first[:-1] / M
-    return Merged(mean, (second / M - mean.square()).clamp_(min=0), M, local.read)
+    return Merged(mean, (second / M - mean.square()).clamp_(min=0), M)
 
 
-def reduce_gradient_once(sums: ops.Sums) -> ops.Sums:
+def reduce_gradient_once(sums: Tensor) -> Tensor:
     """One all-reduce of both sums."""
-    message = torch.cat(list(sums))
-    dist.all_reduce(message)
-    return ops.Sums(*message.chunk(2))
+    totals = sums.clone()
+    dist.all_reduce(totals)
+    return totals
 
 
-def reduce_gradient_twice(sums: ops.Sums) -> ops.Sums:
+def reduce_gradient_twice(sums: Tensor) -> Tensor:
     """An all-reduce of each sum."""
-    totals = ops.Sums(sums.total.clone(), sums.dot.clone())
-    for total in totals:
+    totals = sums.clone()
+    for total in totals.chunk(2):
         dist.all_reduce(total)
     return totals
 
 
 ARITHMETIC: dict[Arithmetic, Any] = {"plain": Plain, "passes": Passes}
-EXCHANGE: dict[Exchange, tuple[Callable[[Any, Tensor], Merged], Callable[[ops.Sums], ops.Sums]]] = {
+EXCHANGE: dict[Exchange, tuple[Callable[[Any, Tensor], Merged], Callable[[Tensor], Tensor]]] = {
     "all_gather": (gather_statistics, reduce_gradient_once),
     "two_reduces": (reduce_statistics_twice, reduce_gradient_twice),
 }
@@ -178,35 +173,30 @@ EXCHANGE: dict[Exchange, tuple[Callable[[Any, Tensor], Merged], Callable[[ops.Su
 class _PeerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: "PeerBatchNorm", relu: bool, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        mean, var, M, read = layer.merge(layer.arithmetic, ops.dense(x))
-        dtype, pivot = read.values.dtype, read.pivot
-        centre, biased = (mean if pivot is None else mean - pivot).to(dtype), var.to(dtype)
-        y = layer.arithmetic.normalize(read, centre, biased, layer.eps, weight, bias)
+        x = ops.dense(x)
+        mean, var, M = layer.merge(layer.arithmetic, x)
         ctx.layer, ctx.relu, ctx.M = layer, relu, M
-        ctx.save_for_backward(x, weight, bias, centre, biased, pivot)
+        mean, var = mean.double(), var.double()
+        ctx.save_for_backward(x, weight, bias, mean, var)
+        y = layer.arithmetic.normalize(x, ops.Affine(mean, var, layer.eps, weight, bias, relu))
         unbiased = var * (M / (M - 1))
         ctx.mark_non_differentiable(mean, unbiased)
-        return (y.relu_() if relu else y), mean, unbiased
+        return y, mean, unbiased
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
-        x, weight, bias, centre, var, pivot = ctx.saved_tensors
-        layer, x = ctx.layer, ops.dense(x)
-        arithmetic = layer.arithmetic
+        x, weight, bias, mean, var = ctx.saved_tensors
+        layer, arithmetic = ctx.layer, ctx.layer.arithmetic
         if dy.stride() != x.stride():
             dy = torch.empty_like(x).copy_(dy)
-        if ctx.relu:  # the mask is computed again, as syncbn does
-            y = arithmetic.normalize(ops.shift(x, pivot), centre, var, layer.eps, weight, bias)
-            dy = torch.ops.aten.threshold_backward(dy, y, 0)
-        sums = arithmetic.gradient_sums(dy, x, pivot, centre)
-        total, dot = layer.merge_gradient(sums)
-        invstd = (var + layer.eps).rsqrt()
-        scale = invstd * weight
-        slope = dot * invstd.square() * scale / -ctx.M
-        dx = arithmetic.input_gradient(
-            dy, x, pivot, centre, *(v.to(x.dtype) for v in (scale, slope)), (total * scale / -ctx.M).to(x.dtype)
-        )
-        return None, None, dx, (sums.dot * invstd).to(weight.dtype), sums.total.to(bias.dtype)
+        affine = ops.Affine(mean, var, layer.eps, weight, bias, ctx.relu)
+        if ctx.relu:
+            dy, affine = ops.before_relu(dy, x, affine)
+        sums = arithmetic.gradient_sums(dy, x, affine)
+        dx = arithmetic.input_gradient(dy, x, affine, layer.merge_gradient(sums), ctx.M)
+        total, dot = sums.chunk(2)
+        dweight = dot * (var + layer.eps).rsqrt()
+        return None, None, dx, dweight.to(weight.dtype), total.to(bias.dtype)
 
 
 class PeerBatchNorm(_BatchNorm):

@@ -106,22 +106,17 @@ class Memory:
 
 
 class PendingGradient(NamedTuple):
-    """Of one activation, between the two passes of the backward; centre, invstd, scale (C) in the compute dtype."""
+    """Of one activation, between the two passes of the backward; sums (2C) are this rank's."""
 
     dy: Tensor
     x: Tensor
-    pivot: Tensor | None
-    centre: Tensor  # mean - pivot
-    invstd: Tensor  # 1 / sqrt(var + eps)
-    scale: Tensor  # weight / sqrt(var + eps)
+    affine: ops.Affine
     M: float | Tensor
-    sums: ops.Sums
+    sums: Tensor
 
-    def input_gradient(self, total: Tensor, dot: Tensor) -> Tensor:
-        """Dx = scale * (dy - mean(dy) - (x - mean) / (var + eps) * mean(dy * (x - mean))), given the global sums."""
-        minus = self.scale / -at_least_one(self.M)
-        slope = dot * self.invstd.square() * minus
-        return ops.input_gradient(self.dy, self.x, self.pivot, self.centre, self.scale, slope, total * minus)
+    def input_gradient(self, sums: Tensor) -> Tensor:
+        """Dx, given the sums over all ranks."""
+        return ops.input_gradient(self.dy, self.x, self.affine, sums, at_least_one(self.M))
 
 
 class Exchange:
@@ -135,7 +130,7 @@ class Exchange:
     def __init__(self, route: Route, memory: Memory) -> None:
         self.route, self.memory = route, memory
         self.recomputed = False
-        self.shifted: list[ops.Shifted] = []
+        self.inputs: list[Tensor] = []
         self.results: list[Statistics] = []
         self.reduction: Reduction | None = None
         self.gradient: list[PendingGradient] | None = None
@@ -143,11 +138,8 @@ class Exchange:
 
     def launch(self, inputs: Sequence[Tensor]) -> None:
         """Sum the inputs (N, C, ...) locally and send the message."""
-        sums: list[Tensor] = []
-        for x in inputs:
-            x_sums, shifted = ops.input_sums(ops.dense(x))
-            sums += ops.about_origin(x_sums, shifted.pivot, x.numel() // x.shape[1])
-            self.shifted.append(shifted)
+        self.inputs = [ops.dense(x) for x in inputs]
+        sums = [ops.input_sums(x) for x in self.inputs]
         counts = [x.numel() // x.shape[1] for x in inputs]
         self.to_keep: Tensor | None = None
         if may_be_recomputed() or self.memory.entries:
@@ -163,16 +155,15 @@ class Exchange:
             ValueError: one value per channel in all.
         """
         totals = self._reduced()
-        self.results = statistics_of(totals, [shifted.values.shape[1] for shifted in self.shifted])
-        for statistics, shifted in zip(self.results, self.shifted, strict=True):
-            shape = shifted.values.shape
-            if shifted.values.numel() <= shape[1]:  # as on every rank if there is one value in all; reading M may stall
-                refuse_single_value(float(statistics.M), shape, self.route.group.size())
+        self.results = statistics_of(totals, [x.shape[1] for x in self.inputs])
+        for statistics, x in zip(self.results, self.inputs, strict=True):
+            if x.numel() <= x.shape[1]:  # as on every rank if there is one value in all; reading M may stall
+                refuse_single_value(float(statistics.M), x.shape, self.route.group.size())
 
     def launch_gradient(self, pending: list[PendingGradient]) -> None:
         """Send the sums of the backward."""
         self.gradient = pending
-        self.gradient_reduction = self._send("backward", [s for p in pending for s in p.sums], [])
+        self.gradient_reduction = self._send("backward", [p.sums for p in pending], [])
 
     def input_gradients(self, needed: Sequence[bool]) -> list[Tensor | None]:
         """Wait for the sums of the backward; dx of each input, None where not needed."""
@@ -181,11 +172,9 @@ class Exchange:
             return [None] * len(needed)
         reduction, self.gradient_reduction = self.gradient_reduction, None
         assert reduction is not None
-        totals = reduction.wait()[:-ID_LENGTH].split([s.numel() for p in pending for s in p.sums])
-        sums = zip(totals[::2], totals[1::2], strict=True)
+        totals = reduction.wait()[:-ID_LENGTH].split([p.sums.numel() for p in pending])
         return [
-            p.input_gradient(total, dot) if wanted else None
-            for p, (total, dot), wanted in zip(pending, sums, needed, strict=True)
+            p.input_gradient(sums) if wanted else None for p, sums, wanted in zip(pending, totals, needed, strict=True)
         ]
 
     def _send(self, direction: str, sums: list[Tensor], counts: list[int]) -> Reduction:

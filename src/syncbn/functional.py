@@ -124,9 +124,9 @@ class _Alone(torch.autograd.Function):
     def forward(ctx: Any, found: list[Statistics], M: int, eps: float, activation: str | None, *tensors: Any) -> Tensor:
         x, weight, bias, residual = tensors
         norm = Norm(x, weight, bias, residual, eps, activation)
-        sums, shifted = ops.input_sums(ops.dense(norm.x))
-        found.append(moments(*sums, M, shifted.pivot))
-        y, saved = _normalize(norm, shifted, found[0])
+        x = ops.dense(x)
+        found.append(Statistics(*ops.moments(x), M))
+        y, saved = _normalize(norm, x, found[0])
         ctx.settings, ctx.residuals, ctx.route, ctx.M = [(eps, activation)], [norm.residual is not None], None, M
         ctx.save_for_backward(*saved)
         return y
@@ -135,14 +135,10 @@ class _Alone(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         if torch.is_grad_enabled():
             return (None, None, None, None, *_composed_gradients(ctx, [dy]))
-        saved, dy, invstd, scale = _before_sums(ctx, 0, _saved(ctx)[0], dy)
-        whole = ops.whole_gradient(dy, saved.x, saved.pivot, saved.centre, invstd, saved.weight)
-        dx, sums = whole or (None, ops.gradient_sums(dy, saved.x, saved.pivot, saved.centre))
-        pending = PendingGradient(dy, saved.x, saved.pivot, saved.centre, invstd, scale, ctx.M, sums)
-        _, dweight, dbias, dresidual = _parameter_gradients(saved, pending, ctx.residuals[0])
-        if dx is None and ctx.needs_input_grad[4]:
-            dx = pending.input_gradient(*sums)
-        return None, None, None, None, dx, dweight, dbias, dresidual
+        pending, gradients = _before_message(ctx, 0, _saved(ctx)[0], dy, ctx.M)
+        if ctx.needs_input_grad[4]:
+            gradients[0] = pending.input_gradient(pending.sums)
+        return (None, None, None, None, *gradients)
 
 
 class _Start(torch.autograd.Function):
@@ -172,11 +168,11 @@ class _Finish(torch.autograd.Function):
         norms = [Norm(x, w, b, r, *setting) for (x, w, b, r), setting in zip(quadruples, settings, strict=True)]
         outputs: list[Tensor] = []
         kept: list[Tensor | None] = []
-        for norm, shifted, statistics in zip(norms, exchange.shifted, exchange.results, strict=True):
-            y, saved = _normalize(norm, shifted, statistics)
+        for norm, x, statistics in zip(norms, exchange.inputs, exchange.results, strict=True):
+            y, saved = _normalize(norm, x, statistics)
             outputs.append(y)
             kept += saved
-        exchange.shifted = []
+        exchange.inputs = []
         ctx.residuals = [norm.residual is not None for norm in norms]
         ctx.save_for_backward(*kept)
         return tuple(outputs)
@@ -188,11 +184,9 @@ class _Finish(torch.autograd.Function):
         pending: list[PendingGradient] = []
         returned: list[Tensor | None] = []
         for i, (saved, dy, statistics) in enumerate(zip(_saved(ctx), gradients, ctx.exchange.results, strict=True)):
-            saved, dy, invstd, scale = _before_sums(ctx, i, saved, dy)
-            sums = ops.gradient_sums(dy, saved.x, saved.pivot, saved.centre)
-            p = PendingGradient(dy, saved.x, saved.pivot, saved.centre, invstd, scale, statistics.M, sums)
-            pending.append(p)
-            returned += _parameter_gradients(saved, p, ctx.residuals[i])
+            one, own = _before_message(ctx, i, saved, dy, statistics.M)
+            pending.append(one)
+            returned += own
         if ctx.needs_input_grad[2]:
             ctx.exchange.launch_gradient(pending)
         return (None, None, gradients[0].new_zeros((), dtype=torch.float32), *returned)
@@ -205,67 +199,56 @@ class _Saved(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     y: Tensor | None  # only where the ReLU's mask cannot be computed again from x
-    pivot: Tensor | None
-    centre: Tensor
+    mean: Tensor
     var: Tensor
+
+    def affine(self, setting: tuple[float, str | None]) -> ops.Affine:
+        eps, activation = setting
+        relu = activation == "relu" and self.y is None
+        return ops.Affine(self.mean, self.var, eps, self.weight, self.bias, relu)
 
 
 def _saved(ctx: Any) -> list[_Saved]:
     rows = zip(*[iter(ctx.saved_tensors)] * len(_Saved._fields), strict=True)
-    return [_Saved(x, weight, bias, y, pivot, centre, var) for x, weight, bias, y, pivot, centre, var in rows]
+    return [_Saved(*row) for row in rows]
 
 
-def _normalize(norm: Norm, shifted: ops.Shifted, statistics: Statistics) -> tuple[Tensor, _Saved]:
-    dtype = shifted.values.dtype
-    centre = statistics.mean if shifted.pivot is None else statistics.mean - shifted.pivot
-    saved = _Saved(norm.x, norm.weight, norm.bias, None, shifted.pivot, centre.to(dtype), statistics.var.to(dtype))
-    if norm.x.numel() == 0:
-        return torch.empty_like(norm.x), saved
-    own = shifted.values.data_ptr() != norm.x.data_ptr()
-    y = ops.normalize(shifted, saved.centre, saved.var, norm.eps, norm.weight, norm.bias, in_place=own)
-    if norm.residual is not None:
-        y = y.add_(norm.residual)
-    if norm.activation == "relu":
-        y = y.relu_()
-    y = y.to(norm.x.dtype)
-    return y, saved._replace(y=y) if norm.activation == "relu" and norm.residual is not None else saved
+def _normalize(norm: Norm, x: Tensor, statistics: Statistics) -> tuple[Tensor, _Saved]:
+    """Y, and what the backward needs; x is the norm's, dense."""
+    relu, mean, var = norm.activation == "relu", statistics.mean, statistics.var
+    residual = None if norm.residual is None else _laid_out_like(x, norm.residual)
+    y = ops.normalize(x, ops.Affine(mean, var, norm.eps, norm.weight, norm.bias, relu), residual)
+    mask = y if relu and residual is not None else None
+    return y, _Saved(norm.x, norm.weight, norm.bias, mask, mean, var)
 
 
-def _before_sums(ctx: Any, i: int, saved: _Saved, dy: Tensor) -> tuple[_Saved, Tensor, Tensor, Tensor]:
-    """What both passes of the backward need: x and dy in one layout, dy before the ReLU, invstd and scale (C)."""
-    eps, activation = ctx.settings[i]
-    saved = saved._replace(x=ops.dense(saved.x))
-    dy = _laid_out_like(saved.x, dy)
-    if activation == "relu":
-        dy = _gradient_before_relu(saved, eps, dy)
-    invstd = (saved.var + eps).rsqrt_()
-    return saved, dy, invstd, invstd if saved.weight is None else invstd * saved.weight
+def _before_message(
+    ctx: Any, i: int, saved: _Saved, dy: Tensor, M: float | Tensor
+) -> tuple[PendingGradient, list[Tensor | None]]:
+    """The first half of the backward: sums, and gradients of (x, weight, bias, residual); x's goes another way.
+
+    The parameters' are this rank's share: DDP averages them.
+    """
+    x = ops.dense(saved.x)
+    dy = _laid_out_like(x, dy)
+    if saved.y is not None:
+        dy = _cut_by_relu(dy, saved.y)
+    residual = dy if ctx.residuals[i] else None
+    dy, affine = ops.before_relu(dy, x, saved.affine(ctx.settings[i]))
+    sums, weight, bias = ops.gradient(dy, x, affine)
+    return PendingGradient(dy, x, affine, M, sums), [None, weight, bias, residual]
 
 
-def _laid_out_like(x: Tensor, dy: Tensor) -> Tensor:
-    if dy.stride() == x.stride():
-        return dy
-    return torch.empty_like(x, dtype=dy.dtype).copy_(dy)
+def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
+    """The other in the layout and dtype of x."""
+    if other.stride() == x.stride() and other.dtype == x.dtype:
+        return other
+    return torch.empty_like(x).copy_(other)
 
 
-def _gradient_before_relu(saved: _Saved, eps: float, dy: Tensor) -> Tensor:
-    """Dy where the ReLU let pass, else 0. Its mask is computed again from x, or read off y where a residual entered."""
-    y = saved.y
-    if y is None:
-        shifted = ops.shift(saved.x, saved.pivot)
-        own = shifted.values is not saved.x
-        y = ops.normalize(shifted, saved.centre, saved.var, eps, saved.weight, saved.bias, in_place=own)
+def _cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:
+    """Dy where the ReLU let pass, else 0."""
     return torch.ops.aten.threshold_backward(dy, y, 0)
-
-
-def _parameter_gradients(saved: _Saved, pending: PendingGradient, residual: bool) -> tuple[Tensor | None, ...]:
-    """Gradients of (x, weight, bias, residual); x's goes another way. This rank's share: DDP averages parameters'."""
-    dweight = dbias = None
-    if saved.weight is not None:
-        dweight = (pending.sums.dot * pending.invstd).to(saved.weight.dtype)
-    if saved.bias is not None:
-        dbias = pending.sums.total.to(saved.bias.dtype)
-    return None, dweight, dbias, pending.dy if residual else None
 
 
 def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | None]:
@@ -276,7 +259,8 @@ def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | 
         if activation == "relu":
             with torch.no_grad():
                 x = ops.dense(saved.x)
-                mask = _gradient_before_relu(saved._replace(x=x), eps, _laid_out_like(x, torch.ones_like(dy)))
+                y = ops.normalize(x, saved.affine((eps, activation))) if saved.y is None else saved.y
+                mask = _cut_by_relu(torch.ones_like(y), y)
             dy = dy * mask
         dys.append(dy)
     outputs, _ = composed(norms, ctx.route)
@@ -289,15 +273,22 @@ def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | 
     return returned
 
 
-def _shifted(x: Tensor) -> ops.Shifted:
+class _Shifted(NamedTuple):
+    """values = x - pivot in the compute dtype; pivot (C), None for 0."""
+
+    values: Tensor
+    pivot: Tensor | None
+
+
+def _shifted(x: Tensor) -> _Shifted:
     z = x.to(ops.compute_dtype(x.dtype))
     if x.numel() == 0:
-        return ops.Shifted(z, None)
+        return _Shifted(z, None)
     pivot = ops.pivot(x.detach())
-    return ops.Shifted(z - ops.per_channel(pivot, x), pivot)
+    return _Shifted(z - ops.per_channel(pivot, x), pivot)
 
 
-def _composed_normalize(norm: Norm, shifted: ops.Shifted, mean: Tensor, var: Tensor) -> Tensor:
+def _composed_normalize(norm: Norm, shifted: _Shifted, mean: Tensor, var: Tensor) -> Tensor:
     z, pivot = shifted
     scale = (var + norm.eps).rsqrt()
     if norm.weight is not None:

@@ -94,25 +94,13 @@ class BatchNorm(_BatchNorm):
 
     def _update_running_statistics(self, statistics: Statistics) -> None:
         """One step of the moving averages; nothing changes where the batch was empty on all ranks."""
-        statistics = statistics.detach()
         if self.observer is not None:
             self.observer(statistics)
             return
         if self.running_mean is None or self.running_var is None:
             return
-        factor = self._averaging_factor(statistics.M > 0)
-        for running, new in ((self.running_mean, statistics.mean), (self.running_var, statistics.unbiased_var)):
-            new = new.to(running.dtype)
-            running.lerp_(new, factor.to(new.dtype) if isinstance(factor, Tensor) else factor)
-
-    def _averaging_factor(self, seen: bool | Tensor) -> float | Tensor:
-        """How much the new batch counts, 0 for an empty one; counts the batch."""
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(seen)
-        if self.momentum is not None:
-            return seen * self.momentum
-        assert self.num_batches_tracked is not None
-        return seen * self.num_batches_tracked.clamp(min=1).double().reciprocal()
+        running = ops.Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+        ops.update_running(running, *statistics)
 
 
 def layers_built() -> int:
@@ -221,6 +209,7 @@ class PendingBatchNorm:
     def _normalize(self, norms: list[Norm]) -> list[Tensor]:
         if torch.compiler.is_compiling():
             outputs, statistics = composed(norms, self.route)
+            statistics = [s.detach() for s in statistics]
             repeated = False
         elif self.started is not None:
             outputs, statistics = self.started.finish(norms)

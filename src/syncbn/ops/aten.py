@@ -4,9 +4,9 @@ Letters: N batch, C channels, M elements per channel on this rank, "rows" the (M
 activation is in memory, "planes" the (N, C, ...) blocks of a contiguous one. The passes run in the compute dtype:
 float32, or float64 for float64 input.
 
-Two things keep float32 sums good to 1e-7. A pivot per channel is subtracted first wherever a channel's mean is large
-against its deviation. And no accumulator takes more than some 500 elements: a tall matrix is read as a wide one, in
-blocks, and a long plane as short ones; their sums are then added up.
+Two things keep float32 sums good to 1e-7. Something near each channel's mean is subtracted first wherever the mean is
+large against the deviation. And no accumulator takes more than some 500 elements: a tall matrix is read as a wide one,
+in blocks, and a long plane as short ones; their sums are then added up.
 
 On a CPU, ATen's batch norm operators are used for what they are inside: its backward in training holds a vectorised
 reduction of sum a and sum a * (x - centre), its forward in inference one pass of (x - centre) * scale + shift.
@@ -18,19 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from syncbn.ops.common import Affine, Gradient, Running, compute_dtype, per_channel
+
 _ROWS = 512  # how many an accumulator takes
 _WIDTH = 4096  # accumulators side by side: few calls, whose data still stay in a near cache
 _PIECE = 4096  # elements of a plane, which a vector of 8 accumulators takes
-_PLANE = 16384  # the longest plane that `whole_gradient` leaves whole ...
-_FEW_ROWS = 8192  # ... and the most rows
 _aten = torch.ops.aten
-
-
-class Shifted(NamedTuple):
-    """An activation as the passes read it: `values` = x - `pivot` in the compute dtype; `pivot` (C), None for 0."""
-
-    values: Tensor
-    pivot: Tensor | None
 
 
 class Sums(NamedTuple):
@@ -40,26 +33,79 @@ class Sums(NamedTuple):
     dot: Tensor
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which an activation of `dtype` is processed: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `ops.moments`."""
+    sums, pivot = _sums_about_pivot(x)
+    total, dot, M = sums.total.double(), sums.dot.double(), max(1, x.numel() // x.shape[1])
+    mean = total / M
+    var = torch.addcmul(dot / M, mean, mean, value=-1).clamp_(min=0)
+    return mean if pivot is None else mean + pivot, var
 
 
-def per_channel(v: Tensor, x: Tensor) -> Tensor:
-    """View v (C) so that it broadcasts over x (N, C, ...)."""
-    return v.view(-1, *[1] * (x.dim() - 2))
+def input_sums(x: Tensor) -> Tensor:
+    """As `ops.input_sums`."""
+    sums, pivot = _sums_about_pivot(x)
+    return torch.cat(about_origin(sums, pivot, x.numel() // x.shape[1])).double()
 
 
-def shift(x: Tensor, pivot: Tensor | None) -> Shifted:
-    """X - pivot, without a copy where there is nothing to subtract and nothing to convert."""
-    if pivot is None:
-        return Shifted(x.to(compute_dtype(x.dtype)), None)
-    return Shifted(torch.sub(x, per_channel(pivot, x)), pivot)
+def normalize(x: Tensor, affine: Affine, residual: Tensor | None) -> Tensor:
+    """As `ops.normalize`."""
+    values, centre = _about_mean(x, affine)
+    var = affine.var.to(values.dtype)
+    y = _affine(values, centre, var, affine.eps, affine.weight, affine.bias, values is not x)
+    if residual is not None:
+        y = y.add_(residual)
+    return (y.relu_() if affine.relu else y).to(x.dtype)
 
 
-def dense(x: Tensor) -> Tensor:
-    """X itself where it lies in memory as planes or as rows, else a contiguous copy."""
-    return x if x.is_contiguous() or _is_rows(x) else x.contiguous()
+def before_relu(dy: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
+    """As `ops.before_relu`."""
+    if not affine.relu:
+        return dy, affine
+    return _aten.threshold_backward(dy, normalize(x, affine, None), 0), affine._replace(relu=False)
+
+
+def gradient(dy: Tensor, x: Tensor, affine: Affine) -> Gradient:
+    """As `ops.gradient`, of a map without relu."""
+    if x.numel() == 0:
+        sums = affine.mean.new_zeros(2 * x.shape[1])
+    else:
+        values, centre = _about_mean(x, affine)
+        sums = torch.cat(_sums_of_products(dy.to(values.dtype), values, centre)).double()
+    total, dot = sums.chunk(2)
+    weight = None if affine.weight is None else (dot * (affine.var + affine.eps).rsqrt()).to(affine.weight.dtype)
+    return Gradient(sums, weight, None if affine.bias is None else total.to(affine.bias.dtype))
+
+
+def input_gradient(dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float | Tensor) -> Tensor:
+    """As `ops.input_gradient`, of a map without relu: dx = scale * dy + slope * (x - mean) + offset."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    total, dot = sums.chunk(2)
+    variance = affine.var + affine.eps
+    scale = variance.rsqrt() if affine.weight is None else variance.rsqrt() * affine.weight
+    share = scale / -M
+    values, centre = _about_mean(x, affine)
+    unit = torch.ones_like(centre)
+    dx = _affine(values, centre, unit, 0.0, dot / variance * share, total * share, values is not x)
+    return dx.addcmul_(dy.to(dx.dtype), per_channel(scale.to(dx.dtype), x)).to(x.dtype)
+
+
+def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
+    """As `ops.update_running`."""
+    seen = M > 0
+    if running.steps is not None:
+        running.steps.add_(seen)
+    factor: float | Tensor
+    if running.momentum is not None:
+        factor = seen * running.momentum
+    else:
+        assert running.steps is not None
+        factor = seen * running.steps.clamp(min=1).double().reciprocal()
+    rest = (M - 1).clamp(min=1) if isinstance(M, Tensor) else max(M - 1, 1.0)
+    for average, new in ((running.mean, mean), (running.var, var * (M / rest))):
+        new = new.to(average.dtype)
+        average.lerp_(new, factor.to(new.dtype) if isinstance(factor, Tensor) else factor)
 
 
 def pivot(x: Tensor) -> Tensor:
@@ -69,29 +115,8 @@ def pivot(x: Tensor) -> Tensor:
     return few.mean((0, 2), dtype=compute_dtype(x.dtype))
 
 
-def input_sums(x: Tensor) -> tuple[Sums, Shifted]:
-    """First pass of the forward.
-
-    Args:
-        x: (N, C, ...), dense, floating point; N may be 0.
-
-    Returns:
-        Sum z and sum z^2 of z = x - pivot, and x as it was read, for `normalize`.
-    """
-    dtype = compute_dtype(x.dtype)
-    if x.numel() == 0:
-        zero = x.new_zeros(x.shape[1], dtype=dtype)
-        return Sums(zero, zero), Shifted(x.to(dtype), None)
-    if x.device.type == "cpu" and x.dtype == dtype:
-        sums = _sums_of_products(x, x, None)
-        if not _cancels(sums, x.numel() // x.shape[1]):
-            return sums, Shifted(x, None)
-    shifted = shift(x, pivot(x))
-    return _sums_of_products(shifted.values, shifted.values, None), shifted
-
-
 def composed_sums(z: Tensor) -> Sums:
-    """The sums of `input_sums` as differentiable operators."""
+    """Sum z and sum z^2 (C) as differentiable operators."""
     return _composed(z, z, None)
 
 
@@ -104,113 +129,32 @@ def about_origin(sums: Sums, pivot: Tensor | None, M: int) -> Sums:
     return Sums(total, s2 + p * (s1 + total))
 
 
-def normalize(
-    shifted: Shifted,
-    centre: Tensor,
-    var: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    in_place: bool = False,
-) -> Tensor:
-    """Second pass of the forward: (x - mean) / sqrt(var + eps) * weight + bias.
-
-    Args:
-        shifted: x (N, C, ...), dense.
-        centre: mean - pivot (C).
-        var: (C), biased.
-        eps: added to var.
-        weight: (C) or None.
-        bias: (C) or None.
-        in_place: overwrite `shifted.values`.
-
-    Returns:
-        y in the dtype and layout of `shifted.values`.
-    """
-    return _affine(shifted.values, centre, var, eps, weight, bias, in_place)
-
-
-def gradient_sums(dy: Tensor, x: Tensor, pivot: Tensor | None, centre: Tensor) -> Sums:
-    """First pass of the backward: sum dy and sum dy * (x - mean).
-
-    Args:
-        dy: like x, in x's layout.
-        x: (N, C, ...), dense.
-        pivot: (C) as in the forward, or None.
-        centre: mean - pivot (C), in the compute dtype.
-    """
+def _sums_about_pivot(x: Tensor) -> tuple[Sums, Tensor | None]:
+    """Sum z and sum z^2 of z = x - pivot, and the pivot (C); None for 0."""
+    dtype = compute_dtype(x.dtype)
     if x.numel() == 0:
-        zero = torch.zeros_like(centre)
-        return Sums(zero, zero)
-    values = shift(x, pivot).values
-    return _sums_of_products(dy.to(values.dtype), values, centre)
+        zero = x.new_zeros(x.shape[1], dtype=dtype)
+        return Sums(zero, zero), None
+    if x.device.type == "cpu" and x.dtype == dtype:
+        sums, M = _sums_of_products(x, x, None), x.numel() // x.shape[1]
+        if not bool((sums.total.square() > 0.5 * M * sums.dot).any()):  # mean^2 exceeds the variance nowhere
+            return sums, None
+    about = pivot(x)
+    z = torch.sub(x, per_channel(about, x))
+    return _sums_of_products(z, z, None), about
 
 
-def whole_gradient(
-    dy: Tensor, x: Tensor, pivot: Tensor | None, centre: Tensor, invstd: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Sums] | None:
-    """Both passes of the backward in one, which needs no message; None where that is not the faster way.
-
-    Args:
-        dy: like x, in x's layout.
-        x: (N, C, ...), dense.
-        pivot: (C) as in the forward, or None.
-        centre: mean - pivot (C), in the compute dtype.
-        invstd: 1 / sqrt(var + eps) (C).
-        weight: (C) or None.
-
-    Returns:
-        dx, and the sums of `gradient_sums`.
-    """
-    if x.device.type != "cpu" or x.numel() == 0 or pivot is not None or not x.dtype == dy.dtype == centre.dtype:
-        return None
-    M, N = x.numel() // x.shape[1], x.shape[0]
-    planes = x.dim() > 2 and x.is_contiguous()
-    if M > N * _PLANE if planes else x.dim() != 4 or M > _FEW_ROWS:
-        return None
-    weight = None if weight is None else weight.to(x.dtype)
-    dx, dot, total = _aten.native_batch_norm_backward(
-        dy, x, weight, None, None, centre, invstd, True, 0.0, [True, True, True]
-    )
-    return dx, Sums(total, dot.div_(invstd))
-
-
-def input_gradient(
-    dy: Tensor, x: Tensor, pivot: Tensor | None, centre: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
-) -> Tensor:
-    """Second pass of the backward: dx = scale * dy + slope * (x - mean) + offset.
-
-    Args:
-        dy: like x, in x's layout.
-        x: (N, C, ...), dense.
-        pivot: (C) as in the forward, or None.
-        centre: mean - pivot (C), in the compute dtype.
-        scale: (C).
-        slope: (C).
-        offset: (C).
-    """
-    if x.numel() == 0:
-        return torch.zeros_like(x)
-    values = shift(x, pivot).values
-    dx = _affine(values, centre, torch.ones_like(centre), 0.0, slope, offset, values is not x)
-    return dx.addcmul_(dy.to(dx.dtype), per_channel(scale.to(dx.dtype), x)).to(x.dtype)
-
-
-def _is_rows(x: Tensor) -> bool:
-    """Whether x is channels-last in memory, at any number of dimensions."""
-    if x.dim() == 4:
-        return x.is_contiguous(memory_format=torch.channels_last)
-    return x.movedim(1, -1).is_contiguous()
+def _about_mean(x: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
+    """Values in the compute dtype and a centre (C), whose difference is x - mean to the compute dtype's precision."""
+    dtype = compute_dtype(x.dtype)
+    high = affine.mean.to(dtype)
+    if x.device.type == "cpu" and x.dtype == dtype and not bool((affine.mean.square() > affine.var).any()):
+        return x, high
+    return torch.sub(x, per_channel(high, x)), (affine.mean - high).to(dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.movedim(1, -1).reshape(-1, x.shape[1])
-
-
-def _cancels(sums: Sums, count: int) -> bool:
-    """Whether in some channel mean^2 exceeds the variance, so that sums about 0 lose digits."""
-    return bool((sums.total.square().sub_(sums.dot, alpha=0.5 * count).max() > 0).item())
 
 
 def _sums_of_products(a: Tensor, x: Tensor, centre: Tensor | None) -> Sums:

@@ -1,0 +1,65 @@
+"""What every implementation of the passes shares: the map they apply, and how an activation lies in memory."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Affine(NamedTuple):
+    """The map y = (x - mean) / sqrt(var + eps) * weight + bias, then max(0, y) with relu.
+
+    mean, var: (C), float64; weight, bias: (C), floating point, or None.
+    """
+
+    mean: Tensor
+    var: Tensor
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+    relu: bool
+
+
+class Gradient(NamedTuple):
+    """What the first pass of the backward finds on this rank, all in one pass over dy and x.
+
+    sums: [sum dy (C), sum dy * (x - mean) (C)], float64; weight, bias: gradients of the parameters, in their dtype.
+    """
+
+    sums: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Running(NamedTuple):
+    """Moving averages (C) in float32 or float64, the number of steps they took (or None), and their momentum.
+
+    A momentum of None averages over all steps so far.
+    """
+
+    mean: Tensor
+    var: Tensor
+    steps: Tensor | None
+    momentum: float | None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an activation of `dtype` is processed: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_channel(v: Tensor, x: Tensor) -> Tensor:
+    """View v (C) so that it broadcasts over x (N, C, ...)."""
+    return v.view(-1, *[1] * (x.dim() - 2))
+
+
+def is_rows(x: Tensor) -> bool:
+    """Whether x (N, C, ...) is channels-last in memory, at any number of dimensions: rows of C elements."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
+
+
+def dense(x: Tensor) -> Tensor:
+    """X itself where it lies in memory as planes or as rows, else a contiguous copy."""
+    return x if x.is_contiguous() or is_rows(x) else x.contiguous()

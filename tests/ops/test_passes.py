@@ -1,0 +1,170 @@
+"""The passes, compiled and as ATen's operators, against the float64 reference."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from syncbn import ops
+from syncbn.ops import aten, native, reference
+
+PASSES = [
+    pytest.param(aten, id="aten"),
+    pytest.param(native, id="native", marks=pytest.mark.skipif(not native._functions, reason="not built: no compiler")),
+]
+SHAPES = [(3, 5), (70, 16), (4, 3, 7), (2, 64, 5, 5), (5, 7, 1, 1), (3, 1, 9, 9), (2, 3, 4, 5, 6), (6, 33, 30, 31)]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def laid_out(x, rows):
+    """X as rows in memory, whatever its dimensions, or as planes."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if rows else x.contiguous()
+
+
+def problem(shape, dtype, rows, mean=0.3):
+    generator = torch.Generator().manual_seed(0)
+    x, dy, residual = (
+        laid_out(torch.randn(shape, generator=generator, dtype=torch.float64), rows) * 1.5 for _ in range(3)
+    )
+    C = shape[1]
+    weight, bias = torch.rand(C, generator=generator) + 0.5, torch.randn(C, generator=generator)
+    return (x + mean).to(dtype), dy.to(dtype), residual.to(dtype), weight, bias
+
+
+def assert_near(found, expected, tolerance):
+    assert found.shape == expected.shape
+    error = (found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
+    assert error <= tolerance, f"off by {error:.2e}"
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
+def test_passes_are_those_of_the_reference(passes, dtype, shape, rows, relu):
+    x, dy, _, weight, bias = problem(shape, dtype, rows)
+    tolerance, activation = TOLERANCE[dtype], "relu" if relu else None
+    y, mean, var = reference.batch_norm(x, weight, bias, activation=activation)
+    found_mean, found_var = passes.moments(x)
+    assert_near(found_mean, mean, max(tolerance, 1e-7) if dtype != torch.float64 else tolerance)
+    assert_near(found_var, var, max(tolerance, 1e-7) if dtype != torch.float64 else tolerance)
+    M = x.numel() // shape[1]
+    sums = passes.input_sums(x)
+    assert sums.dtype == torch.float64
+    assert_near(sums, torch.cat([mean * M, (var + mean.square()) * M]), 1e-6 if dtype != torch.float64 else tolerance)
+
+    affine = ops.Affine(mean, var, 1e-5, weight, bias, relu)
+    found = passes.normalize(x, affine, None)
+    assert found.dtype == dtype
+    assert found.stride() == x.stride()
+    assert_near(found, y, tolerance)
+
+    if passes is aten:
+        dy, affine = aten.before_relu(dy, x, affine)
+    expected = reference.batch_norm_gradients(dy, x, weight, bias, activation=activation)
+    sums, dweight, dbias = passes.gradient(dy, x, affine)
+    wide = max(tolerance, 1e-6)
+    assert_near(dweight, expected.gamma, wide)
+    assert_near(dbias, expected.beta, wide)
+    dx = passes.input_gradient(dy, x, affine, sums, M)
+    assert dx.dtype == dtype
+    assert dx.stride() == x.stride()
+    assert_near(dx, expected.x, 3 * tolerance)
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
+def test_a_residual_enters_before_the_relu(passes, rows):
+    x, _, residual, weight, bias = problem((4, 6, 5, 5), torch.float32, rows)
+    y, mean, var = reference.batch_norm(x, weight, bias, residual=residual, activation="relu")
+    assert_near(passes.normalize(x, ops.Affine(mean, var, 1e-5, weight, bias, True), residual), y, 1e-6)
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("mean", [1e3, -1e4])
+@pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
+def test_a_mean_far_from_zero_costs_no_digits(passes, mean, rows):
+    x, dy, _, weight, bias = problem((16, 5, 12, 12), torch.float32, rows, mean=mean)
+    y, _, var = reference.batch_norm(x, weight, bias)
+    found_mean, found_var = passes.moments(x)
+    assert_near(found_var, var, 1e-6)
+    affine = ops.Affine(found_mean, found_var, 1e-5, weight, bias, False)
+    assert_near(passes.normalize(x, affine, None), y, 1e-6)
+    expected = reference.batch_norm_gradients(dy, x, weight, bias)
+    sums, dweight, _ = passes.gradient(dy, x, affine)
+    assert_near(dweight, expected.gamma, 1e-6)
+    assert_near(passes.input_gradient(dy, x, affine, sums, x.numel() // 5), expected.x, 2e-6)
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_not_a_number_stays_one(passes):
+    x = torch.tensor([[1.0, 2.0], [float("nan"), 3.0], [4.0, 5.0]])
+    affine = ops.Affine(*torch.zeros(2, 2, dtype=torch.float64), 1.0, None, None, True)
+    y = passes.normalize(x, affine, None)
+    assert y[1, 0].isnan()
+    assert y.isfinite().sum() == 5
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
+def test_parameters_of_other_dtypes(passes, dtypes):
+    x, dy, _, weight, bias = problem((4, 6, 5, 5), torch.float32, False)
+    weight, bias = weight.to(dtypes[0]), bias.to(dtypes[1])
+    y, mean, var = reference.batch_norm(x, weight, bias)
+    affine = ops.Affine(mean, var, 1e-5, weight, bias, False)
+    assert_near(passes.normalize(x, affine, None), y, 1e-6)
+    _, dweight, dbias = passes.gradient(dy, x, affine)
+    assert (dweight.dtype, dbias.dtype) == dtypes
+    expected = reference.batch_norm_gradients(dy, x, weight, bias)
+    assert_near(dweight, expected.gamma, 8e-3)
+    assert_near(dbias, expected.beta, 8e-3)
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_moving_averages(passes, momentum, dtype):
+    running = ops.Running(torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype), torch.tensor(0), momentum)
+    values = torch.arange(1.0, 4.0, dtype=torch.float64)
+    passes.update_running(running, values, values, 5.0)
+    passes.update_running(running, values, values, 0.0)  # an empty batch
+    passes.update_running(running, 2 * values, values, 3.0)
+    assert running.steps == 2
+    if momentum is None:
+        mean, var = 1.5 * values, (1.25 + 1.5) / 2 * values
+    else:
+        mean = 0.9 * 0.1 * values + 0.1 * 2 * values
+        var = 0.9 * (0.9 + 0.1 * 1.25 * values) + 0.1 * 1.5 * values
+    assert_near(running.mean, mean, 1e-6)
+    assert_near(running.var, var, 1e-6)
+    assert running.mean._version > 0, "autograd must see that a buffer changed"
+
+
+@pytest.mark.skipif(not native._functions, reason="not built: no compiler")
+def test_sums_do_not_depend_on_the_number_of_threads():
+    x = torch.randn(16, 24, 28, 28)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found += [ops.input_sums(laid_out(x, rows)) for rows in (False, True)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[i], found[i % 2]) for i in range(6))
+
+
+def test_without_the_compiled_passes_atens_are_used():
+    code = "import torch; from syncbn.ops import native; assert not native.takes(torch.ones(2, 2))"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"SYNCBN_NATIVE": "0"}, timeout=60)
+
+
+@pytest.mark.skipif(not native._functions, reason="not built: no compiler")
+def test_tensors_without_memory_are_left_to_aten():
+    assert native.takes(torch.ones(2, 2))
+    assert not native.takes(torch.ones(2, 2, device="meta"))
+    assert not native.takes(torch.ones(2, 2, dtype=torch.int64))
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        assert not native.takes(torch.ones(2, 2))
