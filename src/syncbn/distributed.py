@@ -27,11 +27,10 @@ def new_group(size: int) -> dist.ProcessGroup:
     Every rank must call it, as with `torch.distributed.new_group`.
 
     Raises:
-        RuntimeError: no process group has been initialised.
-        ValueError: `size` does not divide the world size.
+        ValueError: no process group has been initialised, or `size` does not divide the world size.
     """
     if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError(
+        raise ValueError(
             f"new_group({size}) needs a process group: call torch.distributed.init_process_group first (torchrun, "
             "Lightning and DeepSpeed do)"
         )

@@ -1,6 +1,7 @@
 """SyncBatchNorm, and the form in which several layers share one message."""
 
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
@@ -85,6 +86,10 @@ class BatchNorm(_BatchNorm):
         super()._apply(fn, recurse)
         self._keep_statistics_wide(before)
         return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._keep_statistics_wide(self._buffers)  # load_state_dict(assign=True) takes any dtype
 
     def _keep_statistics_wide(self, wide: Any) -> None:
         for name in _BUFFERS:
@@ -267,9 +272,14 @@ class _Entry:
     """One input and the layers side by side in it."""
 
     def __init__(self, layers: Layers, input: Tensor) -> None:
-        self.layers = (layers,) if isinstance(layers, BatchNorm) else tuple(layers)
+        self.layers = (layers,) if isinstance(layers, torch.nn.Module) else tuple(layers)
         self.input = input
         self.residual: Tensor | None = None
+        for layer in self.layers:
+            if not isinstance(layer, BatchNorm):
+                raise ValueError(
+                    f"expected SyncBatchNorm layers, got {type(layer).__name__}: convert it with convert_sync_batchnorm"
+                )
         first = self.layers[0]
         _check_input(input, sum(layer.num_features for layer in self.layers))
         if len(self.layers) > 1:
@@ -352,11 +362,11 @@ def _route(layers: Sequence[BatchNorm]) -> Route | None:
 
 
 def _check_arguments(num_features: int, eps: float, momentum: float | None, activation: str | None) -> None:
-    if num_features < 1:
-        raise ValueError(f"num_features must be 1 or more, got {num_features}")
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be in [0, 1], or None for a cumulative average, got {momentum}")
+    if not isinstance(num_features, Integral) or num_features < 1:
+        raise ValueError(f"num_features must be an integer, 1 or more, got {num_features!r}")
+    if not isinstance(eps, Real) or eps < 0:
+        raise ValueError(f"eps must be a number, not negative, got {eps!r}")
+    if momentum is not None and not (isinstance(momentum, Real) and 0 <= momentum <= 1):
+        raise ValueError(f"momentum must be in [0, 1], or None for a cumulative average, got {momentum!r}")
     if activation not in (None, "relu"):
         raise ValueError(f'activation must be None or "relu", got {activation!r}')

@@ -12,6 +12,7 @@ On a CPU, ATen's batch norm operators are used for what they are inside: its bac
 reduction of sum a and sum a * (x - centre), its forward in inference one pass of (x - centre) * scale + shift.
 """
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -178,7 +179,8 @@ def _sums_of_rows(a: Tensor, x: Tensor, centre: Tensor | None) -> Sums:
     accumulators = max(-(-M // _ROWS), 4 if M >= 64 else 1)
     if accumulators == 1 and x.dim() in (2, 4):
         return _reduce(a, x, centre)
-    k = _divisor(M, range(min(accumulators, max(1, _WIDTH // C)), 0, -1))  # the matrix is read as (M/k, k*C)
+    fewest = min(accumulators, max(1, _WIDTH // C))
+    k = _divisor(M, (*range(fewest, 8 * fewest), *range(fewest, 1, -1)))  # the matrix is read as (M/k, k*C)
     a, x = _rows(a).view(-1, k * C), _rows(x).view(-1, k * C)
     centre = None if centre is None else centre.repeat(k)
     if len(x) <= _ROWS:
@@ -203,7 +205,7 @@ def _sums_of_planes(a: Tensor, x: Tensor, centre: Tensor | None) -> Sums:
 
 
 @lru_cache(maxsize=4096)
-def _divisor(number: int, candidates: range) -> int:
+def _divisor(number: int, candidates: Iterable[int]) -> int:
     """The first of the candidates that divides the number, 1 if none does."""
     return next((k for k in candidates if number % k == 0), 1)
 

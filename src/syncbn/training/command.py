@@ -157,6 +157,13 @@ class SyncBNCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except BaseException as error:
             stop_other_ranks(launcher, error)
+            if isinstance(error, RuntimeError) and "in loading state_dict" in str(error):
+                path = self._get(self.config, "ckpt_path")
+                _, first, *more = str(error).splitlines()
+                raise ValueError(
+                    f"--ckpt_path {path} is of another network than the configured one: {first.strip()}"
+                    f" ({len(more)} further differences)"
+                ) from error
             raise
 
     def before_fit(self) -> None:
