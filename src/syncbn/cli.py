@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-VERBS: dict[str, str] = {}
+VERBS: dict[str, str] = {"prepare": "syncbn.data.preparation.command"}
 """Verbs besides those of Lightning, each with the module whose COMMANDS holds its functions by name."""
 
 
