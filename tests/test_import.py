@@ -19,6 +19,7 @@ ORDER = [
     "exchange",
     "functional",
     "nn",
+    "preprocessing",
     "models",
     "data",
     "training",

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-VERBS: dict[str, str] = {"prepare": "syncbn.data.preparation.command"}
+VERBS: dict[str, str] = {"data": "syncbn.data.show", "prepare": "syncbn.data.preparation.command"}
 """Verbs besides those of Lightning, each with the module whose COMMANDS holds its functions by name."""
 
 

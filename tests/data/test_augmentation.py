@@ -1,16 +1,28 @@
 """Augmentation is a function of (seed, epoch, index); resizing keeps what it should."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from photos import ImagesInMemory, noise
 from torch.utils.data import DataLoader
 
-from syncbn.data import Augmentation, BatchedImages, GlobalBatchSampler, SampleKey, fashion_mnist
-from syncbn.data.augmentation import AUGMENTATION_STREAM, fit_square, random_stream
+from syncbn.data import (
+    Augmentation,
+    BatchedImages,
+    GlobalBatchSampler,
+    PhotometricDistortion,
+    RandomCrop,
+    SampleKey,
+    fashion_mnist,
+)
+from syncbn.data.augmentation import AUGMENTATION_STREAM, draw, random_stream
 from syncbn.data.batches import keep_batch
+from syncbn.data.cropping import fit_square
 from syncbn.data.datasets import Selection
 
 STRONG = Augmentation(max_shift=4, mirror_probability=0.5)
+EVERYTHING = Augmentation(crop=RandomCrop(), photometric=PhotometricDistortion())
 
 
 def few_images() -> Selection:
@@ -18,13 +30,14 @@ def few_images() -> Selection:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_sample_looks_the_same_on_any_rank_and_in_any_worker(num_workers):
+@pytest.mark.parametrize("augmentation", [STRONG, EVERYTHING], ids=["small", "photos"])
+def test_a_sample_looks_the_same_on_any_rank_and_in_any_worker(num_workers, augmentation):
     expected = {}
     for num_ranks in (1, 2, 4):
         for rank in range(num_ranks):
             sampler = GlobalBatchSampler(24, 8, rank=rank, num_ranks=num_ranks, seed=5)
             sampler.set_epoch(2)
-            images = BatchedImages(few_images(), 28, STRONG, seed=5)
+            images = BatchedImages(few_images(), 28, augmentation, seed=5)
             for batch in DataLoader(
                 images,
                 batch_sampler=sampler,
@@ -52,7 +65,8 @@ def test_shifts_and_mirror_cover_their_range():
     image[4, 3] = 255
     places = set()
     for index in range(600):
-        changed = Augmentation(1, 0.5)(image, random_stream(0, 0, index, AUGMENTATION_STREAM))
+        stream = random_stream(0, 0, index, AUGMENTATION_STREAM)
+        changed = Augmentation(1, 0.5)(ImagesInMemory(image).photo(), 9, stream)
         assert changed.shape == image.shape
         places.add(tuple(int(axis[0]) for axis in np.nonzero(changed[:, :, 0])))
     plain = {(4 - down, 3 - right) for down in (-1, 0, 1) for right in (-1, 0, 1)}
@@ -70,6 +84,55 @@ def test_without_augmentation_the_image_is_the_image():
 def test_strengths_out_of_range_are_refused(shift, mirror):
     with pytest.raises(ValueError, match="augmentation"):
         Augmentation(shift, mirror)
+
+
+def test_shifts_are_for_images_without_a_crop():
+    with pytest.raises(ValueError, match="max_shift=2 is for images without a crop"):
+        Augmentation(max_shift=2, crop=RandomCrop())
+
+
+def test_equally_many_numbers_are_drawn_whatever_the_strengths():
+    following = set()
+    for augmentation in (Augmentation(0, 0.0), STRONG, EVERYTHING, Augmentation(crop=RandomCrop(0.9, 1.0))):
+        stream = random_stream(3, 4, 5, AUGMENTATION_STREAM)
+        augmentation(ImagesInMemory(noise(20, 30)).photo(), 16, stream)
+        following.add(stream.random())
+    assert len(following) == 1
+
+
+def test_changing_one_strength_leaves_the_others_alone():
+    weak = Augmentation(crop=RandomCrop(), photometric=PhotometricDistortion(0.2, 0.2, 0.2, 0.0))
+    changed = Augmentation(0, 1.0, RandomCrop(), PhotometricDistortion(0.2, 0.2, 0.2, 0.3))
+    for index in range(20):
+        draws = draw(random_stream(0, 0, index, AUGMENTATION_STREAM))
+        one, other = (augmentation.plan(300, 400, draws) for augmentation in (weak, changed))
+        assert one.window == other.window and other.mirrored
+        assert np.array_equal(one.colours.own, other.colours.own)
+        assert np.array_equal(one.colours.mean, other.colours.mean)
+        assert not one.colours.shift.any() and other.colours.shift.all()
+
+
+def test_the_whole_is_crop_then_resize_then_mirror_then_colours():
+    image = noise(60, 90)
+    mirrored = set()
+    for index in range(12):
+        plan = EVERYTHING.plan(60, 90, draw(random_stream(0, 0, index, AUGMENTATION_STREAM)))
+        window = plan.window.cut(image)
+        interpolation = cv2.INTER_AREA if min(window.shape[:2]) >= 32 else cv2.INTER_LINEAR
+        expected = cv2.resize(window, (16, 16), interpolation=interpolation)
+        expected = plan.colours(np.ascontiguousarray(expected[:, ::-1] if plan.mirrored else expected))
+        actual = EVERYTHING(ImagesInMemory(image).photo(), 16, random_stream(0, 0, index, AUGMENTATION_STREAM))
+        assert np.array_equal(actual, expected)
+        mirrored.add(plan.mirrored)
+    assert mirrored == {False, True}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 500, 3), (500, 1, 1), (3, 2, 1)])
+def test_tiny_and_narrow_images(shape):
+    for index in range(10):
+        stream = random_stream(0, 0, index, AUGMENTATION_STREAM)
+        changed = EVERYTHING(ImagesInMemory(np.full(shape, 9, np.uint8)).photo(), 32, stream)
+        assert changed.shape == (32, 32, shape[2]) and changed.dtype == np.uint8
 
 
 @pytest.mark.parametrize("shape", [(28, 28, 1), (10, 30, 3), (31, 9, 3), (7, 7, 1), (64, 65, 3)])

@@ -2,10 +2,13 @@
 
 from syncbn.data.augmentation import Augmentation
 from syncbn.data.batches import BatchedImages, ImageBatch
+from syncbn.data.cropping import RandomCrop
 from syncbn.data.datamodule import ImageDataModule
 from syncbn.data.datasets import ArrayDataset, ImageDataset
+from syncbn.data.evaluation import EvaluationCrops
 from syncbn.data.fashion_mnist import fashion_mnist
 from syncbn.data.image_folder import ImageFolderDataset
+from syncbn.data.photometric import PhotometricDistortion
 from syncbn.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, SampleKey, split_global_batch
 from syncbn.data.sources import ImageSets, open_image_sets
 
@@ -14,12 +17,15 @@ __all__ = [
     "Augmentation",
     "BatchedImages",
     "EvaluationBatchSampler",
+    "EvaluationCrops",
     "GlobalBatchSampler",
     "ImageBatch",
     "ImageDataModule",
     "ImageDataset",
     "ImageFolderDataset",
     "ImageSets",
+    "PhotometricDistortion",
+    "RandomCrop",
     "SampleKey",
     "fashion_mnist",
     "open_image_sets",

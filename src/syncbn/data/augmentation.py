@@ -1,4 +1,4 @@
-"""From a decoded image to what the network sees: resized, and in training randomly changed.
+"""From an image to what the network sees in training: randomly cropped or shifted, mirrored, recoloured.
 
 Every random number is a function of (seed, epoch, index) alone, never of the rank, the worker or the order
 of calls: the same image looks the same in an epoch on any number of ranks. The generator is Philox, which
@@ -7,9 +7,14 @@ the epoch are its key, the index is a part of its counter, and so no two streams
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+
+from syncbn.data.cropping import ATTEMPTS, RandomCrop, Window, cut_and_resize, fit_square
+from syncbn.data.decoding import Photo
+from syncbn.data.photometric import ColourMap, PhotometricDistortion
 
 ORDER_STREAM, AUGMENTATION_STREAM = 0, 1
 """The highest word of Philox's counter tells what the random numbers are for."""
@@ -32,65 +37,124 @@ def random_stream(seed: int, epoch: int, index: int, purpose: int) -> np.random.
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+class Draws(NamedTuple):
+    """All random numbers of one sample in one epoch.
+
+    All are drawn whatever the strengths: changing one strength leaves the effect of the others alone.
+
+    Attributes:
+        shift: Down and right, uniform in [0, 1).
+        mirror: Uniform in [0, 1).
+        crop_shapes: Area and aspect of each attempted crop, uniform in [0, 1), shape (ATTEMPTS, 2).
+        crop_position: Down and right, uniform in [0, 1).
+        factors: Of brightness, contrast and saturation, uniform in [0, 1).
+        lighting: Along the principal axes of the colours, standard normal, shape (3,).
+    """
+
+    shift: list[float]
+    mirror: float
+    crop_shapes: list[list[float]]
+    crop_position: list[float]
+    factors: list[float]
+    lighting: np.ndarray
+
+
+def draw(stream: np.random.Generator) -> Draws:
+    """Take a sample's numbers from its `random_stream`."""
+    return Draws(
+        shift=stream.random(2).tolist(),
+        mirror=stream.random(),
+        crop_shapes=stream.random((ATTEMPTS, 2)).tolist(),
+        crop_position=stream.random(2).tolist(),
+        factors=stream.random(3).tolist(),
+        lighting=stream.standard_normal(3),
+    )
+
+
+class Plan(NamedTuple):
+    """What is done to one image, apart from the resizing: it depends on the image's size, not on its pixels.
+
+    Attributes:
+        window: The crop, in pixels of the image; None takes the central square.
+        mirrored: Whether left and right change places.
+        colours: The photometric distortion; None for none.
+    """
+
+    window: Window | None
+    mirrored: bool
+    colours: ColourMap | None
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Random changes to a training image.
 
     Args:
-        max_shift: The image moves by up to this many pixels, up or down and left or right, each distance
-            equally likely; what comes in at the border mirrors the image.
+        max_shift: For small images: the image moves by up to this many pixels, up or down and left or right,
+            each distance equally likely; what comes in at the border mirrors the image.
         mirror_probability: How often the image is mirrored left to right. 0 for digits and letters.
+        crop: For photos: random crops. Null takes the central square.
+        photometric: Random colours. Null leaves them.
 
     Raises:
-        ValueError: ``max_shift`` is negative, or ``mirror_probability`` lies outside 0..1.
+        ValueError: An argument is out of range, or both ``max_shift`` and ``crop`` are given.
     """
 
-    max_shift: int = 2
+    max_shift: int = 0
     mirror_probability: float = 0.5
+    crop: RandomCrop | None = None
+    photometric: PhotometricDistortion | None = None
 
     def __post_init__(self) -> None:
         if self.max_shift < 0:
             raise ValueError(f"augmentation.max_shift={self.max_shift} must not be negative")
+        if self.max_shift and self.crop:
+            raise ValueError(f"augmentation.max_shift={self.max_shift} is for images without a crop: leave it out")
         if not 0 <= self.mirror_probability <= 1:
             raise ValueError(f"augmentation.mirror_probability={self.mirror_probability} must lie in 0..1")
 
-    def __call__(self, image: np.ndarray, stream: np.random.Generator) -> np.ndarray:
-        """Change one image.
+    def __call__(self, photo: Photo, size: int, stream: np.random.Generator) -> np.ndarray:
+        """Crop, resize and change one image.
 
         Args:
-            image: uint8, shape (H, W, channels).
+            photo: Not decoded yet, or all there.
+            size: Side of the result in pixels.
             stream: Where the random numbers come from.
 
         Returns:
-            The changed image, of the same shape.
+            uint8, shape (size, size, channels): a function of the image, the size and the stream alone.
         """
-        # All numbers are drawn, whatever the strengths: changing one strength leaves the other draws alone.
-        down, right = stream.integers(-self.max_shift, self.max_shift, size=2, endpoint=True)
-        mirrored = stream.random() < self.mirror_probability
-        if self.max_shift:
-            height, width = image.shape[:2]
-            margin = self.max_shift
-            padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode="symmetric")
-            image = padded[margin + down :, margin + right :][:height, :width]
-        return image[:, ::-1] if mirrored else image
+        draws = draw(stream)
+        plan = self.plan(photo.height, photo.width, draws)
+        if plan.window is None:
+            image = shift(fit_square(photo.pixels(), size), self.max_shift, draws.shift)
+        else:
+            image = cut_and_resize(photo, plan.window, size)
+        if plan.mirrored:
+            image = cv2.flip(image, 1).reshape(image.shape)
+        return image if plan.colours is None else plan.colours(image)
+
+    def plan(self, height: int, width: int, draws: Draws) -> Plan:
+        """What the random numbers mean for an image of a size."""
+        window, colours = None, None
+        if self.crop:
+            window = self.crop.window(height, width, draws.crop_shapes, draws.crop_position)
+        if self.photometric:
+            colours = self.photometric.colour_map(draws.factors, draws.lighting)
+        return Plan(window, draws.mirror < self.mirror_probability, colours)
 
 
-def fit_square(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize the shorter side to ``size`` and keep the central square.
+def shift(image: np.ndarray, max_shift: int, draws: list[float]) -> np.ndarray:
+    """Move an image by up to ``max_shift`` pixels; what comes in at the border mirrors it.
 
     Args:
         image: uint8, shape (H, W, channels).
-        size: Side of the result in pixels.
-
-    Returns:
-        uint8, shape (size, size, channels).
+        max_shift: In pixels.
+        draws: Down and right, in [0, 1).
     """
-    height, width, channels = image.shape
-    if (height, width) == (size, size):
+    if not max_shift:
         return image
-    shorter = min(height, width)
-    target = (max(size, round(width * size / shorter)), max(size, round(height * size / shorter)))
-    interpolation = cv2.INTER_AREA if shorter > size else cv2.INTER_LINEAR
-    image = cv2.resize(image, target, interpolation=interpolation).reshape(target[1], target[0], channels)
-    top, left = (target[1] - size) // 2, (target[0] - size) // 2
-    return image[top : top + size, left : left + size]
+    height, width = image.shape[:2]
+    top, left = (int(number * (2 * max_shift + 1)) for number in draws)
+    padded = np.pad(image, ((max_shift, max_shift), (max_shift, max_shift), (0, 0)), mode="symmetric")
+    return padded[top : top + height, left : left + width]

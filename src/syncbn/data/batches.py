@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from syncbn.data.augmentation import AUGMENTATION_STREAM, Augmentation, fit_square, random_stream
+from syncbn.data.augmentation import AUGMENTATION_STREAM, Augmentation, random_stream
 from syncbn.data.datasets import ImageDataset
+from syncbn.data.decoding import Photo
+from syncbn.data.evaluation import EvaluationCrops
 from syncbn.data.samplers import SampleKey
+from syncbn.preprocessing import find_preprocessing
 
 
 class ImageBatch(NamedTuple):
     """What the network is given.
 
     Attributes:
-        images: float32, normalised, shape (N, C, H, W).
+        images: float32, normalised, shape (N, C, H, W); or (N, K, C, H, W) with K > 1 crops of each image.
         labels: int64, shape (N,).
         indices: int64, shape (N,): the number of each image in its data set.
     """
@@ -32,29 +35,57 @@ class BatchedImages(Dataset[ImageBatch]):
     Args:
         dataset: Where the images come from.
         image_size: Side of the square that the network sees, in pixels.
-        augmentation: Random changes; None for none.
+        augmentation: Random changes, for training; None for none.
         seed: Of the run; decides the random changes, with the epoch and the index.
+        crops: Without augmentation: the parts of an image that are looked at. None for its central square.
+        preprocessing: Of which variant the network is: "paper", "cadene" or "slim". Grey images are
+            normalised by the data's own mean and standard deviation whatever it is.
+
+    Raises:
+        ValueError: ``preprocessing`` is no variant's.
     """
 
     def __init__(
-        self, dataset: ImageDataset, image_size: int, augmentation: Augmentation | None = None, seed: int = 0
+        self,
+        dataset: ImageDataset,
+        image_size: int,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        *,
+        crops: EvaluationCrops | None = None,
+        preprocessing: str = "paper",
     ) -> None:
+        assert augmentation is None or crops is None
         self.dataset = dataset
         self.image_size = image_size
         self.augmentation = augmentation
         self.seed = seed
-        self._mean = torch.tensor(dataset.mean, dtype=torch.float32).reshape(-1, 1, 1) * 255
-        self._std = torch.tensor(dataset.std, dtype=torch.float32).reshape(-1, 1, 1) * 255
+        self.crops = crops or EvaluationCrops(image_size)
+        self.normalise = Normalisation(dataset, preprocessing)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def prepared_image(self, key: SampleKey) -> np.ndarray:
-        """The image a key names, resized and randomly changed: uint8, shape (image_size, image_size, C)."""
-        image = fit_square(self.dataset.image(key.sample), self.image_size)
+        """What a key names, as the network sees it but for the normalisation.
+
+        Returns:
+            uint8, shape (K, image_size, image_size, C): one image randomly changed, or K crops of it.
+        """
+        photo = Photo(self.dataset, key.sample, self.dataset.encoded(key.sample))
         if self.augmentation is None:
-            return image
-        return self.augmentation(image, random_stream(self.seed, key.epoch, key.sample, AUGMENTATION_STREAM))
+            return self.crops(photo.pixels())
+        stream = random_stream(self.seed, key.epoch, key.sample, AUGMENTATION_STREAM)
+        return self.augmentation(photo, self.image_size, stream)[None]
+
+    def pixels(self, keys: list[SampleKey]) -> np.ndarray:
+        """The prepared images of a batch: uint8, shape (N, K, image_size, image_size, C)."""
+        pixels = np.empty(
+            (len(keys), self.crops.count, self.image_size, self.image_size, self.dataset.channels), np.uint8
+        )
+        for row, key in enumerate(keys):
+            pixels[row] = self.prepared_image(key)
+        return pixels
 
     def __getitem__(self, key: SampleKey) -> ImageBatch:
         """A batch of one."""
@@ -62,15 +93,40 @@ class BatchedImages(Dataset[ImageBatch]):
 
     def __getitems__(self, keys: list[SampleKey]) -> ImageBatch:
         """The batch that a list of keys names; an empty list gives an empty batch."""
-        pixels = np.empty((len(keys), self.image_size, self.image_size, self.dataset.channels), np.uint8)
-        for row, key in enumerate(keys):
-            pixels[row] = self.prepared_image(key)
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+        images = self.normalise(torch.from_numpy(self.pixels(keys)))
         return ImageBatch(
-            images=((images - self._mean) / self._std).contiguous(),
+            images=images.squeeze(1) if self.crops.count == 1 else images,
             labels=torch.tensor([self.dataset.label(key.sample) for key in keys], dtype=torch.int64),
             indices=torch.tensor([key.sample for key in keys], dtype=torch.int64),
         )
+
+
+class Normalisation:
+    """From pixels to the input of a network.
+
+    Args:
+        dataset: Whose mean and standard deviation are taken where the variant has none of its own.
+        preprocessing: Name of the variant, a key of `PREPROCESSING`.
+    """
+
+    def __init__(self, dataset: ImageDataset, preprocessing: str) -> None:
+        chosen = find_preprocessing(preprocessing if dataset.channels == 3 else "paper")
+        mean = chosen.mean or [255 * value for value in dataset.mean]
+        std = chosen.std or [255 * value for value in dataset.std]
+        self.is_bgr = chosen.colour_order == "BGR"
+        self._mean, self._std = (torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Normalise.
+
+        Args:
+            pixels: uint8, RGB or grey, shape (..., H, W, C).
+
+        Returns:
+            float32, shape (..., C, H, W).
+        """
+        images = (pixels.flip(-1) if self.is_bgr else pixels).movedim(-1, -3).float()
+        return ((images - self._mean.to(images.device)) / self._std.to(images.device)).contiguous()
 
 
 def keep_batch(batch: ImageBatch) -> ImageBatch:

@@ -1,6 +1,6 @@
 """The DataModule: images of any known layout, the same global batches on any number of ranks."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -8,8 +8,14 @@ from torch.utils.data import DataLoader
 
 from syncbn.data.augmentation import Augmentation
 from syncbn.data.batches import BatchedImages, ImageBatch, keep_batch
+from syncbn.data.datasets import ImageDataset
+from syncbn.data.evaluation import EvaluationCrops
 from syncbn.data.samplers import EvaluationBatchSampler, GlobalBatchSampler
 from syncbn.data.sources import EMBEDDED, open_image_sets
+from syncbn.preprocessing import find_preprocessing
+
+if TYPE_CHECKING:
+    from syncbn.data.dali import DaliLoader
 
 
 class ResumableDataLoader(DataLoader[ImageBatch]):
@@ -36,9 +42,18 @@ class ImageDataModule(LightningDataModule):
         image_size: Side of the square that the network sees, in pixels. Null keeps the size of the images,
             where all have one size.
         augmentation: Random changes to the training images. Null for none.
+        resize: Pixels of the shorter side to which an image is resized in evaluation, before its centre is cut out.
+            Null for image_size.
+        evaluation_crops: Parts of an image over whose probabilities evaluation averages: 1, its centre; 10, corners,
+            centre and mirror images; 144, GoogLeNet's. A batch then holds fewer images, and at least one for each rank.
+        preprocessing: The order of the colours and the normalisation, by the variant of the network: "paper" (RGB,
+            the data's own mean and standard deviation), "cadene" or "slim".
+        decoder: Of the training images: "opencv", or "dali" for NVIDIA's (the extra syncbn[dali]), which decodes on
+            the GPU where the trainer has one.
         validation_images: Training images held out for validation. 0 holds out none: validation then takes
             the data's own validation set, or the test set.
-        num_workers: Processes for each rank that prepare batches. 0 prepares them in the training process.
+        num_workers: Processes for each rank that prepare batches (threads, of DALI's training images). 0 prepares
+            them in the training process.
         seed: Decides the order of the samples and their random changes.
 
     Raises:
@@ -51,6 +66,10 @@ class ImageDataModule(LightningDataModule):
         root: str = EMBEDDED,
         image_size: int | None = None,
         augmentation: Augmentation | None = Augmentation(),  # noqa: B008 (frozen)
+        resize: int | None = None,
+        evaluation_crops: int = 1,
+        preprocessing: str = "paper",
+        decoder: Literal["opencv", "dali"] = "opencv",
         validation_images: int = 0,
         num_workers: int = 0,
         seed: int = 0,
@@ -67,6 +86,10 @@ class ImageDataModule(LightningDataModule):
         self.image_size = self._native_size() if image_size is None else image_size
         if self.image_size < 1:
             raise ValueError(f"image_size={image_size} must be at least 1")
+        self.crops = EvaluationCrops(self.image_size, resize, evaluation_crops)
+        find_preprocessing(preprocessing)
+        self.preprocessing = preprocessing
+        self.decoder = decoder
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -101,7 +124,7 @@ class ImageDataModule(LightningDataModule):
                 " pass Trainer(use_distributed_sampler=False) (config key trainer.use_distributed_sampler)"
             )
 
-    def train_dataloader(self) -> ResumableDataLoader:
+    def train_dataloader(self) -> "ResumableDataLoader | DaliLoader":
         """Shuffled, augmented training batches of this rank, from the trainer's present place onwards."""
         trainer = self.trainer
         sampler = GlobalBatchSampler(
@@ -114,28 +137,51 @@ class ImageDataModule(LightningDataModule):
         )
         if trainer and trainer.state.fn == TrainerFn.FITTING:
             sampler.set_position(*self._place_of_trainer(len(sampler)))
-        images = BatchedImages(self.sets.train, self.image_size, self.augmentation, self.seed)
+        if self.decoder == "dali":
+            return self._dali_loader(sampler)
+        images = BatchedImages(
+            self.sets.train, self.image_size, self.augmentation, self.seed, preprocessing=self.preprocessing
+        )
         return ResumableDataLoader(images, batch_sampler=sampler, **self._loader_options())
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
         """All validation images in order, each once over the ranks."""
-        return self._evaluation_loader(BatchedImages(self.sets.validation, self.image_size))
+        return self._evaluation_loader(self.sets.validation)
 
     def test_dataloader(self) -> DataLoader[ImageBatch]:
         """All test images in order, each once over the ranks."""
-        return self._evaluation_loader(BatchedImages(self.sets.test, self.image_size))
+        return self._evaluation_loader(self.sets.test)
 
     def predict_dataloader(self) -> DataLoader[ImageBatch]:
         """The test images, as `test_dataloader` gives them."""
         return self.test_dataloader()
 
-    def _evaluation_loader(self, images: BatchedImages) -> DataLoader[ImageBatch]:
+    def _dali_loader(self, sampler: GlobalBatchSampler) -> "DaliLoader":
+        from syncbn.data.dali import DaliLoader
+
+        device = self.trainer.strategy.root_device if self.trainer else None
+        return DaliLoader(
+            self.sets.train,
+            sampler,
+            self.image_size,
+            self.augmentation,
+            self.seed,
+            preprocessing=self.preprocessing,
+            num_threads=max(1, self.num_workers),
+            device_id=device.index if device and device.type == "cuda" else None,
+        )
+
+    def _evaluation_loader(self, dataset: ImageDataset) -> DataLoader[ImageBatch]:
+        images = BatchedImages(dataset, self.image_size, crops=self.crops, preprocessing=self.preprocessing)
         trainer = self.trainer
+        num_ranks = trainer.world_size if trainer else 1
+        # Counted in crops, so that more crops take no more memory, once there is an image for each rank.
+        images_at_a_time = max(num_ranks, self.global_batch_size // self.crops.count)
         sampler = EvaluationBatchSampler(
             len(images),
-            self.global_batch_size,
+            images_at_a_time,
             rank=trainer.global_rank if trainer else 0,
-            num_ranks=trainer.world_size if trainer else 1,
+            num_ranks=num_ranks,
         )
         return DataLoader(images, batch_sampler=sampler, **self._loader_options())
 

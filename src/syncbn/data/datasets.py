@@ -35,6 +35,10 @@ class ImageDataset(Protocol):
         """The image at ``index``: uint8, shape (H, W, channels)."""
         ...
 
+    def encoded(self, index: int) -> bytes | None:
+        """The file of the image at ``index``, or None where there is none and `image` is all there is."""
+        ...
+
     def label(self, index: int) -> int:
         """The class of the image at ``index``, in 0..len(classes) - 1."""
         ...
@@ -76,6 +80,10 @@ class ArrayDataset:
         """The image at ``index``: uint8, shape (H, W, 1)."""
         return self.images[index][:, :, None]
 
+    def encoded(self, index: int) -> bytes | None:
+        """None: the images are decoded."""
+        return None
+
     def label(self, index: int) -> int:
         """The class of the image at ``index``."""
         return int(self.labels[index])
@@ -103,6 +111,10 @@ class Selection:
     def image(self, index: int) -> np.ndarray:
         """The image at ``index``: uint8, shape (H, W, channels)."""
         return self.dataset.image(int(self.indices[index]))
+
+    def encoded(self, index: int) -> bytes | None:
+        """The file of the image at ``index``, if there is one."""
+        return self.dataset.encoded(int(self.indices[index]))
 
     def label(self, index: int) -> int:
         """The class of the image at ``index``."""

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
+
+from syncbn.data.decoding import decode
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
@@ -68,15 +69,25 @@ class ImageFolderDataset:
         Raises:
             ValueError: The file cannot be read or decoded; the message names it.
         """
+        content = self.encoded(index)
+        image = decode(content)
+        if image is None:
+            raise ValueError(
+                f"cannot decode the image {self.paths[index]} ({len(content)} bytes): remove or replace the file"
+            )
+        return image
+
+    def encoded(self, index: int) -> bytes:
+        """The file of the image at ``index``.
+
+        Raises:
+            ValueError: It cannot be read; the message names it.
+        """
         path = self.paths[index]
         try:
-            content = np.frombuffer(path.read_bytes(), np.uint8)
+            return path.read_bytes()
         except OSError as error:
             raise ValueError(f"cannot read the image {path}: {error.strerror}") from error
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB) if content.size else None
-        if image is None:
-            raise ValueError(f"cannot decode the image {path} ({content.size} bytes): remove or replace the file")
-        return image
 
     def label(self, index: int) -> int:
         """The class of the image at ``index``."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from syncbn.training.batch_arithmetic import BatchArithmetic
     from syncbn.training.classifier import ImageClassifier
     from syncbn.training.curves import CurvesPlot
+    from syncbn.training.evaluation import Ensemble
     from syncbn.training.plugins import SyncBatchNormPlugin
     from syncbn.training.polyak import PolyakAveraging
     from syncbn.training.predictions import PredictionTable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 MODULES = {
     "BatchArithmetic": "batch_arithmetic",
     "CurvesPlot": "curves",
+    "Ensemble": "evaluation",
     "ImageClassifier": "classifier",
     "PolyakAveraging": "polyak",
     "PredictionTable": "predictions",
@@ -31,6 +33,7 @@ MODULES = {
 __all__ = [
     "BatchArithmetic",
     "CurvesPlot",
+    "Ensemble",
     "ImageClassifier",
     "PolyakAveraging",
     "PredictionTable",

@@ -1,25 +1,24 @@
 """Inception-BN as a LightningModule: the loss, the accuracies, the optimiser."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor
 
 from syncbn.data.batches import ImageBatch
 from syncbn.distributed import new_group
 from syncbn.models import inception_bn
 from syncbn.nn import SyncBatchNorm
 from syncbn.training.batch_arithmetic import BatchArithmetic, scale_learning_rate
+from syncbn.training.evaluation import Evaluated, log_of_mean
 from syncbn.training.parameter_groups import parameter_groups
 from syncbn.training.schedules import exponential_schedule
 
 
-class ImageClassifier(LightningModule):
+class ImageClassifier(Evaluated):
     """Trains Inception-BN with the recipe of Ioffe & Szegedy 2015, section 4.2.
 
     One step is one step on the global batch, on any number of ranks: the layers normalise over all ranks,
@@ -86,7 +85,7 @@ class ImageClassifier(LightningModule):
         normalization_batch_size: int | None = None,
         channels_last: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes)
         if norm == "none" and normalization_batch_size is not None:
             raise ValueError(
                 f"normalization_batch_size={normalization_batch_size} has no meaning with norm='none': leave it out"
@@ -112,7 +111,6 @@ class ImageClassifier(LightningModule):
             warmup=warmup * images_per_unit,
             staircase=decay_staircase,
         )
-        self.metrics = accuracy_metrics(num_classes)
         self.in_several_groups = False
 
     def setup(self, stage: str) -> None:
@@ -143,6 +141,20 @@ class ImageClassifier(LightningModule):
             images = images.contiguous(memory_format=torch.channels_last)
         return self.network(images)
 
+    def log_probabilities(self, images: Tensor) -> Tensor:
+        """Logarithm of the mean over the crops of the class probabilities.
+
+        Args:
+            images: Normalised, shape (N, C, H, W), or (N, K, C, H, W) with K crops of each image.
+
+        Returns:
+            Shape (N, num_classes).
+        """
+        if images.ndim == 4:
+            return self(images).log_softmax(1)
+        of_crops = self(images.flatten(0, 1)).log_softmax(1)
+        return log_of_mean(of_crops.unflatten(0, images.shape[:2]).unbind(1))
+
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Mean loss over this rank's images."""
         logits = self(batch.images)
@@ -154,14 +166,6 @@ class ImageClassifier(LightningModule):
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
         return loss
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Count this rank's hits."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Count this rank's hits."""
-        self._evaluate("test", batch)
-
     def on_validation_start(self) -> None:
         """Where ranks normalise in several groups, make their running statistics one: the mean over the ranks."""
         if not self.in_several_groups or self.trainer.sanity_checking:
@@ -171,23 +175,6 @@ class ImageClassifier(LightningModule):
                 for buffer in (layer.running_mean, layer.running_var):
                     assert isinstance(buffer, Tensor)
                     buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log loss and accuracies over all validation images."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log loss and accuracies over all test images."""
-        self._log_evaluation("test")
-
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Class probabilities.
-
-        Returns:
-            "indices" and "labels", int64, shape (N,); "probabilities", shape (N, num_classes).
-        """
-        probabilities = self(batch.images).softmax(1) if len(batch.images) else batch.images.new_zeros(0, 1)
-        return {"indices": batch.indices, "labels": batch.labels, "probabilities": probabilities}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with momentum over the parameter groups; the schedule steps with the optimiser."""
@@ -208,32 +195,3 @@ class ImageClassifier(LightningModule):
             optimizer, lambda steps: self.learning_rate_factor(steps * batch_size)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _evaluate(self, stage: str, batch: ImageBatch) -> None:
-        images = len(batch.images)
-        if images == 0:  # this rank's share of the last batch may be empty; BN sends no message in evaluation
-            return
-        logits = self(batch.images)
-        self._metric(f"{stage}_loss").update(F.cross_entropy(logits, batch.labels), weight=images)
-        self._metric(f"{stage}_top1").update(logits, batch.labels)
-        self._metric(f"{stage}_top5").update(logits, batch.labels)
-
-    def _log_evaluation(self, stage: str) -> None:
-        # Here, and not in the step: every rank has to take part in adding up, also one without an image.
-        for name in (f"{stage}_loss", f"{stage}_top1", f"{stage}_top5"):
-            self.log(name, self._metric(name), prog_bar=name.endswith("top1"))
-
-    def _metric(self, name: str) -> Any:
-        return self.metrics[name]
-
-
-def accuracy_metrics(num_classes: int) -> nn.ModuleDict:
-    """Mean loss, top-1 and top-5 accuracy of each stage, averaged by sample over all ranks."""
-
-    def accuracy(top_k: int) -> Metric:
-        return MulticlassAccuracy(num_classes, min(top_k, num_classes), average="micro", validate_args=False)
-
-    metrics: dict[str, Metric] = {"train_top1": accuracy(1)}
-    for stage in ("val", "test"):
-        metrics |= {f"{stage}_loss": MeanMetric(), f"{stage}_top1": accuracy(1), f"{stage}_top5": accuracy(5)}
-    return nn.ModuleDict(metrics)

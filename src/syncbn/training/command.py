@@ -17,6 +17,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from syncbn.data import ImageDataModule
 from syncbn.training.classifier import ImageClassifier
 from syncbn.training.curves import CurvesPlot
+from syncbn.training.evaluation import load_ensemble
 from syncbn.training.predictions import PredictionTable
 from syncbn.training.runs import RunRecord, run_folder, run_loggers
 from syncbn.training.strategies import SynchronisedDDPStrategy
@@ -88,6 +89,7 @@ class SyncBNCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()})
         parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("model.variant", "data.preprocessing")
         for target in ("data.global_batch_size", "model.global_batch_size"):
             parser.link_arguments("global_batch_size", target)
         for source, target in (
@@ -100,6 +102,13 @@ class SyncBNCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})  # a checkpoint may come from anywhere: run no code of it
+        if subcommand != "fit":
+            parser.add_argument(
+                "--checkpoints",
+                type=list[str],
+                default=[],
+                help="Several networks, whose class probabilities are averaged; instead of ckpt_path.",
+            )
         if subcommand == "predict":
             parser.add_argument("--predictions", type=str, default="predictions.csv", help="The file to write.")
             parser.set_defaults({"return_predictions": False})
@@ -128,6 +137,15 @@ class SyncBNCLI(LightningCLI):
             self.save_config_callback = None
             for message in NO_CONCERN_WITHOUT_TRAINING:
                 warnings.filterwarnings("ignore", message)
+
+    def instantiate_classes(self) -> None:
+        """Several checkpoints become one model, the mean of their class probabilities."""
+        super().instantiate_classes()
+        checkpoints = [] if self.subcommand == "fit" else self._get(self.config, "checkpoints")
+        if checkpoints:
+            if self._get(self.config, "ckpt_path"):
+                raise ValueError("--ckpt_path and --checkpoints exclude each other: leave one out")
+            self.model = load_ensemble(checkpoints, self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers, the callbacks and the strategy of a run."""
@@ -191,30 +209,36 @@ class SyncBNCLI(LightningCLI):
         if self._get(self.config, "test_after_fit"):
             best = self._get(self.config_init, "checkpoint").best_model_path or None
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-            self._print_accuracy("test", len(self.datamodule.sets.test), best)
+            self._print_accuracy("test", len(self.datamodule.sets.test), [best] if best else [])
         wait_for_other_ranks(self.trainer.strategy.launcher)
         self._print_run_folder()
 
     def after_test(self) -> None:
         """Print the accuracy."""
-        self._print_accuracy("test", len(self.datamodule.sets.test), self._get(self.config, "ckpt_path"))
+        self._print_accuracy("test", len(self.datamodule.sets.test), self._checkpoints())
 
     def after_validate(self) -> None:
         """Print the accuracy."""
         images = len(self.datamodule.sets.validation)
-        self._print_accuracy("val", images, self._get(self.config, "ckpt_path"))
+        self._print_accuracy("val", images, self._checkpoints())
 
     def after_predict(self) -> None:
         """Name the file written."""
         if self.trainer.is_global_zero:
             print(self._get(self.config, "predictions"))
 
-    def _print_accuracy(self, prefix: str, images: int, checkpoint: Any) -> None:
+    def _checkpoints(self) -> list[str]:
+        path = self._get(self.config, "ckpt_path")
+        return [path] if path else self._get(self.config, "checkpoints")
+
+    def _print_accuracy(self, prefix: str, images: int, checkpoints: list[str]) -> None:
         if not self.trainer.is_global_zero:
             return
         metrics = self.trainer.callback_metrics
         top1, top5 = (100 * float(metrics[f"{prefix}_{name}"]) for name in ("top1", "top5"))
-        weights = Path(checkpoint).name if checkpoint else "the weights as they are"
+        weights = " + ".join(Path(path).name for path in checkpoints) or "the weights as they are"
+        crops = self.datamodule.crops.count
+        weights += f", {crops} crops" if crops > 1 else ""
         kind = {"test": "test", "val": "validation"}[prefix]
         print(f"{kind} accuracy {top1:.2f} % (top-5 {top5:.2f} %) on {images:,} images with {weights}")
 

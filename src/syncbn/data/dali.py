@@ -1,0 +1,220 @@
+"""Training images decoded by NVIDIA DALI, the extra ``syncbn[dali]``: on a GPU, or on the CPU without one.
+
+The samplers and the random numbers are those of the OpenCV path: DALI decodes the windows they name, resizes and
+mirrors them. The order of the samples, the crops and the colours are therefore the same; pixels differ by what
+two decoders and two ways of shrinking differ by.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from syncbn.data.augmentation import AUGMENTATION_STREAM, Augmentation, Plan, draw, random_stream
+from syncbn.data.batches import ImageBatch, Normalisation
+from syncbn.data.datasets import ImageDataset
+from syncbn.data.decoding import Photo
+from syncbn.data.samplers import GlobalBatchSampler, SampleKey
+
+BATCHES_AHEAD = 2
+"""Batches that DALI works on while the network trains on an earlier one."""
+
+
+Inputs = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], list[np.ndarray]]
+"""Of each image of a batch: its file, the crop's top and left, its height and width, whether it is mirrored."""
+
+
+class Scheduled(NamedTuple):
+    """A batch that DALI works on."""
+
+    keys: list[SampleKey]
+    plans: list[Plan]
+    inputs: Inputs
+
+
+class DaliLoader:
+    """Batches of a data set as `BatchedImages` gives them, decoded by DALI ahead of time.
+
+    Args:
+        dataset: Colour images with files.
+        batch_sampler: Names the samples of each batch.
+        image_size: Side of the square that the network sees, in pixels.
+        augmentation: Random changes, with crops.
+        seed: Of the run.
+        preprocessing: Of which variant the network is.
+        num_threads: Of DALI, on the CPU.
+        device_id: Number of the GPU that decodes; None decodes on the CPU.
+
+    Raises:
+        ValueError: DALI is not installed, the images are no files or grey, or the augmentation has no crops.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_sampler: GlobalBatchSampler,
+        image_size: int,
+        augmentation: Augmentation | None,
+        seed: int,
+        *,
+        preprocessing: str = "paper",
+        num_threads: int = 1,
+        device_id: int | None = None,
+    ) -> None:
+        if augmentation is None or augmentation.crop is None:
+            raise ValueError("data.decoder=dali needs data.augmentation.crop; or take data.decoder=opencv")
+        if dataset.channels != 3 or dataset.encoded(0) is None:
+            raise ValueError("data.decoder=dali is for colour images in files; take data.decoder=opencv")
+        self.dataset = dataset
+        self.batch_sampler = batch_sampler
+        self.augmentation = augmentation
+        self.seed = seed
+        self.normalise = Normalisation(dataset, preprocessing)
+        self.image_size = image_size
+        self.num_threads = num_threads
+        self.device_id = device_id
+        load_dali()
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def state_dict(self) -> dict[str, int]:
+        """Nothing: the sampler's place is read off the trainer."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Nothing to restore."""
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        batches = iter(self.batch_sampler)
+        scheduled: deque[Scheduled] = deque()
+
+        def next_inputs() -> Inputs:
+            keys = next(batches)
+            scheduled.append(self._schedule(keys))
+            if not keys:  # this rank's share of the last batch is empty, which DALI cannot be given
+                raise StopIteration
+            return scheduled[-1].inputs
+
+        # A pipeline for each epoch: one that is left early takes with it what was on its way.
+        pipeline = build_pipeline(
+            next_inputs, self.image_size, self.batch_sampler.per_rank, self.num_threads, self.device_id
+        )
+        while True:
+            try:
+                [images] = pipeline.run()
+            except StopIteration:
+                break
+            except RuntimeError:
+                self._name_broken_files(scheduled)
+                raise
+            # A copy: DALI writes a later batch into the same memory.
+            yield self._batch(torch.from_dlpack(images.as_tensor()).clone(), scheduled.popleft())
+        for empty in scheduled:
+            yield self._batch(torch.zeros(0, self.image_size, self.image_size, 3, dtype=torch.uint8), empty)
+
+    def _photo(self, key: SampleKey) -> Photo:
+        return Photo(self.dataset, key.sample, self.dataset.encoded(key.sample))
+
+    def _schedule(self, keys: list[SampleKey]) -> Scheduled:
+        """Draw a batch's random numbers, and put together what DALI is given."""
+        photos = [self._photo(key) for key in keys]
+        plans = []
+        for photo, key in zip(photos, keys, strict=True):
+            draws = draw(random_stream(self.seed, key.epoch, key.sample, AUGMENTATION_STREAM))
+            plans.append(self.augmentation.plan(photo.height, photo.width, draws))
+        windows = [plan.window for plan in plans if plan.window]
+        files = [np.frombuffer(photo.encoded or b"", np.uint8) for photo in photos]
+        anchors = [np.array([window.top, window.left], np.int32) for window in windows]
+        shapes = [np.array([window.height, window.width], np.int32) for window in windows]
+        mirrored = [np.array(plan.mirrored, np.int32) for plan in plans]
+        return Scheduled(keys, plans, (files, anchors, shapes, mirrored))
+
+    def _batch(self, pixels: Tensor, scheduled: Scheduled) -> ImageBatch:
+        return ImageBatch(
+            images=self.normalise(recolour(pixels, scheduled.plans)),
+            labels=torch.tensor([self.dataset.label(key.sample) for key in scheduled.keys], dtype=torch.int64),
+            indices=torch.tensor([key.sample for key in scheduled.keys], dtype=torch.int64),
+        )
+
+    def _name_broken_files(self, scheduled: Iterable[Scheduled]) -> None:
+        """Raise OpenCV's error of a file that cannot be decoded, which names it: DALI's does not."""
+        for batch in scheduled:
+            for key in batch.keys:
+                self._photo(key).pixels()
+
+
+def recolour(images: Tensor, plans: list[Plan]) -> Tensor:
+    """Apply each image's colour map.
+
+    Args:
+        images: uint8 RGB, shape (N, H, W, 3), on any device.
+        plans: Of the N images, either all with colours or all without.
+
+    Returns:
+        uint8 of the same shape.
+    """
+    maps = [plan.colours for plan in plans if plan.colours is not None]
+    if not maps:
+        return images
+    own, mean, shift = (
+        torch.from_numpy(np.stack(parts)).to(images.device, torch.float32) for parts in zip(*maps, strict=True)
+    )
+    pixels = images.flatten(1, 2).float()
+    shift = shift + torch.einsum("nij,nj->ni", mean, pixels.mean(1))
+    pixels = torch.baddbmm(shift[:, None], pixels, own.mT)
+    return pixels.round().clamp(0, 255).to(torch.uint8).reshape(images.shape)
+
+
+def load_dali() -> Any:
+    """The package ``nvidia.dali``.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    try:
+        return import_module("nvidia.dali")
+    except ImportError as error:
+        raise ValueError(
+            f"data.decoder=dali needs NVIDIA DALI ({error}): pip install 'syncbn[dali]', or take data.decoder=opencv"
+        ) from error
+
+
+def build_pipeline(
+    next_inputs: Callable[[], Inputs], image_size: int, max_batch_size: int, num_threads: int, device_id: int | None
+) -> Any:
+    """DALI's part: files and windows in, mirrored squares out."""
+    dali = load_dali()
+    fn, types = dali.fn, dali.types
+
+    @dali.pipeline_def(
+        batch_size=max_batch_size,
+        num_threads=num_threads,
+        device_id=device_id,
+        prefetch_queue_depth=BATCHES_AHEAD + 1,
+    )
+    def photos() -> Any:
+        files, anchors, shapes, mirrored = fn.external_source(
+            source=next_inputs, num_outputs=4, dtype=[types.UINT8, types.INT32, types.INT32, types.INT32]
+        )
+        images = fn.decoders.image_slice(
+            files,
+            anchors,
+            shapes,
+            device="cpu" if device_id is None else "mixed",
+            axes=[0, 1],
+            normalized_anchor=False,
+            normalized_shape=False,
+            output_type=types.RGB,
+            adjust_orientation=False,
+        )
+        images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True)
+        return fn.flip(images, horizontal=mirrored)
+
+    pipeline = photos()
+    pipeline.build()
+    return pipeline

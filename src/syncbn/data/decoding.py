@@ -1,0 +1,119 @@
+"""Encoded images: their size without decoding, and their pixels at full or reduced scale.
+
+The decoder is OpenCV's. It ignores EXIF's orientation, as readers of ImageNet do.
+"""
+
+import struct
+
+import cv2
+import numpy as np
+
+from syncbn.data.datasets import ImageDataset
+
+REDUCTIONS = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+"""Factors by which a JPEG's decoder can shrink at no cost, with OpenCV's flags (the colours are a flag apart)."""
+
+START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""JPEG's markers before a frame header (ITU-T T.81, table B.1)."""
+
+WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xDA)})
+"""JPEG's markers that stand alone (the same table)."""
+
+
+def jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """Height and width that a JPEG's frame header names.
+
+    Args:
+        content: Any bytes.
+
+    Returns:
+        (height, width), or None where the bytes are no JPEG or its header is unusual: decode to know.
+    """
+    if content[:2] != b"\xff\xd8":
+        return None
+    place = 2
+    while place + 9 <= len(content) and content[place] == 0xFF:
+        marker = content[place + 1]
+        if marker in START_OF_FRAME:
+            height, width = struct.unpack_from(">HH", content, place + 5)
+            return (height, width) if height and width else None
+        if marker == 0xFF:  # a fill byte
+            place += 1
+        elif marker in WITHOUT_LENGTH:
+            place += 2
+        else:
+            place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+    return None
+
+
+def decode(content: bytes, channels: int = 3, reduction: int = 1) -> np.ndarray | None:
+    """Decode an image.
+
+    Args:
+        content: A file of any format that OpenCV reads.
+        channels: 3 for RGB, 1 for grey.
+        reduction: 1, 2, 4 or 8: how many pixels in each direction become one. A JPEG's decoder does it
+            by leaving out frequencies, which saves most of the decoding.
+
+    Returns:
+        uint8, shape (ceil(H / reduction), ceil(W / reduction), channels) of a JPEG; None for broken bytes.
+    """
+    colours = cv2.IMREAD_COLOR_RGB if channels == 3 else cv2.IMREAD_GRAYSCALE
+    flags = colours | cv2.IMREAD_IGNORE_ORIENTATION | REDUCTIONS[reduction]
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+    except cv2.error:  # of a header that names an impossible size
+        return None
+    return None if image is None else image.reshape(*image.shape[:2], channels)
+
+
+class Photo:
+    """One image of a data set: its size is known at once, its pixels are decoded when asked for.
+
+    Args:
+        dataset: Where the image comes from.
+        index: Its number there.
+        encoded: What ``dataset.encoded(index)`` gives.
+
+    Attributes:
+        height: In pixels.
+        width: In pixels.
+        encoded: The file, or None where there is none.
+        reductions: Factors by which the decoder can shrink the image.
+    """
+
+    def __init__(self, dataset: ImageDataset, index: int, encoded: bytes | None) -> None:
+        self._dataset = dataset
+        self._index = index
+        self.encoded = encoded
+        size = jpeg_size(self.encoded) if self.encoded else None
+        self._pixels = None if size else self._decode(1)
+        self.reductions = tuple(REDUCTIONS) if size else (1,)
+        self.height, self.width = size or self.pixels().shape[:2]
+
+    def pixels(self, reduction: int = 1) -> np.ndarray:
+        """The image, shrunk by one of `reductions`: uint8, shape (ceil(H / reduction), ..., channels).
+
+        Raises:
+            ValueError: The image cannot be decoded; the data set's message names it.
+        """
+        assert reduction in self.reductions
+        if self._pixels is not None:
+            return self._pixels
+        image = self._decode(reduction)
+        expected = (-(-self.height // reduction), -(-self.width // reduction))
+        if image.shape[:2] != expected:
+            raise ValueError(
+                f"image {self._index} has the size {image.shape[:2]}, where its JPEG header promises {expected}:"
+                " remove or replace the file"
+            )
+        return image
+
+    def _decode(self, reduction: int) -> np.ndarray:
+        image = decode(self.encoded, self._dataset.channels, reduction) if self.encoded else None
+        return self._dataset.image(self._index) if image is None else image  # whose error names the file

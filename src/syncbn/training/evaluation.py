@@ -1,0 +1,148 @@
+"""Evaluation by class probabilities: the mean over an image's crops, and over several networks."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from syncbn.data.batches import ImageBatch
+
+
+class Evaluated(LightningModule):
+    """Validation, test and prediction of whatever gives class probabilities.
+
+    Args:
+        num_classes: Classes to tell apart.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.metrics = accuracy_metrics(num_classes)
+
+    def log_probabilities(self, images: Tensor) -> Tensor:
+        """Logarithms of the class probabilities.
+
+        Args:
+            images: Normalised, shape (N, C, H, W), or (N, K, C, H, W) with K crops of each image.
+
+        Returns:
+            Shape (N, num_classes).
+        """
+        raise NotImplementedError
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Count this rank's hits."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Count this rank's hits."""
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss and accuracies over all validation images."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss and accuracies over all test images."""
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Class probabilities.
+
+        Returns:
+            "indices" and "labels", int64, shape (N,); "probabilities", shape (N, num_classes).
+        """
+        images = batch.images
+        probabilities = self.log_probabilities(images).exp() if len(images) else images.new_zeros(0, 1)
+        return {"indices": batch.indices, "labels": batch.labels, "probabilities": probabilities}
+
+    def _evaluate(self, stage: str, batch: ImageBatch) -> None:
+        images = len(batch.images)
+        if images == 0:  # this rank's share of the last batch may be empty; BN sends no message in evaluation
+            return
+        log_probabilities = self.log_probabilities(batch.images)
+        self._metric(f"{stage}_loss").update(F.nll_loss(log_probabilities, batch.labels), weight=images)
+        self._metric(f"{stage}_top1").update(log_probabilities, batch.labels)
+        self._metric(f"{stage}_top5").update(log_probabilities, batch.labels)
+
+    def _log_evaluation(self, stage: str) -> None:
+        # Here, and not in the step: every rank has to take part in adding up, also one without an image.
+        for name in (f"{stage}_loss", f"{stage}_top1", f"{stage}_top5"):
+            self.log(name, self._metric(name), prog_bar=name.endswith("top1"))
+
+    def _metric(self, name: str) -> Any:
+        return self.metrics[name]
+
+
+class Ensemble(Evaluated):
+    """Several networks as one: the arithmetic mean of their class probabilities (section 4.2.3 of the paper).
+
+    Args:
+        members: Of the same classes.
+        num_classes: How many these are.
+    """
+
+    def __init__(self, members: Sequence[Evaluated], num_classes: int) -> None:
+        super().__init__(num_classes)
+        assert members
+        self.members = nn.ModuleList(members)
+
+    def log_probabilities(self, images: Tensor) -> Tensor:
+        """Logarithm of the mean over the networks, and over the crops where there are several."""
+        members: Any = self.members
+        return log_of_mean([member.log_probabilities(images) for member in members])
+
+
+def log_of_mean(log_probabilities: Sequence[Tensor]) -> Tensor:
+    """Logarithm of the arithmetic mean of probabilities that are given as logarithms, all of one shape."""
+    return torch.logsumexp(torch.stack(tuple(log_probabilities)), 0) - math.log(len(log_probabilities))
+
+
+def load_ensemble(paths: Sequence[str], like: Any) -> Ensemble:
+    """Build the networks of checkpoints; they may differ in all but their classes and their input.
+
+    Args:
+        paths: Of `ImageClassifier`'s checkpoints.
+        like: The ImageClassifier of the config, to which the data are prepared.
+
+    Returns:
+        An ensemble of networks of the class of ``like``.
+
+    Raises:
+        ValueError: A file is no checkpoint of an ImageClassifier, or of one with other classes, channels or variant.
+    """
+    members = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"--checkpoints: there is no file {path}")
+        try:
+            member = type(like).load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever unpickling junk, or a foreign checkpoint, may raise
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"--checkpoints: {path} is not a checkpoint of syncbn's: {reason}") from error
+        for name in ("num_classes", "in_channels", "variant"):
+            if member.hparams[name] != like.hparams[name]:
+                raise ValueError(
+                    f"--checkpoints: {path} has {name}={member.hparams[name]}, the config {like.hparams[name]}"
+                )
+        members.append(member)
+    return Ensemble(members, like.hparams["num_classes"])
+
+
+def accuracy_metrics(num_classes: int) -> nn.ModuleDict:
+    """Mean loss, top-1 and top-5 accuracy of each stage, averaged by sample over all ranks."""
+
+    def accuracy(top_k: int) -> Metric:
+        return MulticlassAccuracy(num_classes, min(top_k, num_classes), average="micro", validate_args=False)
+
+    metrics: dict[str, Metric] = {"train_top1": accuracy(1)}
+    for stage in ("val", "test"):
+        metrics |= {f"{stage}_loss": MeanMetric(), f"{stage}_top1": accuracy(1), f"{stage}_top5": accuracy(5)}
+    return nn.ModuleDict(metrics)

@@ -1,0 +1,86 @@
+"""DALI on the CPU: the same samples, crops, mirrors and colours as the OpenCV path; pixels that nearly agree."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from photos import ImagesInMemory, encode, noise, originals, smooth
+
+from syncbn.data import Augmentation, BatchedImages, GlobalBatchSampler, PhotometricDistortion, RandomCrop
+from syncbn.data.dali import DaliLoader
+from syncbn.data.datasets import ArrayDataset
+
+EVERYTHING = Augmentation(crop=RandomCrop(), photometric=PhotometricDistortion())
+needs_dali = pytest.mark.skipif(
+    importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
+    reason="NVIDIA DALI is not installed: pip install 'syncbn[dali]'",
+)
+
+
+def both(photos: ImagesInMemory, size: int, augmentation: Augmentation, batch_size: int) -> tuple[list, list]:
+    """The batches of DALI's loader and those of OpenCV, of epoch 1."""
+    sampler = GlobalBatchSampler(len(photos), batch_size, seed=7)
+    sampler.set_epoch(1)
+    loader = DaliLoader(photos, sampler, size, augmentation, seed=7, preprocessing="cadene")
+    expected = BatchedImages(photos, size, augmentation, seed=7, preprocessing="cadene")
+    return list(loader), [expected.__getitems__(keys) for keys in sampler]
+
+
+@needs_dali
+@pytest.mark.parametrize("augmentation", [EVERYTHING, Augmentation(crop=RandomCrop())], ids=["colours", "plain"])
+def test_the_same_batches_as_opencv(augmentation):
+    photos = originals(40)
+    actual, expected = both(photos, 224, augmentation, 8)
+    assert len(actual) == len(expected) == 5
+    for got, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(got.indices, wanted.indices) and torch.equal(got.labels, wanted.labels)
+        assert got.images.shape == (8, 3, 224, 224) and got.images.dtype == torch.float32
+        difference = (got.images - wanted.images).abs().mean((1, 2, 3))  # in levels of 0..255
+        assert difference.max() < 12 and difference.mean() < 2.5
+
+
+@needs_dali
+def test_crops_and_mirrors_agree_on_an_image_whose_colours_tell_the_place():
+    photos = ImagesInMemory(*(encode(smooth(180, 240)) for _ in range(12)))
+    actual, expected = both(photos, 32, Augmentation(crop=RandomCrop()), 4)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert (got.images - wanted.images)[:, :, 1:-1, 1:-1].abs().max() < 6  # a pixel aside is 8 at full area
+
+
+@needs_dali
+def test_leaving_early_and_starting_again():
+    photos = ImagesInMemory(*(encode(noise(60, 60, seed=number)) for number in range(12)))
+    sampler = GlobalBatchSampler(12, 2, seed=1)
+    loader = DaliLoader(photos, sampler, 16, EVERYTHING, seed=1)
+    first = next(iter(loader))
+    again = list(loader)
+    assert len(again) == len(loader) == 6 and torch.equal(first.images, again[0].images)
+    sampler.set_position(0, 4)
+    assert torch.equal(next(iter(loader)).images, again[4].images)
+
+
+@needs_dali
+def test_a_broken_file_is_named():
+    whole = encode(noise(60, 60))
+    broken = whole[: whole.index(b"\xff\xda")]  # a header, and no image
+    sampler = GlobalBatchSampler(2, 2, seed=1)
+    with pytest.raises(ValueError, match="cannot decode image number 1"):
+        list(DaliLoader(ImagesInMemory(whole, broken), sampler, 16, EVERYTHING, seed=1))
+
+
+def test_what_dali_is_not_for_is_refused():
+    sampler = GlobalBatchSampler(1, 1)
+    photos = ImagesInMemory(encode(noise(20, 20)))
+    for augmentation in (None, Augmentation()):
+        with pytest.raises(ValueError, match=r"needs data\.augmentation\.crop"):
+            DaliLoader(photos, sampler, 16, augmentation, 0)
+    arrays = ArrayDataset(np.zeros((1, 9, 9), np.uint8), np.zeros(1, int), ["a"], 0.5, 0.5)
+    with pytest.raises(ValueError, match="colour images in files"):
+        DaliLoader(arrays, sampler, 16, EVERYTHING, 0)
+
+
+@pytest.mark.skipif(not needs_dali.args[0], reason="NVIDIA DALI is installed")
+def test_without_dali_it_says_what_to_install():
+    with pytest.raises(ValueError, match=r"pip install 'syncbn\[dali\]'"):
+        DaliLoader(ImagesInMemory(encode(noise(20, 20))), GlobalBatchSampler(1, 1), 16, EVERYTHING, 0)
