@@ -23,6 +23,7 @@ _context.set_forkserver_preload(  # what ranks would else import one by one, 2 s
         "torch.nn.parallel",
         "torch.optim",
         "syncbn",
+        "syncbn.training.classifier",
     ]
 )
 

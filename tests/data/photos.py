@@ -7,14 +7,16 @@ import cv2
 import numpy as np
 import pytest
 
-from syncbn.data.decoding import Photo
-from syncbn.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
+from syncbn.data.datasets import IMAGENET_MEAN, IMAGENET_STD, ReadError
+from syncbn.data.photo import Photo
 
 DATA = Path(os.environ.get("SYNCBN_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 
 
 class ImagesInMemory:
     """A data set of arrays, or of files' contents; the label is the number of the image."""
+
+    layout = None
 
     def __init__(self, *images: np.ndarray | bytes) -> None:
         self.images = images
@@ -28,7 +30,7 @@ class ImagesInMemory:
     def image(self, index: int) -> np.ndarray:
         image = self.images[index]
         if isinstance(image, bytes):
-            raise ValueError(f"cannot decode image number {index}")
+            raise ReadError(f"cannot decode {self.name(index)}")
         return image
 
     def encoded(self, index: int) -> bytes | None:
@@ -37,6 +39,9 @@ class ImagesInMemory:
 
     def label(self, index: int) -> int:
         return index
+
+    def name(self, index: int) -> str:
+        return f"image number {index}"
 
     def photo(self, index: int = 0) -> Photo:
         return Photo(self, index, self.encoded(index))

@@ -44,7 +44,7 @@ def test_a_sample_looks_the_same_on_any_rank_and_in_any_worker(num_workers, augm
                 collate_fn=keep_batch,
                 num_workers=num_workers if rank == 0 else 0,
             ):
-                for image, label, index in zip(*batch, strict=True):
+                for image, label, index in zip(batch.images, batch.labels, batch.indices, strict=True):
                     known = expected.setdefault(int(index), (image.clone(), int(label)))
                     assert torch.equal(image, known[0]) and int(label) == known[1]
     assert len(expected) == 24

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from syncbn.data import open_image_sets
+from syncbn.data import ImageFolderDataset, open_image_sets
 from syncbn.data.datasets import hold_out
 from syncbn.data.idx import IDX_FILES, read_idx
 
@@ -37,7 +37,7 @@ def make_image_folder(folder: Path, splits: dict[str, dict[str, int]]) -> None:
     random = np.random.default_rng(0)
     for split, classes in splits.items():
         for name, count in classes.items():
-            (folder / split / name).mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
             for number in range(count):
                 image = random.integers(0, 256, (10 + number, 14, 3), dtype=np.uint8)
                 assert cv2.imwrite(str(folder / split / name / f"{number}.png"), image)
@@ -109,6 +109,43 @@ def test_images_in_class_folders(tmp_path):
     assert np.array_equal(sets.train.image(0), cv2.imread(str(path))[:, :, ::-1])  # OpenCV's files are BGR
 
 
+def test_class_folders_alone_need_images_held_out(tmp_path):
+    make_image_folder(tmp_path, {".": {"cat": 6, "ant": 4}})
+    with pytest.raises(ValueError, match=r"10 training images, as by data\.validation_images=1$"):
+        open_image_sets(str(tmp_path))
+    sets = open_image_sets(str(tmp_path), validation_images=3)
+    assert (len(sets.train), len(sets.validation)) == (7, 3) and sets.test is sets.validation
+    assert sets.train.classes == ("ant", "cat")
+
+
+def test_folders_within_a_class_and_suffixes_in_any_case(tmp_path):
+    make_image_folder(tmp_path, {"train": {"ant": 2}, "train/ant": {"red/old": 1, "black": 2}, "val": {"ant": 1}})
+    ants = tmp_path / "train" / "ant"
+    (ants / "0.png").rename(ants / "z.PNG")
+    (ants / "notes.txt").write_text("no image")
+    (ants / ".hidden").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (ants / "1.png").rename(elsewhere / "1.png")
+    (ants / "linked").symlink_to(elsewhere)
+    train = open_image_sets(str(tmp_path)).train
+    expected = ["z.PNG", "black/0.png", "black/1.png", "linked/1.png", "red/old/0.png"]
+    assert [train.name(index) for index in range(len(train))] == [str(ants / name) for name in expected]
+    assert train.classes == ("ant",)
+    assert train.encoded(0) == (ants / "z.PNG").read_bytes()
+
+
+def test_an_orientation_in_exif_is_not_applied(tmp_path):
+    make_image_folder(tmp_path, {".": {"ant": 1}})
+    image = np.zeros((8, 16, 3), np.uint8)
+    content = cv2.imencode(".jpg", image)[1].tobytes()
+    turned = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)  # TIFF: orientation 6
+    exif = b"\xff\xe1" + struct.pack(">H", 2 + 6 + len(turned)) + b"Exif\0\0" + turned
+    (tmp_path / "ant" / "0.png").write_bytes(content[:2] + exif + content[2:])
+    assert cv2.imread(str(tmp_path / "ant" / "0.png")).shape == (16, 8, 3), "OpenCV would turn it"
+    assert ImageFolderDataset(tmp_path).image(0).shape == (8, 16, 3)
+
+
 def test_a_class_missing_in_val_keeps_the_labels_and_one_missing_in_train_is_an_error(tmp_path):
     make_image_folder(tmp_path, {"train": {"ant": 1, "bee": 1, "cat": 1}, "val": {"cat": 2}})
     assert open_image_sets(str(tmp_path)).test.label(0) == 2
@@ -131,7 +168,9 @@ def test_a_broken_image_is_named(tmp_path, content):
     [
         ({"train": {"ant": 1}}, "neither val nor test"),
         ({"train": {"ant": 0}, "val": {"ant": 1}}, "holds no images"),
-        ({"other": {"ant": 1}}, "no data of a known layout"),
+        ({"val": {"ant": 1}}, "no data of a known layout"),
+        ({"other": {"ant": 0}}, "no data of a known layout"),
+        ({"ant": {".": 20}}, r"neither val nor test to evaluate on: .* as by data.validation_images=1$"),
     ],
 )
 def test_what_is_missing_is_said(tmp_path, folders, message):

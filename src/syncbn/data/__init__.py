@@ -4,13 +4,17 @@ from syncbn.data.augmentation import Augmentation
 from syncbn.data.batches import BatchedImages, ImageBatch
 from syncbn.data.cropping import RandomCrop
 from syncbn.data.datamodule import ImageDataModule
-from syncbn.data.datasets import ArrayDataset, ImageDataset
+from syncbn.data.datasets import ArrayDataset, ImageDataset, ReadError, ShardLayout
 from syncbn.data.evaluation import EvaluationCrops
 from syncbn.data.fashion_mnist import fashion_mnist
 from syncbn.data.image_folder import ImageFolderDataset
+from syncbn.data.order import ShuffledOrder, WindowedOrder
+from syncbn.data.parquet import ParquetDataset
 from syncbn.data.photometric import PhotometricDistortion
 from syncbn.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, SampleKey, split_global_batch
+from syncbn.data.shard_dataset import ShardDataset
 from syncbn.data.sources import ImageSets, open_image_sets
+from syncbn.data.window_reader import WindowReader
 
 __all__ = [
     "ArrayDataset",
@@ -24,9 +28,16 @@ __all__ = [
     "ImageDataset",
     "ImageFolderDataset",
     "ImageSets",
+    "ParquetDataset",
     "PhotometricDistortion",
     "RandomCrop",
+    "ReadError",
     "SampleKey",
+    "ShardDataset",
+    "ShardLayout",
+    "ShuffledOrder",
+    "WindowReader",
+    "WindowedOrder",
     "fashion_mnist",
     "open_image_sets",
     "split_global_batch",

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from syncbn.data.cropping import ATTEMPTS, RandomCrop, Window, cut_and_resize, fit_square
-from syncbn.data.decoding import Photo
+from syncbn.data.photo import Photo
 from syncbn.data.photometric import ColourMap, PhotometricDistortion
 
 ORDER_STREAM, AUGMENTATION_STREAM = 0, 1

@@ -1,6 +1,6 @@
 """From sample keys to a batch of tensors."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -8,11 +8,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from syncbn.data.augmentation import AUGMENTATION_STREAM, Augmentation, random_stream
-from syncbn.data.datasets import ImageDataset
-from syncbn.data.decoding import Photo
+from syncbn.data.datasets import ImageDataset, ReadError
 from syncbn.data.evaluation import EvaluationCrops
+from syncbn.data.photo import Photo
 from syncbn.data.samplers import SampleKey
+from syncbn.data.window_reader import WindowReader
 from syncbn.preprocessing import find_preprocessing
+
+OnReadError = Literal["stop", "skip"]
+"""What an image that cannot be read or decoded does: end the run, or be left out of its batch and counted."""
 
 
 class ImageBatch(NamedTuple):
@@ -22,11 +26,13 @@ class ImageBatch(NamedTuple):
         images: float32, normalised, shape (N, C, H, W); or (N, K, C, H, W) with K > 1 crops of each image.
         labels: int64, shape (N,).
         indices: int64, shape (N,): the number of each image in its data set.
+        left_out: Of each image that could not be read, what was wrong with it.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
+    left_out: tuple[str, ...] = ()
 
 
 class BatchedImages(Dataset[ImageBatch]):
@@ -43,6 +49,8 @@ class BatchedImages(Dataset[ImageBatch]):
 
     Raises:
         ValueError: ``preprocessing`` is no variant's.
+        reader: Reads the files of the images in shards ahead of need; None reads each when it is needed.
+        on_read_error: "stop" raises the error, "skip" leaves the image out of its batch.
     """
 
     def __init__(
@@ -54,6 +62,8 @@ class BatchedImages(Dataset[ImageBatch]):
         *,
         crops: EvaluationCrops | None = None,
         preprocessing: str = "paper",
+        reader: WindowReader | None = None,
+        on_read_error: OnReadError = "stop",
     ) -> None:
         assert augmentation is None or crops is None
         self.dataset = dataset
@@ -62,9 +72,15 @@ class BatchedImages(Dataset[ImageBatch]):
         self.seed = seed
         self.crops = crops or EvaluationCrops(image_size)
         self.normalise = Normalisation(dataset, preprocessing)
+        self.reader = reader
+        self.on_read_error = on_read_error
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def encoded(self, key: SampleKey) -> bytes | None:
+        """The file of the image that a key names; None where only decoded arrays exist."""
+        return self.dataset.encoded(key.sample) if self.reader is None else self.reader.encoded(key)
 
     def prepared_image(self, key: SampleKey) -> np.ndarray:
         """What a key names, as the network sees it but for the normalisation.
@@ -72,32 +88,49 @@ class BatchedImages(Dataset[ImageBatch]):
         Returns:
             uint8, shape (K, image_size, image_size, C): one image randomly changed, or K crops of it.
         """
-        photo = Photo(self.dataset, key.sample, self.dataset.encoded(key.sample))
+        photo = Photo(self.dataset, key.sample, self.encoded(key))
         if self.augmentation is None:
             return self.crops(photo.pixels())
         stream = random_stream(self.seed, key.epoch, key.sample, AUGMENTATION_STREAM)
         return self.augmentation(photo, self.image_size, stream)[None]
 
-    def pixels(self, keys: list[SampleKey]) -> np.ndarray:
-        """The prepared images of a batch: uint8, shape (N, K, image_size, image_size, C)."""
-        pixels = np.empty(
-            (len(keys), self.crops.count, self.image_size, self.image_size, self.dataset.channels), np.uint8
-        )
-        for row, key in enumerate(keys):
-            pixels[row] = self.prepared_image(key)
-        return pixels
+    def pixels(self, keys: list[SampleKey]) -> tuple[np.ndarray, list[int], tuple[str, ...]]:
+        """The prepared images of a batch, and which they are.
+
+        Returns:
+            uint8, shape (N, K, image_size, image_size, C); the N samples; what was wrong with each one left out.
+        """
+        shape = (self.crops.count, self.image_size, self.image_size, self.dataset.channels)
+        pixels = np.empty((len(keys), *shape), np.uint8)
+        samples: list[int] = []
+        left_out: list[str] = []
+        for key in keys:
+            try:
+                pixels[len(samples)] = self.prepared_image(key)
+                samples.append(key.sample)
+            except ReadError as error:
+                if self.on_read_error == "stop":
+                    raise
+                left_out.append(str(error))
+        return pixels[: len(samples)], samples, tuple(left_out)
 
     def __getitem__(self, key: SampleKey) -> ImageBatch:
         """A batch of one."""
         return self.__getitems__([key])
 
     def __getitems__(self, keys: list[SampleKey]) -> ImageBatch:
-        """The batch that a list of keys names; an empty list gives an empty batch."""
-        images = self.normalise(torch.from_numpy(self.pixels(keys)))
+        """The batch that a list of keys names; an empty list gives an empty batch.
+
+        Raises:
+            ReadError: An image cannot be read or decoded, and ``on_read_error`` is "stop".
+        """
+        pixels, samples, left_out = self.pixels(keys)
+        images = self.normalise(torch.from_numpy(pixels))
         return ImageBatch(
             images=images.squeeze(1) if self.crops.count == 1 else images,
-            labels=torch.tensor([self.dataset.label(key.sample) for key in keys], dtype=torch.int64),
-            indices=torch.tensor([key.sample for key in keys], dtype=torch.int64),
+            labels=torch.tensor([self.dataset.label(sample) for sample in samples], dtype=torch.int64),
+            indices=torch.tensor(samples, dtype=torch.int64),
+            left_out=left_out,
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from syncbn.data.augmentation import AUGMENTATION_STREAM, Augmentation, Plan, draw, random_stream
 from syncbn.data.batches import ImageBatch, Normalisation
 from syncbn.data.datasets import ImageDataset
-from syncbn.data.decoding import Photo
+from syncbn.data.photo import Photo
 from syncbn.data.samplers import GlobalBatchSampler, SampleKey
 
 BATCHES_AHEAD = 2

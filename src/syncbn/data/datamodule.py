@@ -7,11 +7,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from syncbn.data.augmentation import Augmentation
-from syncbn.data.batches import BatchedImages, ImageBatch, keep_batch
+from syncbn.data.batches import BatchedImages, ImageBatch, OnReadError, keep_batch
 from syncbn.data.datasets import ImageDataset
 from syncbn.data.evaluation import EvaluationCrops
+from syncbn.data.order import EpochOrder, ShuffledOrder, WindowedOrder
 from syncbn.data.samplers import EvaluationBatchSampler, GlobalBatchSampler
 from syncbn.data.sources import EMBEDDED, open_image_sets
+from syncbn.data.window_reader import WindowReader, bytes_held
 from syncbn.preprocessing import find_preprocessing
 
 if TYPE_CHECKING:
@@ -37,8 +39,8 @@ class ImageDataModule(LightningDataModule):
 
     Args:
         global_batch_size: Images of one optimiser step, over all ranks.
-        root: 'fashion-mnist' (comes with the package), a folder of MNIST idx files, or a folder with
-            train/<class>/ and val/<class>/ of images.
+        root: 'fashion-mnist' (comes with the package), a folder of shards (index.json), of Hugging Face's parquet
+            files, of MNIST idx files, with train/<class>/ and val/<class>/ of images, or with <class>/ alone.
         image_size: Side of the square that the network sees, in pixels. Null keeps the size of the images,
             where all have one size.
         augmentation: Random changes to the training images. Null for none.
@@ -55,6 +57,11 @@ class ImageDataModule(LightningDataModule):
         num_workers: Processes for each rank that prepare batches (threads, of DALI's training images). 0 prepares
             them in the training process.
         seed: Decides the order of the samples and their random changes.
+        shuffle_window: Shards whose samples are shuffled together, of data in shards. Each process that reads holds
+            the compressed bytes of about one window / (ranks x num_workers).
+        drop_last: Whether to leave out the last global batch of an epoch where it is incomplete.
+        on_read_error: "stop" ends the run at an image that cannot be read; "skip" leaves it out of its batch, and the
+            number of those left out is printed at the end of the epoch.
 
     Raises:
         ValueError: The data are missing, broken or of unknown layout; or an argument is out of range.
@@ -73,6 +80,9 @@ class ImageDataModule(LightningDataModule):
         validation_images: int = 0,
         num_workers: int = 0,
         seed: int = 0,
+        shuffle_window: int = 16,
+        drop_last: bool = True,
+        on_read_error: OnReadError = "stop",
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -82,7 +92,12 @@ class ImageDataModule(LightningDataModule):
         self.augmentation = augmentation
         self.num_workers = num_workers
         self.seed = seed
+        self.shuffle_window = shuffle_window
+        self.drop_last = drop_last
+        self.on_read_error: OnReadError = on_read_error
         self.sets = open_image_sets(root, validation_images)
+        self.order = self._order()
+        self._saved_division: dict[str, Any] | None = None
         self.image_size = self._native_size() if image_size is None else image_size
         if self.image_size < 1:
             raise ValueError(f"image_size={image_size} must be at least 1")
@@ -124,6 +139,19 @@ class ImageDataModule(LightningDataModule):
                 " pass Trainer(use_distributed_sampler=False) (config key trainer.use_distributed_sampler)"
             )
 
+    def describe(self) -> str:
+        """The images and what the loader holds of them in memory, in words, one line."""
+        sets = self.sets
+        images = f"{len(sets.train):,} training, {len(sets.validation):,} validation, {len(sets.test):,} test images"
+        if not isinstance(self.order, WindowedOrder):
+            return images
+        held = bytes_held(self.order, self.trainer.world_size if self.trainer else 1, self.num_workers)
+        reader = "worker" if self.num_workers else "rank"
+        return (
+            f"{images}; samples shuffled within {self.shuffle_window} of {self.order.layout.num_shards} shards,"
+            f" of which each {reader} holds about {held / 1e6:,.1f} MB"
+        )
+
     def train_dataloader(self) -> "ResumableDataLoader | DaliLoader":
         """Shuffled, augmented training batches of this rank, from the trainer's present place onwards."""
         trainer = self.trainer
@@ -133,14 +161,26 @@ class ImageDataModule(LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             num_ranks=trainer.world_size if trainer else 1,
             accumulate_grad_batches=trainer.accumulate_grad_batches if trainer else 1,
-            seed=self.seed,
+            drop_last=self.drop_last,
+            order=self.order,
         )
         if trainer and trainer.state.fn == TrainerFn.FITTING:
-            sampler.set_position(*self._place_of_trainer(len(sampler)))
+            epoch, batch = self._place_of_trainer(len(sampler))
+            if batch:
+                self._check_division()
+            sampler.set_position(epoch, batch)
         if self.decoder == "dali":
             return self._dali_loader(sampler)
+        order = self.order
+        reader = WindowReader(self.sets.train, sampler, order) if isinstance(order, WindowedOrder) else None
         images = BatchedImages(
-            self.sets.train, self.image_size, self.augmentation, self.seed, preprocessing=self.preprocessing
+            self.sets.train,
+            self.image_size,
+            self.augmentation,
+            self.seed,
+            preprocessing=self.preprocessing,
+            reader=reader,
+            on_read_error=self.on_read_error,
         )
         return ResumableDataLoader(images, batch_sampler=sampler, **self._loader_options())
 
@@ -159,6 +199,8 @@ class ImageDataModule(LightningDataModule):
     def _dali_loader(self, sampler: GlobalBatchSampler) -> "DaliLoader":
         from syncbn.data.dali import DaliLoader
 
+        if self.on_read_error != "stop":
+            raise ValueError(f"on_read_error={self.on_read_error} needs decoder=opencv: DALI stops at a broken image")
         device = self.trainer.strategy.root_device if self.trainer else None
         return DaliLoader(
             self.sets.train,
@@ -171,8 +213,49 @@ class ImageDataModule(LightningDataModule):
             device_id=device.index if device and device.type == "cuda" else None,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """How an epoch is divided into batches: what a place within it depends on."""
+        return {
+            "seed": self.seed,
+            "global_batch_size": self.global_batch_size,
+            "training_images": self.training_images,
+            "shuffle_window": self.shuffle_window,
+            "drop_last": self.drop_last,
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Note how the epoch of a checkpoint was divided; it matters if training goes on within it."""
+        self._saved_division = state_dict
+
+    def _check_division(self) -> None:
+        """Refuse to go on in the middle of an epoch that was divided into other batches.
+
+        Raises:
+            ValueError: A setting differs; the message names it and both values.
+        """
+        for name, value in self.state_dict().items():
+            saved = (self._saved_division or {}).get(name, value)
+            if saved != value:
+                raise ValueError(
+                    f"{name}={value}, but the checkpoint lies in the middle of an epoch with {name}={saved}:"
+                    " go on with that value, or from a checkpoint at the end of an epoch"
+                )
+
+    def _order(self) -> EpochOrder:
+        layout = self.sets.train.layout
+        if layout is None:
+            return ShuffledOrder(self.training_images, self.seed)
+        return WindowedOrder(layout, self.shuffle_window, self.seed)
+
     def _evaluation_loader(self, dataset: ImageDataset) -> DataLoader[ImageBatch]:
-        images = BatchedImages(dataset, self.image_size, crops=self.crops, preprocessing=self.preprocessing)
+        images = BatchedImages(
+            dataset,
+            self.image_size,
+            crops=self.crops,
+            preprocessing=self.preprocessing,
+            on_read_error=self.on_read_error,
+        )
         trainer = self.trainer
         num_ranks = trainer.world_size if trainer else 1
         # Counted in crops, so that more crops take no more memory, once there is an image for each rank.

@@ -1,13 +1,44 @@
 """What a data set is here: images and labels with random access, before augmentation."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from syncbn.data.decoding import decode
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Of ImageNet's training photos, RGB on the scale 0..1; taken for any set of photos."""
+
+
+class ReadError(ValueError):
+    """A sample cannot be read or decoded; the message names its file."""
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """Which samples lie together on disk, where reading them in order is cheap.
+
+    Attributes:
+        starts: Shard s holds the samples starts[s]..starts[s + 1] - 1, in the order of the file: int64,
+            shape (S + 1,).
+        sizes: Bytes of the shards: int64, shape (S,).
+    """
+
+    starts: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards there are."""
+        return len(self.sizes)
+
 
 class ImageDataset(Protocol):
-    """Decoded images with labels, in random access."""
+    """Images with labels, in random access."""
 
     @property
     def classes(self) -> Sequence[str]:
@@ -29,19 +60,100 @@ class ImageDataset(Protocol):
         """Standard deviation per channel of the training images, on the scale 0..1."""
         ...
 
-    def __len__(self) -> int: ...
-
-    def image(self, index: int) -> np.ndarray:
-        """The image at ``index``: uint8, shape (H, W, channels)."""
+    @property
+    def layout(self) -> ShardLayout | None:
+        """Which samples lie together on disk; None where every sample is as near as any other."""
         ...
 
+    def __len__(self) -> int: ...
+
     def encoded(self, index: int) -> bytes | None:
-        """The file of the image at ``index``, or None where there is none and `image` is all there is."""
+        """The file of the image at ``index``, JPEG or another format; None where only decoded arrays exist.
+
+        Raises:
+            ReadError: It cannot be read.
+        """
+        ...
+
+    def image(self, index: int) -> np.ndarray:
+        """The image at ``index``: uint8, shape (H, W, channels).
+
+        Raises:
+            ReadError: It cannot be read or decoded.
+        """
         ...
 
     def label(self, index: int) -> int:
         """The class of the image at ``index``, in 0..len(classes) - 1."""
         ...
+
+    def name(self, index: int) -> str:
+        """Where the image at ``index`` comes from, for messages."""
+        ...
+
+
+def decode_image(content: bytes, dataset: ImageDataset, index: int) -> np.ndarray:
+    """Decode what ``dataset.encoded(index)`` returned.
+
+    Pixels are taken as stored, as the ecosystem's loaders of ImageNet do: an EXIF orientation is not applied.
+
+    Returns:
+        uint8 RGB, shape (H, W, 3).
+
+    Raises:
+        ReadError: It is no image; the message names it.
+    """
+    image = decode(content)
+    if image is None:
+        raise ReadError(
+            f"cannot decode the image {dataset.name(index)} ({len(content)} bytes): remove or replace the file"
+        )
+    return image
+
+
+class EncodedDataset(ABC):
+    """Photos in files, decoded on demand to RGB.
+
+    Args:
+        classes: Names of the classes, in the order of their labels.
+        labels: Of the images, integers in 0..len(classes) - 1, shape (N,).
+    """
+
+    channels = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    layout: ShardLayout | None = None
+
+    def __init__(self, classes: Sequence[str], labels: np.ndarray) -> None:
+        self.classes = tuple(classes)
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """The file of the image at ``index``.
+
+        Raises:
+            ReadError: It cannot be read; the message names it.
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Where the image at ``index`` comes from, for messages."""
+
+    def image(self, index: int) -> np.ndarray:
+        """The image at ``index``: uint8 RGB, shape (H, W, 3).
+
+        Raises:
+            ReadError: It cannot be read or decoded; the message names it.
+        """
+        return decode_image(self.encoded(index), self, index)
+
+    def label(self, index: int) -> int:
+        """The class of the image at ``index``."""
+        return int(self.labels[index])
 
 
 class ArrayDataset:
@@ -59,6 +171,7 @@ class ArrayDataset:
     """
 
     channels = 1
+    layout: ShardLayout | None = None
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: Sequence[str], mean: float, std: float) -> None:
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
@@ -76,17 +189,21 @@ class ArrayDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def encoded(self, index: int) -> None:
+        """None: the images exist decoded only."""
+        return None
+
     def image(self, index: int) -> np.ndarray:
         """The image at ``index``: uint8, shape (H, W, 1)."""
         return self.images[index][:, :, None]
 
-    def encoded(self, index: int) -> bytes | None:
-        """None: the images are decoded."""
-        return None
-
     def label(self, index: int) -> int:
         """The class of the image at ``index``."""
         return int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """The number of the image."""
+        return f"number {index}"
 
 
 class Selection:
@@ -94,7 +211,7 @@ class Selection:
 
     Args:
         dataset: Where the images come from.
-        indices: Which of them, in order; integers, shape (N,).
+        indices: Which of them, ascending; integers, shape (N,).
     """
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray) -> None:
@@ -105,20 +222,30 @@ class Selection:
         self.mean = dataset.mean
         self.std = dataset.std
 
+    @property
+    def layout(self) -> ShardLayout | None:
+        """The shards of the data set, of which the selection holds a part of the samples."""
+        whole = self.dataset.layout
+        return None if whole is None else ShardLayout(np.searchsorted(self.indices, whole.starts), whole.sizes)
+
     def __len__(self) -> int:
         return len(self.indices)
+
+    def encoded(self, index: int) -> bytes | None:
+        """The file of the image at ``index``; None where only decoded arrays exist."""
+        return self.dataset.encoded(int(self.indices[index]))
 
     def image(self, index: int) -> np.ndarray:
         """The image at ``index``: uint8, shape (H, W, channels)."""
         return self.dataset.image(int(self.indices[index]))
 
-    def encoded(self, index: int) -> bytes | None:
-        """The file of the image at ``index``, if there is one."""
-        return self.dataset.encoded(int(self.indices[index]))
-
     def label(self, index: int) -> int:
         """The class of the image at ``index``."""
         return self.dataset.label(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        """Where the image at ``index`` comes from, for messages."""
+        return self.dataset.name(int(self.indices[index]))
 
 
 def hold_out(dataset: ImageDataset, count: int) -> tuple[Selection, Selection]:

@@ -1,33 +1,44 @@
-"""Images in folders, one folder for each class: ``root/<class>/<image>``."""
+"""Images in folders, one folder for each class: ``root/<class>/<image>``, or deeper within the class."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from syncbn.data.decoding import decode
+from syncbn.data.datasets import EncodedDataset, ReadError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Of ImageNet's training photos, RGB on the scale 0..1; taken for any set of photos."""
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """Sorted names of the class folders in ``folder``.
+    """Sorted names of the class folders in ``folder``, without hidden ones.
 
     Raises:
         ValueError: There is none.
     """
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
     if not names:
         raise ValueError(f"{folder} holds no class folders; images are looked for in {folder}/<class>/")
     return names
 
 
-class ImageFolderDataset:
-    """Photos decoded on demand, RGB.
+def image_paths(folder: Path) -> Iterator[str]:
+    """Paths of the images in ``folder`` and the folders in it, relative to it and sorted within each folder."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(SUFFIXES):
+                yield os.path.relpath(os.path.join(parent, name), folder)  # noqa: PTH118 (a million times)
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether a folder in ``folder`` holds an image."""
+    return any(True for entry in folder.iterdir() if entry.is_dir() for _ in image_paths(entry))
+
+
+class ImageFolderDataset(EncodedDataset):
+    """Photos in class folders, decoded on demand to RGB.
 
     Args:
         folder: Holds one folder for each class.
@@ -37,58 +48,44 @@ class ImageFolderDataset:
         ValueError: A class folder is not in ``classes``, or there is not one image.
     """
 
-    channels = 3
-    mean = IMAGENET_MEAN
-    std = IMAGENET_STD
-
     def __init__(self, folder: Path, classes: Sequence[str] | None = None) -> None:
         found = class_names(folder)
-        self.classes = tuple(found if classes is None else classes)
-        unknown = sorted(set(found) - set(self.classes))
+        classes = found if classes is None else classes
+        unknown = sorted(set(found) - set(classes))
         if unknown:
             raise ValueError(
                 f"{folder} holds the class {unknown[0]!r}, which is no class of the training images"
-                f" ({len(unknown)} such classes; {len(self.classes)} are known)"
+                f" ({len(unknown)} such classes; {len(classes)} are known)"
             )
-        self.paths: list[Path] = []
+        self.folder = folder
+        label_of = {name: label for label, name in enumerate(classes)}
+        paths: list[bytes] = []
         labels: list[int] = []
         for name in found:
-            images = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
-            self.paths += images
-            labels += [self.classes.index(name)] * len(images)
-        if not self.paths:
-            raise ValueError(f"{folder} holds no images; files ending in {', '.join(sorted(SUFFIXES))} are read")
-        self.labels = np.array(labels, dtype=np.int64)
+            images = [os.fsencode(f"{name}/{path}") for path in image_paths(folder / name)]
+            paths += images
+            labels += [label_of[name]] * len(images)
+        if not paths:
+            raise ValueError(f"{folder} holds no images; files ending in {', '.join(SUFFIXES)} are read")
+        super().__init__(classes, np.array(labels, dtype=np.int64))
+        # An array, since a million Python objects would be copied to every worker as it counts references to them.
+        self._paths = np.array(paths)
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def image(self, index: int) -> np.ndarray:
-        """Decode the image at ``index``: uint8 RGB, shape (H, W, 3).
-
-        Raises:
-            ValueError: The file cannot be read or decoded; the message names it.
-        """
-        content = self.encoded(index)
-        image = decode(content)
-        if image is None:
-            raise ValueError(
-                f"cannot decode the image {self.paths[index]} ({len(content)} bytes): remove or replace the file"
-            )
-        return image
+    def path(self, index: int) -> Path:
+        """The file of the image at ``index``."""
+        return self.folder / os.fsdecode(self._paths[index])
 
     def encoded(self, index: int) -> bytes:
         """The file of the image at ``index``.
 
         Raises:
-            ValueError: It cannot be read; the message names it.
+            ReadError: It cannot be read; the message names it.
         """
-        path = self.paths[index]
         try:
-            return path.read_bytes()
+            return self.path(index).read_bytes()
         except OSError as error:
-            raise ValueError(f"cannot read the image {path}: {error.strerror}") from error
+            raise ReadError(f"cannot read the image {self.path(index)}: {error.strerror}") from error
 
-    def label(self, index: int) -> int:
-        """The class of the image at ``index``."""
-        return int(self.labels[index])
+    def name(self, index: int) -> str:
+        """Path of the image at ``index``."""
+        return str(self.path(index))

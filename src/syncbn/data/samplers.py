@@ -8,10 +8,9 @@ the same samples on 1 rank and on 1024.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 from torch.utils.data import Sampler
 
-from syncbn.data.augmentation import ORDER_STREAM, random_stream
+from syncbn.data.order import EpochOrder, ShuffledOrder
 
 
 class SampleKey(NamedTuple):
@@ -49,16 +48,27 @@ def split_global_batch(global_batch_size: int, num_ranks: int, accumulate_grad_b
     return per_rank
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of the samples in an epoch: a permutation, and a function of the arguments alone."""
-    return random_stream(seed, epoch, 0, ORDER_STREAM).permutation(num_samples)
+def part_of_range(start: int, size: int, part: int, parts: int) -> tuple[int, int]:
+    """Where a part of the range start..start + size - 1 begins and ends; parts differ in size by at most one."""
+    return start - (-size * part // parts), start - (-size * (part + 1) // parts)
+
+
+def batches_per_epoch(num_samples: int, global_batch_size: int, drop_last: bool) -> int:
+    """Global batches of an epoch; ``drop_last`` leaves out the last one where it is incomplete."""
+    return num_samples // global_batch_size if drop_last else -(-num_samples // global_batch_size)
+
+
+def images_of_global_batch(number: int, num_samples: int, global_batch_size: int) -> int:
+    """Images of a global batch of an epoch, counted from 0: fewer in the last one, where it is incomplete."""
+    return min(global_batch_size, num_samples - number * global_batch_size)
 
 
 class GlobalBatchSampler(Sampler[list[SampleKey]]):
     """One rank's share of the shuffled global batches of an epoch.
 
     With accumulation each global batch is cut into ``accumulate_grad_batches`` consecutive parts, and each of
-    these among the ranks. The last, incomplete global batch of an epoch is dropped.
+    these among the ranks. Of an incomplete last global batch, if kept, the shares differ in size by at most one, and
+    may be empty.
 
     Args:
         num_samples: Size of the training set.
@@ -66,10 +76,12 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         rank: This process, in 0..num_ranks - 1.
         num_ranks: Processes that train together.
         accumulate_grad_batches: Forward and backward passes of one optimiser step.
-        seed: Of the run.
+        seed: Of the run; decides the order of the samples where ``order`` is None.
+        drop_last: Whether to leave out the last global batch of an epoch where it is incomplete.
+        order: Of the samples in each epoch; None shuffles all as one.
 
     Raises:
-        ValueError: ``global_batch_size`` does not divide, or exceeds ``num_samples``.
+        ValueError: ``global_batch_size`` does not divide, or exceeds ``num_samples`` of which none would be left.
     """
 
     def __init__(
@@ -81,20 +93,25 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         num_ranks: int = 1,
         accumulate_grad_batches: int = 1,
         seed: int = 0,
+        drop_last: bool = True,
+        order: EpochOrder | None = None,
     ) -> None:
         self.per_rank = split_global_batch(global_batch_size, num_ranks, accumulate_grad_batches)
-        if global_batch_size > num_samples:
+        if drop_last and global_batch_size > num_samples:
             raise ValueError(
                 f"global_batch_size={global_batch_size} exceeds the {num_samples} training images:"
-                " at most that many fit"
+                " at most that many fit, or drop_last=false keeps a smaller batch"
             )
+        self.order: EpochOrder = ShuffledOrder(num_samples, seed) if order is None else order
+        assert self.order.num_samples == num_samples
         self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
         self.rank = rank
         self.num_ranks = num_ranks
-        self.seed = seed
+        self.accumulate_grad_batches = accumulate_grad_batches
         self.epoch = 0
         self.first_batch = 0
-        self._batches = num_samples // global_batch_size * accumulate_grad_batches
+        self._batches = batches_per_epoch(num_samples, global_batch_size, drop_last) * accumulate_grad_batches
 
     @property
     def sampler(self) -> "GlobalBatchSampler":
@@ -115,12 +132,25 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         """Batches of a whole epoch, wherever the next iteration starts."""
         return self._batches
 
+    def share(self, batch: int) -> tuple[int, int]:
+        """The positions of the epoch that this rank processes in a batch: the first, and the one after the last."""
+        number, accumulated = divmod(batch, self.accumulate_grad_batches)
+        size = images_of_global_batch(number, self.num_samples, self.global_batch_size)
+        part = accumulated * self.num_ranks + self.rank
+        parts = self.num_ranks * self.accumulate_grad_batches
+        return part_of_range(number * self.global_batch_size, size, part, parts)
+
+    def batch_with(self, position: int) -> int:
+        """The batch, from 0, in which some rank processes a position of the epoch; `share` the other way round."""
+        number, offset = divmod(position, self.global_batch_size)
+        size = images_of_global_batch(number, self.num_samples, self.global_batch_size)
+        part = offset * self.num_ranks * self.accumulate_grad_batches // size
+        return number * self.accumulate_grad_batches + part // self.num_ranks
+
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch = self.epoch
-        order = epoch_order(self.num_samples, self.seed, epoch)
         for batch in range(self.first_batch, self._batches):
-            start = (batch * self.num_ranks + self.rank) * self.per_rank
-            yield [SampleKey(epoch, int(index)) for index in order[start : start + self.per_rank]]
+            yield [SampleKey(epoch, int(sample)) for sample in self.order.samples(epoch, *self.share(batch))]
 
 
 class EvaluationBatchSampler(Sampler[list[SampleKey]]):
@@ -148,5 +178,5 @@ class EvaluationBatchSampler(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         for start in range(0, self.num_samples, self.global_batch_size):
             size = min(self.global_batch_size, self.num_samples - start)
-            first, last = (start - (-size * part // self.num_ranks) for part in (self.rank, self.rank + 1))
+            first, last = part_of_range(start, size, self.rank, self.num_ranks)
             yield [SampleKey(0, index) for index in range(first, last)]

@@ -8,14 +8,18 @@ import numpy as np
 from syncbn.data.datasets import ArrayDataset, ImageDataset, hold_out
 from syncbn.data.fashion_mnist import fashion_mnist
 from syncbn.data.idx import IDX_FILES, find_idx_file, read_idx
-from syncbn.data.image_folder import ImageFolderDataset
+from syncbn.data.image_folder import ImageFolderDataset, holds_images
+from syncbn.data.parquet import ParquetDataset, find_parquet_files, is_unlabelled
+from syncbn.data.shard_dataset import ShardDataset
+from syncbn.data.shards import INDEX_NAME, read_index
 
 EMBEDDED = "fashion-mnist"
 """Name of the images that come with the package."""
 
 ACCEPTED = (
-    f"{EMBEDDED!r} (comes with the package), a folder of MNIST idx files (train-images-idx3-ubyte[.gz] ...)"
-    " or a folder with train/<class>/ and val/<class>/ of images"
+    f"{EMBEDDED!r} (comes with the package), a folder of shards (index.json, from `syncbn prepare`),"
+    " of Hugging Face's parquet files (train-*.parquet ...), of MNIST idx files (train-images-idx3-ubyte[.gz] ...),"
+    " with train/<class>/ and val/<class>/ of images, or with <class>/ alone"
 )
 
 
@@ -34,44 +38,79 @@ class ImageSets:
     test: ImageDataset
 
 
+Splits = dict[str, ImageDataset]
+"""The splits that are on disk: "train", and those of "val" and "test" that there are."""
+
+
 def open_image_sets(root: str, validation_images: int = 0) -> ImageSets:
     """Open the data that ``root`` names.
 
     Args:
-        root: ``"fashion-mnist"``, or the path of a folder of idx files or of class folders.
+        root: ``"fashion-mnist"``, or the path of a folder of shards, parquet files, idx files or class folders.
         validation_images: How many training images to hold out for validation. 0 holds out none; validation
             then takes the data's own validation set, or the test set where there is no other.
 
     Returns:
-        The training, validation and test images.
+        The training, validation and test images. Where there is but one set to evaluate on, it is both.
 
     Raises:
         ValueError: There is no such folder, its layout is unknown, or a part of it is missing or broken.
     """
     if validation_images < 0:
         raise ValueError(f"validation_images={validation_images} must not be negative")
-    train, validation, test = _open_splits(root)
+    splits = _open_splits(root)
+    train = splits["train"]
     if validation_images:
+        test = splits.get("test") or splits.get("val")
         train, validation = hold_out(train, validation_images)
-    return ImageSets(train, validation, test)
+        return ImageSets(train, validation, test or validation)
+    evaluation = splits.get("val") or splits.get("test")
+    if evaluation is None:
+        raise ValueError(
+            f"{root} has training images, but neither val nor test to evaluate on: hold out some of the"
+            f" {len(train):,} training images, as by data.validation_images={max(1, len(train) // 20)}"
+        )
+    return ImageSets(train, evaluation, splits.get("test") or evaluation)
 
 
-def _open_splits(root: str) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
-    """The splits as they are on disk; a missing validation set is replaced by the test set, or reversely."""
+def _open_splits(root: str) -> Splits:
+    """The splits as they are on disk."""
     if root == EMBEDDED:
-        test = fashion_mnist("test")
-        return fashion_mnist("train"), test, test
+        return {split: fashion_mnist(split) for split in ("train", "test")}
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise ValueError(f"no data at {root!r}: data.root takes {ACCEPTED}")
+    if (folder / INDEX_NAME).is_file():
+        return _open_shards(folder)
     if any(find_idx_file(folder, split, part) for split, part in IDX_FILES):
         return _open_idx_folder(folder)
+    if find_parquet_files(folder, "train"):
+        return _open_parquet_files(folder)
     if (folder / "train").is_dir():
         return _open_image_folder(folder)
+    if holds_images(folder) and not any((folder / split).is_dir() for split in ("val", "test")):
+        return {"train": ImageFolderDataset(folder)}
     raise ValueError(f"{root!r} holds no data of a known layout: data.root takes {ACCEPTED}")
 
 
-def _open_idx_folder(folder: Path) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
+def _open_shards(folder: Path) -> Splits:
+    index = read_index(folder)
+    if "train" not in index.splits or not index.splits["train"].samples:
+        raise ValueError(f"{folder} holds shards, but none of training images: prepare the data again")
+    return {split: ShardDataset(index, split) for split, content in index.splits.items() if content.samples}
+
+
+def _open_parquet_files(folder: Path) -> Splits:
+    train = ParquetDataset(find_parquet_files(folder, "train"))
+    splits: Splits = {"train": train}
+    for split in ("val", "test"):
+        files = find_parquet_files(folder, split)
+        if files and not (split == "test" and is_unlabelled(files)):
+            splits[split] = ParquetDataset(files, train.classes)
+    return splits
+
+
+def _open_idx_folder(folder: Path) -> Splits:
     arrays = {}
     for (split, part), name in IDX_FILES.items():
         path = find_idx_file(folder, split, part)
@@ -88,21 +127,16 @@ def _open_idx_folder(folder: Path) -> tuple[ImageDataset, ImageDataset, ImageDat
     levels = np.arange(256) / 255
     mean = float(counts @ levels / counts.sum())
     std = float(np.sqrt(counts @ (levels - mean) ** 2 / counts.sum())) or 1.0
-    train, test = (
-        ArrayDataset(arrays[split, "images"], arrays[split, "labels"], classes, mean, std)
+    return {
+        split: ArrayDataset(arrays[split, "images"], arrays[split, "labels"], classes, mean, std)
         for split in ("train", "test")
-    )
-    return train, test, test
-
-
-def _open_image_folder(folder: Path) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
-    train = ImageFolderDataset(folder / "train")
-    evaluation = {
-        split: ImageFolderDataset(folder / split, train.classes)
-        for split in ("val", "test")
-        if (folder / split).is_dir()
     }
-    if not evaluation:
-        raise ValueError(f"{folder} has a folder train, but neither val nor test to evaluate on")
-    validation = evaluation.get("val") or evaluation["test"]
-    return train, validation, evaluation.get("test") or validation
+
+
+def _open_image_folder(folder: Path) -> Splits:
+    train = ImageFolderDataset(folder / "train")
+    splits: Splits = {"train": train}
+    for split in ("val", "test"):
+        if (folder / split).is_dir():
+            splits[split] = ImageFolderDataset(folder / split, train.classes)
+    return splits

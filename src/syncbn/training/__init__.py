@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from syncbn.training.classifier import ImageClassifier
     from syncbn.training.curves import CurvesPlot
     from syncbn.training.evaluation import Ensemble
+    from syncbn.training.left_out import LeftOutImages
     from syncbn.training.plugins import SyncBatchNormPlugin
     from syncbn.training.polyak import PolyakAveraging
     from syncbn.training.predictions import PredictionTable
@@ -23,6 +24,7 @@ MODULES = {
     "CurvesPlot": "curves",
     "Ensemble": "evaluation",
     "ImageClassifier": "classifier",
+    "LeftOutImages": "left_out",
     "PolyakAveraging": "polyak",
     "PredictionTable": "predictions",
     "RunRecord": "runs",
@@ -35,6 +37,7 @@ __all__ = [
     "CurvesPlot",
     "Ensemble",
     "ImageClassifier",
+    "LeftOutImages",
     "PolyakAveraging",
     "PredictionTable",
     "RunRecord",

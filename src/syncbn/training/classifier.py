@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from syncbn.data.batches import ImageBatch
+from syncbn.data.samplers import batches_per_epoch, images_of_global_batch
 from syncbn.distributed import new_group
 from syncbn.models import inception_bn
 from syncbn.nn import SyncBatchNorm
@@ -21,15 +22,17 @@ from syncbn.training.schedules import exponential_schedule
 class ImageClassifier(Evaluated):
     """Trains Inception-BN with the recipe of Ioffe & Szegedy 2015, section 4.2.
 
-    One step is one step on the global batch, on any number of ranks: the layers normalise over all ranks,
-    every rank processes equally many images, and so the mean over the ranks of each rank's mean loss, and of
-    its gradient (what DistributedDataParallel takes), is the mean over the images of the global batch.
+    One step is one step on the global batch, on any number of ranks: the layers normalise over all ranks, and
+    each rank weighs its loss by its number of images, so that the mean over the ranks of its gradient (what
+    DistributedDataParallel takes) is the mean over the images of the global batch, also where shares differ. An
+    image that could not be read counts as one without a loss.
 
     Args:
         global_batch_size: Images of one optimiser step, over all ranks.
         num_classes: Classes to tell apart.
         in_channels: Channels of the images.
         training_images: Size of the training set, by which epochs are counted.
+        drop_last: Whether the last global batch of an epoch is left out where it is incomplete.
         variant: Of Inception-BN: "paper", "cadene" or "slim".
         norm: "batch", or "none" for the plain Inception.
         activation: "relu" or "sigmoid".
@@ -84,6 +87,7 @@ class ImageClassifier(Evaluated):
         schedule_unit: Literal["epochs", "images"] = "epochs",
         normalization_batch_size: int | None = None,
         channels_last: bool = True,
+        drop_last: bool = True,
     ) -> None:
         super().__init__(num_classes)
         if norm == "none" and normalization_batch_size is not None:
@@ -104,7 +108,8 @@ class ImageClassifier(Evaluated):
         )
         if channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        images_per_unit = training_images // global_batch_size * global_batch_size if schedule_unit == "epochs" else 1
+        steps = batches_per_epoch(training_images, global_batch_size, drop_last)
+        images_per_unit = steps * global_batch_size if schedule_unit == "epochs" else 1
         self.learning_rate_factor = exponential_schedule(
             decay_factor,
             decay_every * max(1, images_per_unit),
@@ -156,15 +161,32 @@ class ImageClassifier(Evaluated):
         return log_of_mean(of_crops.unflatten(0, images.shape[:2]).unbind(1))
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """Mean loss over this rank's images."""
+        """This rank's part of the loss: the mean over the ranks is the mean over the images of the global batch."""
         logits = self(batch.images)
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.hparams["label_smoothing"])
         top1 = self._metric("train_top1")
-        top1.update(logits.detach(), batch.labels)
+        if len(batch.labels):
+            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.hparams["label_smoothing"])
+            loss = loss * self._weight_of_share(len(batch.labels), batch_idx)
+            top1.update(logits.detach(), batch.labels)
+        else:
+            loss = logits.sum()  # 0, and of the same graph: this rank takes part in every exchange
         self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True)
         self.log("train_top1", top1, on_step=False, on_epoch=True)
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
         return loss
+
+    def _weight_of_share(self, images: int, batch_idx: int) -> float:
+        """This rank's images in a batch, relative to an equal share of the global batch; 1 as a rule."""
+        options = self.hparams
+        accumulated = self.trainer.accumulate_grad_batches
+        step = batch_idx // accumulated
+        of_step = images_of_global_batch(step, options["training_images"], options["global_batch_size"])
+        if of_step < 1:
+            raise ValueError(
+                f"training_images={options['training_images']} end before step {step} of an epoch with"
+                f" global_batch_size={options['global_batch_size']}: give the model the size of the training set"
+            )
+        return images * self.trainer.world_size * accumulated / of_step
 
     def on_validation_start(self) -> None:
         """Where ranks normalise in several groups, make their running statistics one: the mean over the ranks."""

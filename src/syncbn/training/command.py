@@ -18,6 +18,7 @@ from syncbn.data import ImageDataModule
 from syncbn.training.classifier import ImageClassifier
 from syncbn.training.curves import CurvesPlot
 from syncbn.training.evaluation import load_ensemble
+from syncbn.training.left_out import LeftOutImages
 from syncbn.training.predictions import PredictionTable
 from syncbn.training.runs import RunRecord, run_folder, run_loggers
 from syncbn.training.strategies import SynchronisedDDPStrategy
@@ -92,6 +93,7 @@ class SyncBNCLI(LightningCLI):
         parser.link_arguments("model.variant", "data.preprocessing")
         for target in ("data.global_batch_size", "model.global_batch_size"):
             parser.link_arguments("global_batch_size", target)
+        parser.link_arguments("data.drop_last", "model.drop_last")
         for source, target in (
             ("data.num_classes", "model.num_classes"),
             ("data.channels", "model.in_channels"),
@@ -158,6 +160,7 @@ class SyncBNCLI(LightningCLI):
             kwargs["logger"] = False
         if self.subcommand == "predict":
             callbacks = [PredictionTable(Path(self._get(self.config, "predictions")))]
+        callbacks.append(LeftOutImages())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         if config.get("strategy") == "auto" and str(config.get("devices")) != "1":
             kwargs["strategy"] = SynchronisedDDPStrategy.strategy_name
@@ -190,11 +193,8 @@ class SyncBNCLI(LightningCLI):
         if self.trainer.is_global_zero:
             parameters = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
             print(arithmetic.describe())
-            print(
-                f"{parameters:,} trainable parameters, {self.datamodule.training_images:,} training images,"
-                f" device {self.trainer.strategy.root_device.type}",
-                flush=True,
-            )
+            print(self.datamodule.describe())
+            print(f"{parameters:,} trainable parameters, device {self.trainer.strategy.root_device.type}", flush=True)
 
     def fit(self, **arguments: Any) -> None:
         """Train; name the run folder also when interrupted."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from syncbn.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
+from syncbn.data.datasets import IMAGENET_MEAN, IMAGENET_STD
 from syncbn.data.preparation.plan import Finding, Plan
 from syncbn.data.preparation.tasks import (
     WORK_FOLDER,

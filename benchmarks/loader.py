@@ -1,0 +1,292 @@
+"""The loader on photos of ImageNet at their original size: decoding and augmentation, workers, memory.
+
+    python benchmarks/loader.py                      # all sections; about four minutes of one core
+    python benchmarks/loader.py --section decode --rounds 31
+    python benchmarks/loader.py --quick              # does it run?
+
+Section "decode": from a file to 224 x 224 pixels, randomly cropped and mirrored, on one core, in CPU time, since the
+machine may be shared. Contenders read the same files and draw windows of the same distribution:
+- "syncbn": `BatchedImages.prepared_image`, what a worker of the trainer does for an image;
+- "OpenCV loop": decode, cut out, `cv2.resize`, flip, and nothing else;
+- "Pillow": the same in Pillow;
+- "torchvision style": RandomResizedCrop, RandomHorizontalFlip and ToTensor as torchvision writes them for Pillow.
+Section "workers": one and two worker processes, in wall time, in turns; it means something only on two idle cores.
+Section "memory": resident memory of one process that reads shards for many epochs.
+"""
+
+import gc
+import math
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+import measure
+from measure import OURS, Row
+from syncbn.data import (
+    Augmentation,
+    BatchedImages,
+    GlobalBatchSampler,
+    ImageBatch,
+    ImageDataset,
+    ImageFolderDataset,
+    RandomCrop,
+    SampleKey,
+    ShardDataset,
+    WindowedOrder,
+    WindowReader,
+)
+from syncbn.data.batches import keep_batch
+from syncbn.data.datasets import Selection
+from syncbn.data.shards import SAMPLE_DTYPE, Shard, ShardIndex, make_split, shard_name, write_shard
+
+PIXELS = 224
+AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
+MEAN_DIFFERENCE = 8.0  # of 255 levels, from INTER_AREA: interpolations differ by 1 to 5, a wrong window by 30 and more
+PHOTOS = Path(os.environ.get("SYNCBN_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")) / "imagenet-originals"
+Window = tuple[int, int, int, int]  # top, left, height, width
+
+
+def random_window(height: int, width: int) -> Window:
+    """GoogLeNet's crop, as torchvision's RandomResizedCrop draws it."""
+    for _ in range(10):
+        area = height * width * random.uniform(*AREA)
+        aspect = math.exp(random.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return random.randint(0, height - h), random.randint(0, width - w), h, w
+    return 0, 0, height, width
+
+
+# ---- contenders: a file, a window or None for a random one, mirrored or None for at random --------
+
+
+def opencv(path: Path, window: Window | None = None, mirrored: bool | None = None) -> np.ndarray:
+    """uint8 RGB, (PIXELS, PIXELS, 3)."""
+    image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR_RGB)
+    top, left, height, width = window or random_window(*image.shape[:2])
+    image = cv2.resize(image[top : top + height, left : left + width], (PIXELS, PIXELS))
+    mirrored = random.random() < 0.5 if mirrored is None else mirrored
+    return cv2.flip(image, 1) if mirrored else image
+
+
+def pillow_image(path: Path, window: Window | None, mirrored: bool | None) -> Image.Image:
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    top, left, height, width = window or random_window(image.height, image.width)
+    image = image.crop((left, top, left + width, top + height)).resize((PIXELS, PIXELS), Image.Resampling.BILINEAR)
+    mirrored = random.random() < 0.5 if mirrored is None else mirrored
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+def pillow(path: Path, window: Window | None = None, mirrored: bool | None = None) -> np.ndarray:
+    """uint8 RGB, (PIXELS, PIXELS, 3)."""
+    return np.asarray(pillow_image(path, window, mirrored))
+
+
+def torchvision_style(path: Path, window: Window | None = None, mirrored: bool | None = None) -> torch.Tensor:
+    """float32 RGB of 0..1, (3, PIXELS, PIXELS)."""
+    image = torch.from_numpy(np.array(pillow_image(path, window, mirrored)))
+    return image.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+
+
+def verify(paths: Sequence[Path], images: BatchedImages) -> None:
+    """Refuse a contender that makes something else of a photo.
+
+    Raises:
+        measure.WrongContender: naming it.
+    """
+    for index, path in enumerate(paths):
+        whole = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+        height, width = whole.shape[:2]
+        window = (height // 8, width // 4, height // 2, width // 2)
+        cut = whole[window[0] :, window[1] :][: window[2], : window[3]]
+        expected = cv2.resize(cut, (PIXELS, PIXELS), interpolation=cv2.INTER_AREA)[:, ::-1]
+        tensor = torchvision_style(path, window, True).permute(1, 2, 0).numpy() * 255
+        found = {"OpenCV loop": opencv(path, window, True), "Pillow": pillow(path, window, True)}
+        for name, image in (found | {"torchvision style": tensor}).items():
+            check(name, image, expected)
+        side = min(height, width)
+        square = whole[(height - side) // 2 :, (width - side) // 2 :][:side, :side]
+        expected = cv2.resize(square, (PIXELS, PIXELS), interpolation=cv2.INTER_AREA)
+        check(OURS, images.prepared_image(SampleKey(0, index)).reshape(expected.shape), expected)
+
+
+def check(name: str, found: np.ndarray, expected: np.ndarray) -> None:
+    """Refuse an image that is on average further from another one than interpolations are."""
+    if found.shape != expected.shape:
+        raise measure.WrongContender(f"{name!r} gives the shape {found.shape}, not {expected.shape}")
+    difference = float(np.abs(found.astype(np.float64) - expected).mean())
+    if not difference <= MEAN_DIFFERENCE:
+        raise measure.WrongContender(f"{name!r} is off by {difference:.1f} levels (at most {MEAN_DIFFERENCE:g})")
+
+
+# ---- sections ------------------------------------------------------------------------------------
+
+
+def measure_decoding(dataset: ImageFolderDataset, augmentation: Augmentation, rounds: int) -> list[Row]:
+    """All photos once a round, each contender in turn."""
+    paths = [dataset.path(index) for index in range(len(dataset))]
+    verify(paths, BatchedImages(dataset, PIXELS))
+    images = BatchedImages(dataset, PIXELS, augmentation)
+    epochs = iter(range(10**9))
+
+    def ours() -> None:
+        epoch = next(epochs)
+        for index in range(len(paths)):
+            images.prepared_image(SampleKey(epoch, index))
+
+    def loop(prepare: Callable[[Path], object]) -> None:
+        for path in paths:
+            prepare(path)
+
+    contenders: dict[str, Callable[[], None]] = {
+        OURS: ours,
+        "OpenCV loop": partial(loop, opencv),
+        "Pillow": partial(loop, pillow),
+        "torchvision style": partial(loop, torchvision_style),
+    }
+    times = measure.time_in_turns(contenders, rounds, warmup=1, clock=time.process_time)
+    per_photo = {name: [value / len(paths) for value in values] for name, values in times.items()}
+    return measure.rows_of("decode", f"a photo to {PIXELS} px", "contiguous", 1, per_photo)
+
+
+def measure_workers(dataset: ImageDataset, augmentation: Augmentation, rounds: int, images: int) -> list[Row]:
+    """Images per second of wall time behind one and two workers, without their start."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    repeated = Selection(dataset, np.arange(images) % len(dataset))
+    batches = BatchedImages(repeated, PIXELS, augmentation)
+    for _ in range(rounds):
+        for workers, found in rates.items():
+            sampler = GlobalBatchSampler(images, 20)
+            loader = DataLoader(batches, batch_sampler=sampler, collate_fn=keep_batch, num_workers=workers)
+            found.append(steady_rate(loader))
+    ratio = statistics.median(two / one for one, two in zip(rates[1], rates[2], strict=True))
+    return [
+        row("workers", f"{workers} worker{'s' if workers > 1 else ''}", found, ratio if workers > 1 else 1, "images/s")
+        for workers, found in rates.items()
+    ]
+
+
+def steady_rate(loader: DataLoader[ImageBatch]) -> float:
+    """Images per second from the first batch to the last."""
+    batches = iter(loader)
+    next(batches)
+    start = time.perf_counter()
+    count = sum(len(batch.labels) for batch in batches)
+    return count / (time.perf_counter() - start)
+
+
+def measure_memory(photos: ImageFolderDataset, augmentation: Augmentation, images: int, folder: Path) -> list[Row]:
+    """Megabytes resident in this process after each tenth of the images, read from shards without workers."""
+    shards = shards_of(photos, folder, copies=10)
+    order = WindowedOrder(shards.layout, 2, seed=0)
+    sampler = GlobalBatchSampler(len(shards), 50, order=order)
+    batches = BatchedImages(shards, PIXELS, augmentation, reader=WindowReader(shards, sampler, order))
+    loader = DataLoader(batches, batch_sampler=sampler, collate_fn=keep_batch)
+    rows, seen, epoch = [], 0, 0
+    while seen < images:
+        sampler.set_epoch(epoch)
+        for batch in loader:
+            seen += len(batch.labels)
+            if seen >= images * (len(rows) + 1) / 10:
+                gc.collect()
+                rows.append(row("memory", f"after {seen:,} images", [resident_megabytes()], 1, "MB resident"))
+        epoch += 1
+    first = rows[0].median
+    return [row(r.section, r.shape, [r.median], r.median / first, r.unit) for r in rows]
+
+
+def shards_of(photos: ImageFolderDataset, folder: Path, copies: int) -> ShardDataset:
+    """Each copy of the photos is a shard."""
+    shards, records = [], []
+    for number in range(copies):
+        path = folder / shard_name("train", number)
+        samples = ((f"{number}_{i}", photos.encoded(i), photos.label(i)) for i in range(len(photos)))
+        records += [(number, *place) for place in write_shard(path, samples)]
+        shards.append(Shard(path.name, len(photos), path.stat().st_size, ""))
+    split = make_split(shards, np.array(records, SAMPLE_DTYPE), len(photos.classes))
+    return ShardDataset(
+        ShardIndex(folder, photos.classes, photos.classes, photos.mean, photos.std, {"train": split}), "train"
+    )
+
+
+def resident_megabytes() -> float:
+    """Of this process (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def row(section: str, shape: str, values: list[float], ratio: float, unit: str) -> Row:
+    """A line that is no time."""
+    p20, median, p80 = (measure.percentile(values, q) for q in (0.2, 0.5, 0.8))
+    return Row(section, shape, "contiguous", 1, OURS, median, p20, p80, ratio, unit)
+
+
+def report(rows: Sequence[Row], console: Console) -> None:
+    """Print what the table leaves out."""
+    for found in rows:
+        if found.unit != "ms":
+            line = f"{found.section}: {found.shape}: {found.median:.0f} {found.unit} ({found.ratio:.2f} of the first)"
+            console.print(line, soft_wrap=True)
+
+
+def main(
+    section: Literal["all", "decode", "workers", "memory"] = "all",
+    photos: Path = PHOTOS,
+    augmentation: Augmentation = Augmentation(crop=RandomCrop()),  # noqa: B008 - frozen
+    rounds: int = 15,
+    images: int = 50_000,
+    output: Path = measure.RESULTS,
+    quick: bool = False,
+) -> None:
+    """Time the loader against OpenCV, Pillow and torchvision's way, and watch its memory.
+
+    Args:
+        section: which comparison.
+        photos: folder of JPEG files.
+        augmentation: of syncbn.
+        rounds: timings of each contender that count.
+        images: how many section "memory" reads.
+        output: folder for the CSV and the figure.
+        quick: a smoke run on a few photos.
+    """
+    if not photos.is_dir():
+        raise SystemExit(f"no photos at {photos}: name a folder of JPEG files with --photos")
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    console = measure.console()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "photos").mkdir()
+        for path in sorted(photos.iterdir())[: 10 if quick else None]:
+            (folder / "photos" / path.name).symlink_to(path.resolve())
+        dataset = ImageFolderDataset(folder)
+        if quick:
+            rounds, images = 2, 200
+        rows: list[Row] = []
+        if section in ("all", "decode"):
+            rows += measure_decoding(dataset, augmentation, rounds)
+        if section in ("all", "workers"):
+            rows += measure_workers(dataset, augmentation, min(rounds, 5), 40 if quick else 600)
+        if section in ("all", "memory"):
+            rows += measure_memory(dataset, augmentation, images, folder)
+    if section in ("all", "decode"):
+        title = f"Loader: CPU time of a photo, {augmentation}"
+        measure.publish(rows, output, "loader", title, 1, console)
+    report(rows, console)
+
+
+if __name__ == "__main__":
+    measure.command(main, keep_memory=False)

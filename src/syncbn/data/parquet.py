@@ -1,0 +1,220 @@
+"""Images in Hugging Face's tables: parquet files with a column of encoded images and one of labels.
+
+Source of the layout: the ``datasets`` package, whose ``save``/``push_to_hub`` write ``train-00000-of-00294.parquet``,
+an image as a struct of its bytes and its path, and the names of the classes into the schema's metadata.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from syncbn.data.datasets import EncodedDataset, ReadError, ShardLayout
+
+SPLIT_PREFIXES = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}
+SHARD_BYTES = 100_000_000
+"""Consecutive row groups of a file are shuffled as one shard of at least this size, which ``syncbn prepare`` uses."""
+ROW_GROUPS_KEPT = 2
+"""In memory, by each process: images are read in order, so more would not be used again."""
+
+
+def find_parquet_files(folder: Path, split: str) -> list[Path]:
+    """The files of one split ("train", "val" or "test") in a folder or in its folder ``data``, sorted."""
+    for place in (folder, folder / "data"):
+        for prefix in SPLIT_PREFIXES[split]:
+            files = sorted([*place.glob(f"{prefix}-*.parquet"), *place.glob(f"{prefix}.parquet")])
+            if files:
+                return files
+    return []
+
+
+def import_pyarrow() -> Any:
+    """The package ``pyarrow.parquet``.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("reading parquet files needs pyarrow: pip install 'syncbn[huggingface]'") from error
+    return pyarrow.parquet
+
+
+def arrow_errors() -> tuple[type[Exception], ...]:
+    """What reading a missing or broken table raises."""
+    import pyarrow
+
+    return OSError, pyarrow.ArrowException
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error without line breaks, which those of Arrow have."""
+    return " ".join(str(error).split())
+
+
+def is_unlabelled(files: Sequence[Path]) -> bool:
+    """Whether a split has no labels, as test sets whose labels are kept secret: each is -1 or missing."""
+    with import_pyarrow().ParquetFile(files[0]) as table:
+        _, label, _ = image_and_label_columns(table.schema_arrow, files[0])
+        values = table.read(columns=[label], use_threads=False)[label].to_pylist()
+    return all(value in (None, -1) for value in values)
+
+
+class ParquetDataset(EncodedDataset):
+    """The images of parquet files, decoded on demand; one file is open at a time.
+
+    A table can only be read a row group at a time. So each process reads whole row groups to use its share of them:
+    for many ranks and workers rather convert the data to shards.
+
+    Args:
+        files: Of one split, in order.
+        classes: Names of the classes in the order of their labels; None takes those the files name.
+
+    Raises:
+        ValueError: pyarrow is missing; a file is broken, lacks the columns, or holds a label of no class.
+    """
+
+    def __init__(self, files: Sequence[Path], classes: Sequence[str] | None = None) -> None:
+        parquet = import_pyarrow()
+        self.files = list(files)
+        groups: list[tuple[int, int, int, int]] = []  # file, row group within it, rows, bytes
+        values: list[Any] = []
+        for number, path in enumerate(self.files):
+            try:
+                with parquet.ParquetFile(path) as table:
+                    if number == 0:
+                        self._image, self._label, named = image_and_label_columns(table.schema_arrow, path)
+                    groups += [(number, *group) for group in _row_groups(table.metadata)]
+                    values += table.read(columns=[self._label], use_threads=False)[self._label].to_pylist()
+            except arrow_errors() as error:
+                raise ValueError(f"cannot read the table {path}: {one_line(error)}") from error
+        classes = named if classes is None else classes
+        super().__init__(*labels_of(values, classes, self.files[0].parent))
+        self._groups = np.array(groups, dtype=np.int64).reshape(-1, 4)
+        self._starts = np.append(0, np.cumsum(self._groups[:, 2]))
+        self.layout = _bundle(self._groups)
+        self._open: tuple[int, Any] = (-1, None)
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process: the open file and the rows kept."""
+        return self.__dict__ | {"_open": (-1, None), "_kept": OrderedDict()}
+
+    def encoded(self, index: int) -> bytes:
+        """The file of the image at ``index``.
+
+        Raises:
+            ReadError: The table cannot be read, or holds no bytes there; the message names it and the row.
+        """
+        group, row = self._place(index)
+        try:
+            content = self._images(group)[row].as_py()
+        except arrow_errors() as error:
+            raise ReadError(f"cannot read the image {self.name(index)}: {one_line(error)}") from error
+        if content is None:
+            raise ReadError(f"cannot read the image {self.name(index)}: the table holds its path, but not its bytes")
+        return content
+
+    def name(self, index: int) -> str:
+        """File and row that hold the image at ``index``."""
+        group, _ = self._place(index)
+        file = self._groups[group, 0]
+        first = self._starts[np.searchsorted(self._groups[:, 0], file)]
+        return f"{self.files[file]} (row {index - first})"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The row group that holds the image at ``index``, counted over all files, and its row in the group."""
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return group, index - int(self._starts[group])
+
+    def _images(self, group: int) -> Any:
+        """The encoded images of a row group."""
+        if group not in self._kept:
+            file, number = self._groups[group, :2].tolist()
+            if self._open[0] != file:
+                self._open = (-1, None)
+                self._open = (file, import_pyarrow().ParquetFile(self.files[file]))
+            column = self._open[1].read_row_group(number, columns=[self._image], use_threads=False)[0].combine_chunks()
+            self._kept[group] = column.field("bytes") if hasattr(column, "field") else column
+            while len(self._kept) > ROW_GROUPS_KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[group]
+
+
+def image_and_label_columns(schema: Any, path: Path) -> tuple[str, str, list[str] | None]:
+    """The columns of images and labels, and the names of the classes where the schema's metadata tell them.
+
+    Args:
+        schema: Of Arrow.
+        path: Of the table, for messages.
+
+    Returns:
+        The column of encoded images ("image.bytes" for a struct), that of labels, and the names or None.
+
+    Raises:
+        ValueError: There are no such columns.
+    """
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = metadata.get("info", {}).get("features", {})
+    kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
+    of_classes = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+    images = [name for name, kind in kinds.items() if kind == "Image"] + ["image", "img"]
+    labels = [name for name in ("label", "labels") if not of_classes or name in of_classes] + of_classes
+    image, label = (next((name for name in names if name in schema.names), None) for names in (images, labels))
+    if image is None or label is None:
+        raise ValueError(
+            f"{path} has the columns {', '.join(schema.names)}: a column 'image' and a column 'label' are needed"
+        )
+    nested = schema.field(image).type.num_fields > 0
+    return f"{image}.bytes" if nested else image, label, features.get(label, {}).get("names")
+
+
+def labels_of(values: list[Any], classes: Sequence[str] | None, folder: Path) -> tuple[Sequence[str], np.ndarray]:
+    """Classes, and labels by number: int64, shape (N,).
+
+    Args:
+        values: Numbers of classes, or their names.
+        classes: Names of the classes; None takes the values themselves as names.
+        folder: Of the tables, for messages.
+
+    Raises:
+        ValueError: A value is missing, or names no class.
+    """
+    if classes is None:
+        if any(value is None for value in values):
+            raise ValueError(f"the tables in {folder} hold images without a label")
+        whole = bool(values) and isinstance(values[0], int)
+        classes = [str(value) for value in range(max(values) + 1)] if whole else sorted(set(values))
+    known: dict[Any, int] = {name: label for label, name in enumerate(classes)}
+    known |= {label: label for label in range(len(classes))}
+    unknown = sorted({str(value) for value in values if value not in known})
+    if unknown:
+        raise ValueError(
+            f"the tables in {folder} hold the label {unknown[0]}, which is none of the {len(classes)} classes"
+        )
+    return classes, np.array([known[value] for value in values], dtype=np.int64)
+
+
+def _row_groups(metadata: Any) -> list[tuple[int, int, int]]:
+    """Of each row group of a file its number, rows and bytes."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    sizes = [sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups]
+    return [(number, group.num_rows, size) for number, (group, size) in enumerate(zip(groups, sizes, strict=True))]
+
+
+def _bundle(groups: np.ndarray) -> ShardLayout:
+    """Consecutive row groups of a file, put together to shards of at least `SHARD_BYTES`; (G, 4) as in the class."""
+    starts, sizes = [0], []
+    samples = size = 0
+    for number, (file, _, rows, length) in enumerate(groups.tolist()):
+        samples, size = samples + rows, size + length
+        is_last_of_file = number + 1 == len(groups) or groups[number + 1, 0] != file
+        if size >= SHARD_BYTES or is_last_of_file:
+            starts.append(samples)
+            sizes.append(size)
+            size = 0
+    return ShardLayout(np.array(starts, dtype=np.int64), np.array(sizes, dtype=np.int64))
