@@ -66,13 +66,14 @@ class LeftOutImages(Callback):
             self._counts[stage] += len(batch.left_out)
 
     def _report(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        ranks = gather_objects((self._counts[stage], self._first[stage]))
+        own, first = self._counts[stage], self._first[stage]
         self._counts[stage], self._first[stage] = 0, ""
+        ranks = gather_objects((own, first))
         total = sum(count for count, _ in ranks)
         if not total:
             return
         if stage != "predict":  # where Lightning logs nothing
-            pl_module.log(f"{stage}_left_out", float(total), rank_zero_only=True)
+            pl_module.log(f"{stage}_left_out", float(own), sync_dist=True, reduce_fx="sum")
         if trainer.is_global_zero:
             first = next(message for _, message in ranks if message)
             images = f"{total:,} {STAGES[stage]} image{'s' if total > 1 else ''}"
