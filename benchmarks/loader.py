@@ -55,7 +55,8 @@ from syncbn.data.shards import SAMPLE_DTYPE, Shard, ShardIndex, make_split, shar
 PIXELS = 224
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 MEAN_DIFFERENCE = 8.0  # of 255 levels, from INTER_AREA: interpolations differ by 1 to 5, a wrong window by 30 and more
-PHOTOS = Path(os.environ.get("SYNCBN_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")) / "imagenet-originals"
+DATA = Path(os.environ.get("SYNCBN_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
+PHOTOS = DATA / "imagenet-originals"
 Window = tuple[int, int, int, int]  # top, left, height, width
 
 
