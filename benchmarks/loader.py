@@ -54,7 +54,9 @@ from syncbn.data.shards import SAMPLE_DTYPE, Shard, ShardIndex, make_split, shar
 
 PIXELS = 224
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
-MEAN_DIFFERENCE = 8.0  # of 255 levels, from INTER_AREA: interpolations differ by 1 to 5, a wrong window by 30 and more
+# Of 255 levels, from INTER_AREA, averaged over the photos: interpolations are off by 1 to 3; mirrored images, images 12
+# pixels aside or of swapped colours by 20 to 50. On a single photo (quilt, 13) the two cannot be told apart.
+MEAN_DIFFERENCE = 5.0
 DATA = Path(os.environ.get("SYNCBN_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 PHOTOS = DATA / "imagenet-originals"
 Window = tuple[int, int, int, int]  # top, left, height, width
@@ -104,34 +106,37 @@ def torchvision_style(path: Path, window: Window | None = None, mirrored: bool |
 
 
 def verify(paths: Sequence[Path], images: BatchedImages) -> None:
-    """Refuse a contender that makes something else of a photo.
+    """Refuse a contender that makes something else of the photos.
 
     Raises:
         measure.WrongContender: naming it.
     """
+    differences: dict[str, list[float]] = {}
     for index, path in enumerate(paths):
-        whole = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+        whole = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         height, width = whole.shape[:2]
         window = (height // 8, width // 4, height // 2, width // 2)
-        cut = whole[window[0] :, window[1] :][: window[2], : window[3]]
-        expected = cv2.resize(cut, (PIXELS, PIXELS), interpolation=cv2.INTER_AREA)[:, ::-1]
-        tensor = torchvision_style(path, window, True).permute(1, 2, 0).numpy() * 255
-        found = {"OpenCV loop": opencv(path, window, True), "Pillow": pillow(path, window, True)}
-        for name, image in (found | {"torchvision style": tensor}).items():
-            check(name, image, expected)
         side = min(height, width)
-        square = whole[(height - side) // 2 :, (width - side) // 2 :][:side, :side]
-        expected = cv2.resize(square, (PIXELS, PIXELS), interpolation=cv2.INTER_AREA)
-        check(OURS, images.prepared_image(SampleKey(0, index)).reshape(expected.shape), expected)
+        centre = averaged(whole, ((height - side) // 2, (width - side) // 2, side, side))
+        mirrored = averaged(whole, window)[:, ::-1]
+        tensor = torchvision_style(path, window, True).permute(1, 2, 0).numpy() * 255
+        for name, found, expected in (
+            (OURS, images.prepared_image(SampleKey(0, index)).reshape(centre.shape), centre),
+            ("OpenCV loop", opencv(path, window, True), mirrored),
+            ("Pillow", pillow(path, window, True), mirrored),
+            ("torchvision style", tensor, mirrored),
+        ):
+            differences.setdefault(name, []).append(float(np.abs(found.astype(np.float64) - expected).mean()))
+    for name, values in differences.items():
+        if not statistics.fmean(values) <= MEAN_DIFFERENCE:
+            off = f"{statistics.fmean(values):.1f} levels (at most {MEAN_DIFFERENCE:g})"
+            raise measure.WrongContender(f"{name!r} is off by {off}")
 
 
-def check(name: str, found: np.ndarray, expected: np.ndarray) -> None:
-    """Refuse an image that is on average further from another one than interpolations are."""
-    if found.shape != expected.shape:
-        raise measure.WrongContender(f"{name!r} gives the shape {found.shape}, not {expected.shape}")
-    difference = float(np.abs(found.astype(np.float64) - expected).mean())
-    if not difference <= MEAN_DIFFERENCE:
-        raise measure.WrongContender(f"{name!r} is off by {difference:.1f} levels (at most {MEAN_DIFFERENCE:g})")
+def averaged(image: np.ndarray, window: Window) -> np.ndarray:
+    """A window of an image, each pixel the mean of those it stands for: (PIXELS, PIXELS, 3)."""
+    top, left, height, width = window
+    return cv2.resize(image[top : top + height, left : left + width], (PIXELS, PIXELS), interpolation=cv2.INTER_AREA)
 
 
 # ---- sections ------------------------------------------------------------------------------------

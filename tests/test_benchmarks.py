@@ -1,6 +1,7 @@
 """The benchmarks run, refuse contenders that are wrong, and compare round by round. Their times mean nothing here."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_step(tmp_path):
     assert counts.pop("syncbn") == 33
     assert set(counts.values()) == {69}
     assert len(counts) == 4
+
+
+def test_loader(tmp_path):
+    photos = Path(os.environ.get("SYNCBN_DATA", BENCHMARKS.parents[1] / "shared" / "data")) / "imagenet-originals"
+    if not photos.is_dir():
+        pytest.skip(f"no photos at {photos}; set SYNCBN_DATA to the folder that holds them")
+    rows = run_script("loader.py", tmp_path, "--photos", str(photos), "--section", "decode")
+    assert {row["contender"] for row in rows} == {"syncbn", "OpenCV loop", "Pillow", "torchvision style"}
+    assert all(float(row["median"]) > 0 for row in rows)
 
 
 def test_shapes_are_those_of_the_network():

@@ -241,7 +241,7 @@ def _before_message(
 
 def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
     """The other in the layout and dtype of x."""
-    if other.stride() == x.stride() and other.dtype == x.dtype:
+    if other.stride() == x.stride() and other.dtype == x.dtype and not other.is_neg():
         return other
     return torch.empty_like(x).copy_(other)
 

@@ -95,11 +95,24 @@ def test_1_crop_is_the_centre():
 @pytest.mark.parametrize("shape", [(1, 1, 3), (1, 500, 3), (500, 1, 1)], ids=str)
 @pytest.mark.parametrize("count", [1, 10, 144])
 def test_tiny_and_narrow_images(shape, count):
-    crops = EvaluationCrops(32, 36, count)(np.full(shape, 9, np.uint8))
+    crops = EvaluationCrops(32, None if count == 144 else 36, count)(np.full(shape, 9, np.uint8))
     assert crops.shape == (count, 32, 32, shape[2]) and (crops == 9).all()
 
 
-@pytest.mark.parametrize(("option", "message"), [({"count": 12}, "crops=12"), ({"resize": 200}, "resize=200")], ids=str)
+def test_ten_crops_differ_without_a_resize():
+    crops = EvaluationCrops(32, count=10)(smooth(64, 64))
+    assert len({crop.tobytes() for crop in crops}) == 10
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"count": 12}, "crops=12"),
+        ({"resize": 200}, "resize=200"),
+        ({"resize": 256, "count": 144}, "resize=256 has no meaning"),
+    ],
+    ids=str,
+)
 def test_what_is_out_of_range_is_refused(option, message):
     with pytest.raises(ValueError, match=message):
         EvaluationCrops(224, **option)

@@ -40,6 +40,12 @@ def test_a_picture_of_photos(class_folders, capsys):
     assert np.mean((picture == 255).all(axis=2)) < 0.6, "more than paper"
 
 
+def test_a_folder_of_classes_alone(class_folders):
+    path = class_folders / "alone.png"
+    show("--data", str(class_folders / "train"), "--output", str(path), "--image_size", "32", "--epochs", "1")
+    assert path.exists()
+
+
 def test_the_picture_shows_every_crop(class_folders, monkeypatch):
     """The mosaics that are drawn are the epochs' and the 144 crops' pixels."""
     drawn = []

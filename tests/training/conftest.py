@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
 
 IGNORED = (
     "ignore:.*isinstance.treespec, LeafSpec.:FutureWarning",
@@ -21,10 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def untouched_environment() -> Iterator[None]:
-    """Lightning leaves seeds and addresses in the environment; the next test starts without them."""
+    """Lightning leaves seeds, addresses and its process group behind; the next test starts without them."""
     before, words = dict(os.environ), list(sys.argv)
     os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning would set as many threads as there are cores
     yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
     sys.argv[:] = words

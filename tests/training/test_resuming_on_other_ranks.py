@@ -1,6 +1,7 @@
 """Real Trainers on shards: incomplete batches weigh by sample, and a run goes on at any step on any number of ranks."""
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from syncbn.distributed import gather_objects
 from syncbn.training import ImageClassifier, LeftOutImages, SynchronisedDDPStrategy
 from training.conftest import IGNORED
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint:UserWarning")
+NO_SAVING_WHEN_RESUMED = "ignore:.*callbacks used to create the checkpoint:UserWarning"
+pytestmark = pytest.mark.filterwarnings(NO_SAVING_WHEN_RESUMED)
 TOLERANCE = 1e-9  # relative, in float64
 
 
@@ -86,13 +88,12 @@ def train(
 
 def train_on_rank(rank: int, folder: Path, num_ranks: int, options: dict[str, Any]) -> tuple:
     """In a process of `run_ranks`, whose world Lightning takes as it is."""
-    import warnings
-
-    for line in IGNORED:
+    warnings.simplefilter("error")
+    for line in (*IGNORED, NO_SAVING_WHEN_RESUMED):
         warnings.filterwarnings("ignore", line.split(":")[1])
     os.environ |= {"LOCAL_RANK": str(rank), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(num_ranks)}
     record = train(folder, num_ranks, **options)
-    return record.batches, record.sizes, record.losses, record.parameters
+    return record.batches, record.sizes, record.losses, record.parameters, record.metrics
 
 
 def train_on(num_ranks: int, folder: Path, **options: Any) -> Record:
@@ -148,18 +149,22 @@ def test_parts_of_an_incomplete_batch_weigh_by_sample_too(tmp_path):
     assert in_parts == pytest.approx(whole, rel=TOLERANCE)
 
 
-def test_images_left_out_are_counted_and_printed(tmp_path, capsys):
+def test_images_left_out_are_counted_and_weigh_the_same_on_any_number_of_ranks(tmp_path, capsys):
     folder = make_shards(tmp_path / "shards")
     (folder / "train-000001.tar").unlink()
     record = train(folder, 1, on_read_error="skip")
     for epoch in range(2):
         assert sum(sum(record.sizes[step]) for step in range(6 * epoch, 6 * epoch + 6)) == 43 - 8
-    assert record.metrics["train_left_out"] == 8 and "val_left_out" not in record.metrics
     lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert len(lines) == 2
     for epoch, line in enumerate(lines):
         assert line.startswith(f"8 training images left out of epoch {epoch}; the first: cannot read the image ")
         assert "train-000001.tar" in line
+    on_two = train_on(2, folder, on_read_error="skip")
+    assert any(first != second for first, second in on_two.sizes.values())
+    check_same(on_two, record)
+    for found in (record, on_two):
+        assert found.metrics["train_left_out"] == 8 and "val_left_out" not in found.metrics
 
 
 @pytest.mark.parametrize("options", [{"shuffle_window": 3}, {"seed": 4}, {"drop_last": True}, {"accumulate": 2}])

@@ -46,11 +46,11 @@ class BatchedImages(Dataset[ImageBatch]):
         crops: Without augmentation: the parts of an image that are looked at. None for its central square.
         preprocessing: Of which variant the network is: "paper", "cadene" or "slim". Grey images are
             normalised by the data's own mean and standard deviation whatever it is.
+        reader: Reads the files of the images in shards ahead of need; None reads each when it is needed.
+        on_read_error: "stop" raises the error, "skip" leaves the image out of its batch.
 
     Raises:
         ValueError: ``preprocessing`` is no variant's.
-        reader: Reads the files of the images in shards ahead of need; None reads each when it is needed.
-        on_read_error: "stop" raises the error, "skip" leaves the image out of its batch.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
+import cv2
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
@@ -18,6 +19,11 @@ from syncbn.preprocessing import find_preprocessing
 
 if TYPE_CHECKING:
     from syncbn.data.dali import DaliLoader
+
+
+def use_one_thread(worker: int) -> None:
+    """Keep OpenCV in a worker from starting a thread for each core: the workers share the cores."""
+    cv2.setNumThreads(0)
 
 
 class ResumableDataLoader(DataLoader[ImageBatch]):
@@ -143,12 +149,13 @@ class ImageDataModule(LightningDataModule):
         """The images and what the loader holds of them in memory, in words, one line."""
         sets = self.sets
         images = f"{len(sets.train):,} training, {len(sets.validation):,} validation, {len(sets.test):,} test images"
-        if not isinstance(self.order, WindowedOrder):
+        if not isinstance(self.order, WindowedOrder) or self.decoder == "dali":  # which reads image by image
             return images
         held = bytes_held(self.order, self.trainer.world_size if self.trainer else 1, self.num_workers)
         reader = "worker" if self.num_workers else "rank"
+        shards = self.order.layout.num_shards
         return (
-            f"{images}; samples shuffled within {self.shuffle_window} of {self.order.layout.num_shards} shards,"
+            f"{images}; samples shuffled within {min(self.shuffle_window, shards)} of {shards} shards,"
             f" of which each {reader} holds about {held / 1e6:,.1f} MB"
         )
 
@@ -201,6 +208,10 @@ class ImageDataModule(LightningDataModule):
 
         if self.on_read_error != "stop":
             raise ValueError(f"on_read_error={self.on_read_error} needs decoder=opencv: DALI stops at a broken image")
+        if not self.drop_last and self.trainer and self.trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                "drop_last=false with accumulate_grad_batches needs decoder=opencv: DALI knows no empty batch"
+            )
         device = self.trainer.strategy.root_device if self.trainer else None
         return DaliLoader(
             self.sets.train,
@@ -219,7 +230,7 @@ class ImageDataModule(LightningDataModule):
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "training_images": self.training_images,
-            "shuffle_window": self.shuffle_window,
+            "shuffle_window": self.shuffle_window if isinstance(self.order, WindowedOrder) else None,
             "drop_last": self.drop_last,
             "accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,
         }
@@ -274,6 +285,7 @@ class ImageDataModule(LightningDataModule):
             "collate_fn": keep_batch,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": use_one_thread,
             "pin_memory": on_gpu,
         }
 

@@ -57,6 +57,10 @@ class EvaluationCrops:
     def __post_init__(self) -> None:
         if self.count not in CROP_COUNTS:
             raise ValueError(f"evaluation_crops={self.count} must be 1, 10 or 144")
+        if self.count == 144 and self.resize is not None:
+            raise ValueError(
+                f"resize={self.resize} has no meaning with evaluation_crops=144, which have four: leave it out"
+            )
         if self.resize is not None and self.resize < self.image_size:
             raise ValueError(f"resize={self.resize} must be at least image_size={self.image_size}")
 
@@ -66,7 +70,7 @@ class EvaluationCrops:
             scales = [round(scale * self.image_size / 224) for scale in GOOGLENET_SCALES]
             views = [view for scale in scales for view in self._of_squares(scale, height, width)]
         else:
-            scale = self.resize or self.image_size
+            scale = self.resize or (self.image_size if self.count == 1 else round(self.image_size * 256 / 224))
             top, left = square_places(*resized_shape(height, width, scale))[1]
             views = self._of_square(scale, top, left)
             views = [views[4]] if self.count == 1 else views

@@ -26,9 +26,9 @@ def class_names(folder: Path) -> tuple[str, ...]:
 def image_paths(folder: Path) -> Iterator[str]:
     """Paths of the images in ``folder`` and the folders in it, relative to it and sorted within each folder."""
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in sorted(names):
-            if name.lower().endswith(SUFFIXES):
+            if name[0] != "." and name.lower().endswith(SUFFIXES):
                 yield os.path.relpath(os.path.join(parent, name), folder)  # noqa: PTH118 (a million times)
 
 

@@ -78,7 +78,12 @@ class ShardDataset(EncodedDataset):
             self.close()
             self._file = (self.folder / self.shards[shard].name).open("rb", buffering=0)
             self._open_shard = shard
-        return os.pread(self._file.fileno(), size, offset)
+        content = os.pread(self._file.fileno(), size, offset)
+        while len(content) < size and (
+            more := os.pread(self._file.fileno(), size - len(content), offset + len(content))
+        ):
+            content += more  # network storage may give less than it is asked for
+        return content
 
     def close(self) -> None:
         """Close the shard that is open, if any."""

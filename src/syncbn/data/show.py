@@ -16,7 +16,7 @@ from syncbn.data.datasets import ImageDataset
 from syncbn.data.evaluation import EvaluationCrops, View
 from syncbn.data.photometric import PhotometricDistortion
 from syncbn.data.samplers import SampleKey
-from syncbn.data.sources import EMBEDDED, open_image_sets
+from syncbn.data.sources import EMBEDDED, open_training_set
 
 WIDTH, DOTS_PER_INCH = 13.0, 100
 """Of the picture; the width in inches."""
@@ -65,7 +65,7 @@ def show(
             raise ValueError(f"{name}={value} must be at least 1")
     if Path(output).suffix.lower() != ".png":
         raise ValueError(f"output={output!r} must end in .png")
-    dataset = open_image_sets(data).train
+    dataset = open_training_set(data)
     shown = (np.arange(min(images, len(dataset))) * len(dataset) // min(images, len(dataset))).tolist()
     training = BatchedImages(dataset, image_size, augmentation, seed)
 

@@ -73,6 +73,11 @@ def open_image_sets(root: str, validation_images: int = 0) -> ImageSets:
     return ImageSets(train, evaluation, splits.get("test") or evaluation)
 
 
+def open_training_set(root: str) -> ImageDataset:
+    """Open the training images alone of the data that ``root`` names; errors as in `open_image_sets`."""
+    return _open_splits(root)["train"]
+
+
 def _open_splits(root: str) -> Splits:
     """The splits as they are on disk."""
     if root == EMBEDDED:

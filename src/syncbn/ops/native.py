@@ -66,11 +66,19 @@ def _load() -> dict[str, Any]:
 
 
 _functions = _load()
+# Not every compiler knows float16.
+_KNOWN = {
+    dtype
+    for dtype, code in _CODES.items()
+    if _functions and not _functions["moments"](_Layout(dtype=code), *[None] * 3)
+}
 
 
 def takes(x: Tensor) -> bool:
     """Whether these passes can process x."""
-    return bool(_functions) and type(x) in _WITH_MEMORY and x.is_cpu and x.dtype in _CODES
+    if torch.compiler.is_compiling():  # which traces operators, and these are none
+        return False
+    return x.dtype in _KNOWN and x.is_cpu and type(x) in _WITH_MEMORY and not x.is_neg()
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,8 +144,10 @@ def _layout(x: Tensor) -> _Layout:
 def _plain(affine: Affine) -> Affine:
     """The map as C++ reads it: weight and bias of one dtype, their elements one after the other."""
     weight, bias = affine.weight, affine.bias
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        return affine._replace(weight=weight.double().contiguous(), bias=bias.double().contiguous())
+    dtypes = {v.dtype for v in (weight, bias) if v is not None}
+    if len(dtypes) > 1 or not dtypes <= _KNOWN:
+        weight, bias = (None if v is None else v.double().contiguous() for v in (weight, bias))
+        return affine._replace(weight=weight, bias=bias)
     if all(v is None or v.is_contiguous() for v in (weight, bias)):
         return affine
     weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))

@@ -53,8 +53,8 @@ def convert_image(content: bytes, shorter_side: int | None, quality: int) -> tup
                 return _convert_decoded(content, image, shorter_side, quality)
     except UnidentifiedImageError:
         raise UnusableImage(f"no image of a known format (it begins with {content[:8].hex()})") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
-        raise UnusableImage(f"cannot be decoded: {error}") from error  # all that Pillow's decoders raise on bad data
+    except Exception as error:  # whatever a decoder raises on bad data
+        raise UnusableImage(f"cannot be decoded: {error}") from error
 
 
 def _convert_decoded(content: bytes, image: Image.Image, shorter_side: int | None, quality: int) -> tuple[bytes, str]:

@@ -53,4 +53,5 @@ def print_summary(index: ShardIndex, report: Report, started: float) -> None:
         )
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
-    console.print(f"{time.monotonic() - started:.1f} s. Next: syncbn fit --data {index.folder}", markup=False)
+    following = f"syncbn fit --data {index.folder} --data.image_size 224"
+    console.print(f"{time.monotonic() - started:.1f} s. Next: {following}", markup=False)
