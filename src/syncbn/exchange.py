@@ -20,7 +20,7 @@ from syncbn.distributed import ID_LENGTH, Reduction, agree
 
 
 class Statistics(NamedTuple):
-    """Of one activation: mean and biased variance (C), float64 where ranks exchanged them, and M."""
+    """Of one activation: mean and biased variance (C), float64, and M."""
 
     mean: Tensor
     var: Tensor
@@ -33,7 +33,7 @@ class Statistics(NamedTuple):
     @property
     def unbiased_var(self) -> Tensor:
         """Var * M / (M - 1), (C)."""
-        return self.var * (self.M / at_least_one(self.M - 1))
+        return self.var * (self.M / ops.at_least_one(self.M - 1))
 
 
 class Route(NamedTuple):
@@ -116,7 +116,7 @@ class PendingGradient(NamedTuple):
 
     def input_gradient(self, sums: Tensor) -> Tensor:
         """Dx, given the sums over all ranks."""
-        return ops.input_gradient(self.dy, self.x, self.affine, sums, at_least_one(self.M))
+        return ops.input_gradient(self.dy, self.x, self.affine, sums, ops.at_least_one(self.M))
 
 
 class Exchange:
@@ -217,24 +217,9 @@ def statistics_of(totals: Tensor, channels: Sequence[int]) -> list[Statistics]:
     statistics, start = [], 0
     for C, M in zip(channels, counts, strict=True):
         total, dot = totals[start : start + 2 * C].split(C)
-        statistics.append(moments(total, dot, M))
+        statistics.append(Statistics(*ops.moments_of(ops.Sums(total, dot), None, M), M))
         start += 2 * C
     return statistics
-
-
-def moments(total: Tensor, dot: Tensor, M: float | Tensor, pivot: Tensor | None = None) -> Statistics:
-    """The statistics of one activation from its sums (C) about a pivot (C)."""
-    if pivot is not None:  # whose sum with the mean float32 would round
-        total, dot = total.double(), dot.double()
-    M_or_one = at_least_one(M)
-    mean = total / M_or_one
-    var = torch.addcmul(dot / M_or_one, mean, mean, value=-1).clamp_(min=0)
-    return Statistics(mean if pivot is None else mean + pivot, var, M)
-
-
-def at_least_one(M: Any) -> Any:
-    """max(M, 1), so that an empty batch divides by no zero."""
-    return M.clamp(min=1) if isinstance(M, Tensor) else max(M, 1.0)
 
 
 def _tail(numbers: tuple[int, ...], device: torch.device) -> Tensor:

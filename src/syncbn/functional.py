@@ -27,7 +27,6 @@ from syncbn.exchange import (
     Route,
     Statistics,
     message_of,
-    moments,
     refuse_single_value,
     statistics_of,
 )
@@ -105,7 +104,9 @@ def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], 
     if route is None:
         for M, norm in zip(counts, norms, strict=True):
             refuse_single_value(M, norm.x.shape, P=1)
-        statistics = [moments(*s, M, x.pivot) for s, x, M in zip(sums, shifted, counts, strict=True)]
+        statistics = [
+            Statistics(*ops.moments_of(s, x.pivot, M), M) for s, x, M in zip(sums, shifted, counts, strict=True)
+        ]
     else:
         sums = [ops.about_origin(s, x.pivot, M) for s, x, M in zip(sums, shifted, counts, strict=True)]
         # The layers' names are out of a tracer's reach; their widths are not.

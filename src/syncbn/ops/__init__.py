@@ -10,14 +10,16 @@ from types import ModuleType
 from torch import Tensor
 
 from syncbn.ops import aten, native
-from syncbn.ops.aten import about_origin, composed_sums, pivot
-from syncbn.ops.common import Affine, Gradient, Running, compute_dtype, dense, per_channel
+from syncbn.ops.aten import Sums, about_origin, composed_sums, moments_of, pivot
+from syncbn.ops.common import Affine, Gradient, Running, at_least_one, compute_dtype, dense, per_channel
 
 __all__ = [
     "Affine",
     "Gradient",
     "Running",
+    "Sums",
     "about_origin",
+    "at_least_one",
     "before_relu",
     "composed_sums",
     "compute_dtype",
@@ -26,6 +28,7 @@ __all__ = [
     "input_gradient",
     "input_sums",
     "moments",
+    "moments_of",
     "normalize",
     "per_channel",
     "pivot",

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.ops.common import Affine, Gradient, Running, compute_dtype, per_channel
+from syncbn.ops.common import Affine, Gradient, Running, at_least_one, compute_dtype, per_channel
 
 _ROWS = 512  # how many an accumulator takes
 _WIDTH = 4096  # accumulators side by side: few calls, whose data still stay in a near cache
@@ -37,10 +37,7 @@ class Sums(NamedTuple):
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """As `ops.moments`."""
     sums, pivot = _sums_about_pivot(x)
-    total, dot, M = sums.total.double(), sums.dot.double(), max(1, x.numel() // x.shape[1])
-    mean = total / M
-    var = torch.addcmul(dot / M, mean, mean, value=-1).clamp_(min=0)
-    return mean if pivot is None else mean + pivot, var
+    return moments_of(sums, pivot, x.numel() // x.shape[1])
 
 
 def input_sums(x: Tensor) -> Tensor:
@@ -103,8 +100,7 @@ def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tenso
     else:
         assert running.steps is not None
         factor = seen * running.steps.clamp(min=1).double().reciprocal()
-    rest = (M - 1).clamp(min=1) if isinstance(M, Tensor) else max(M - 1, 1.0)
-    for average, new in ((running.mean, mean), (running.var, var * (M / rest))):
+    for average, new in ((running.mean, mean), (running.var, var * (M / at_least_one(M - 1)))):
         new = new.to(average.dtype)
         average.lerp_(new, factor.to(new.dtype) if isinstance(factor, Tensor) else factor)
 
@@ -128,6 +124,14 @@ def about_origin(sums: Sums, pivot: Tensor | None, M: int) -> Sums:
     s1, s2, p = sums.total.double(), sums.dot.double(), pivot.double()
     total = s1 + M * p
     return Sums(total, s2 + p * (s1 + total))
+
+
+def moments_of(sums: Sums, pivot: Tensor | None, M: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C), float64, from sums about a pivot; zeros of an empty batch."""
+    total, dot, divisor = sums.total.double(), sums.dot.double(), at_least_one(M)
+    mean = total / divisor
+    var = torch.addcmul(dot / divisor, mean, mean, value=-1).clamp_(min=0)
+    return mean if pivot is None else mean + pivot, var
 
 
 def _sums_about_pivot(x: Tensor) -> tuple[Sums, Tensor | None]:

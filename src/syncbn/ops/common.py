@@ -1,6 +1,6 @@
 """What every implementation of the passes shares: the map they apply, and how an activation lies in memory."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,11 @@ class Running(NamedTuple):
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which an activation of `dtype` is processed: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def at_least_one(M: Any) -> Any:
+    """max(M, 1), so that an empty batch divides by no zero."""
+    return M.clamp(min=1) if isinstance(M, Tensor) else max(M, 1.0)
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:

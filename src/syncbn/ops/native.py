@@ -130,8 +130,8 @@ def update_running(running: Running, mean: Tensor, var: Tensor, M: float) -> Non
 
 
 def _call(name: str, *arguments: object) -> None:
-    if _functions[name](*arguments):
-        raise NotImplementedError(f"syncbn_{name}: an element type that this build does not know")
+    unknown_type = _functions[name](*arguments)
+    assert not unknown_type, f"syncbn_{name} was given an element type that is not in _KNOWN"
 
 
 def _layout(x: Tensor) -> _Layout:

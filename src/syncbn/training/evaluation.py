@@ -1,6 +1,7 @@
 """Evaluation by class probabilities: the mean over an image's crops, and over several networks."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from syncbn.data.batches import ImageBatch
 
 
-class Evaluated(LightningModule):
+class Evaluated(LightningModule, ABC):
     """Validation, test and prediction of whatever gives class probabilities.
 
     Args:
@@ -26,6 +27,7 @@ class Evaluated(LightningModule):
         super().__init__()
         self.metrics = accuracy_metrics(num_classes)
 
+    @abstractmethod
     def log_probabilities(self, images: Tensor) -> Tensor:
         """Logarithms of the class probabilities.
 
@@ -35,7 +37,6 @@ class Evaluated(LightningModule):
         Returns:
             Shape (N, num_classes).
         """
-        raise NotImplementedError
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Count this rank's hits."""
