@@ -25,8 +25,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 benchmark: $(INSTALLED)
-	$(BIN)/python benchmarks/layer.py
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/syncbn benchmark
 
 # torch first, by itself: with torch there, nothing that follows looks for another build of it.
 $(INSTALLED): pyproject.toml constraints.txt setup.py src/syncbn/ops/native.cpp

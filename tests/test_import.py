@@ -24,6 +24,7 @@ ORDER = [
     "data",
     "training",
     "experiments",
+    "benchmarks",
     "cli",
 ]
 COLLECTIVES = {
@@ -160,6 +161,8 @@ def calls_of_collectives(tree):
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_one_file_calls_collectives(path):
     found = list(calls_of_collectives(ast.parse(path.read_text())))
+    if part_of(path) == "benchmarks":  # where the algorithms of others have their own
+        return
     assert (found != []) == (path == PACKAGE / "distributed.py"), found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from syncbn.benchmarks.command import SECTIONS, parser
 from test_cli import QUICK
 
 REPOSITORY = Path(__file__).parents[1]
@@ -77,5 +78,8 @@ def test_make_knows_its_targets(target):
 def test_every_file_that_the_readme_names_is_there():
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (REPOSITORY / path).exists(), path
-    for script in re.findall(r"python (benchmarks/\w+\.py)", README):
-        assert (REPOSITORY / script).exists(), script
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`syncbn benchmark (.*?)`", README))))
+def test_the_benchmarks_have_the_options_that_the_readme_names(command):
+    assert parser().parse_args(shlex.split(command)).section in SECTIONS

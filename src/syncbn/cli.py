@@ -5,8 +5,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-VERBS: dict[str, str] = {"data": "syncbn.data.show", "prepare": "syncbn.data.preparation.command"}
-"""Verbs besides those of Lightning, each with the module whose COMMANDS holds its functions by name."""
+VERBS: dict[str, str] = {
+    "benchmark": "syncbn.benchmarks.command",
+    "data": "syncbn.data.show",
+    "prepare": "syncbn.data.preparation.command",
+}
+"""Verbs besides those of Lightning, each with the module that holds it: COMMANDS, functions by name, or `run`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,5 +62,8 @@ def run_verb(verb: str, arguments: Sequence[str]) -> None:
     """Run one of a verb's functions, whose parameters are the options of the command."""
     from jsonargparse import auto_cli
 
-    commands = importlib.import_module(VERBS[verb]).COMMANDS
-    auto_cli(commands, args=list(arguments), prog=f"syncbn {verb}", exit_on_error=False)
+    module = importlib.import_module(VERBS[verb])
+    if hasattr(module, "run"):
+        module.run(arguments)
+        return
+    auto_cli(module.COMMANDS, args=list(arguments), prog=f"syncbn {verb}", exit_on_error=False)

@@ -1,16 +1,11 @@
 """Images for the tests of photos: made up, in memory, or the real ones outside the repository."""
 
-import os
-from pathlib import Path
-
 import cv2
 import numpy as np
-import pytest
 
+from real_data import real_data
 from syncbn.data.datasets import IMAGENET_MEAN, IMAGENET_STD, ReadError
 from syncbn.data.photo import Photo
-
-DATA = Path(os.environ.get("SYNCBN_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 
 
 class ImagesInMemory:
@@ -67,7 +62,5 @@ def encode(image: np.ndarray, suffix: str = ".jpg", quality: int = 95) -> bytes:
 
 def originals(count: int = 100) -> ImagesInMemory:
     """Photos of ImageNet at their original size, or the test is skipped."""
-    folder = DATA / "imagenet-originals"
-    if not folder.is_dir():
-        pytest.skip(f"no photos at {folder}; set SYNCBN_TEST_DATA to the folder that holds imagenet-originals")
-    return ImagesInMemory(*(path.read_bytes() for path in sorted(folder.glob("*.JPEG"))[:count]))
+    paths = sorted(real_data("imagenet-originals").glob("*.JPEG"))
+    return ImagesInMemory(*(path.read_bytes() for path in paths[:count]))

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 
 from imagenet_archives import encode, make_images, photo, tar, write_archives, write_devkit
+from real_data import real_data
 from syncbn.cli import main
 from syncbn.data.preparation.command import check, folder, imagenet
 from syncbn.data.preparation.imagenet import read_devkit
 from syncbn.data.preparation.plan import SourceImage
 from syncbn.data.preparation.tasks import read_bytes
 from syncbn.data.shards import read_index
-
-DATA = Path(os.environ.get("SYNCBN_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 
 WNIDS = ("n01440764", "n02102040", "n03000684")
 
@@ -549,10 +548,7 @@ def test_check_names_what_is_bad(source, tmp_path, capsys, monkeypatch, name, da
 
 
 def test_the_mini_archive(tmp_path):
-    archives = DATA / "ilsvrc2012-mini"
-    if not archives.is_dir():
-        pytest.skip(f"no {archives}: set SYNCBN_TEST_DATA to the folder that holds ilsvrc2012-mini")
-    imagenet(archives, tmp_path / "shards", shard_megabytes=10, workers=2)
+    imagenet(real_data("ilsvrc2012-mini"), tmp_path / "shards", shard_megabytes=10, workers=2)
     index = read_index(tmp_path / "shards")
     assert len(index.classes) == 10
     assert (index.splits["train"].samples, index.splits["val"].samples) == (9469, 3925)

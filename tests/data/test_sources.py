@@ -1,7 +1,6 @@
 """Detecting and reading idx files and folders of images, whole and broken."""
 
 import gzip
-import os
 import struct
 from pathlib import Path
 
@@ -9,11 +8,10 @@ import cv2
 import numpy as np
 import pytest
 
+from real_data import real_data
 from syncbn.data import ImageFolderDataset, open_image_sets
 from syncbn.data.datasets import hold_out
 from syncbn.data.idx import IDX_FILES, read_idx
-
-TEST_DATA = Path(os.environ.get("SYNCBN_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -90,10 +88,7 @@ def test_a_truncated_gzip_file_is_named(tmp_path):
 
 
 def test_mnist_itself():
-    folder = TEST_DATA / "mnist"
-    if not folder.is_dir():
-        pytest.skip(f"no MNIST at {folder}; set SYNCBN_TEST_DATA to the folder that holds it")
-    sets = open_image_sets(str(folder), validation_images=5000)
+    sets = open_image_sets(str(real_data("mnist")), validation_images=5000)
     assert (len(sets.train), len(sets.validation), len(sets.test)) == (55_000, 5_000, 10_000)
     assert sets.test.label(0) == 7
     assert sets.train.mean[0] == pytest.approx(0.1307, abs=1e-4)

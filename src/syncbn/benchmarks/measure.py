@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -29,9 +27,11 @@ from rich.table import Table
 from torch import Tensor
 
 OURS = "syncbn"
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("benchmarks/results")  # of the current folder
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 MAX_REPEATS = 50
+# Lets glibc keep freed memory. Otherwise it is given back to the system and taken again, page by page, or not, by the
+# luck of the heap's layout.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
@@ -227,7 +227,7 @@ def show(rows: Sequence[Row], title: str, console: Console) -> None:
 
 def publish(rows: Sequence[Row], output: Path, name: str, title: str, threads: int, console: Console) -> None:
     """Print the table; write the CSV and, beside it, the figure, named by date and `name`."""
-    from plot import plot_ratios  # which needs this file
+    from syncbn.benchmarks.plot import plot_ratios  # which needs this file
 
     path = output / f"{environment(threads)['date']}-{name}.csv"
     show(rows, title, console)
@@ -246,24 +246,3 @@ def progress(console: Console) -> Progress:
     """A progress bar that says what is being timed."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True)
-
-
-def command(main: Callable[..., None], keep_memory: bool) -> None:
-    """Run `main` with its arguments from the command line; `quick`, which it must have, is a plain flag.
-
-    `keep_memory` is the default of an option that all scripts share.
-    """
-    parser = jsonargparse.ArgumentParser(description=main.__doc__.splitlines()[0] if main.__doc__ else None)
-    parser.add_function_arguments(main, skip={"quick"})
-    parser.add_argument("--quick", action="store_true", help="a smoke run: tiny sizes, figures without meaning")
-    parser.add_argument(
-        "--keep_memory",
-        type=bool,
-        default=keep_memory,
-        help="let glibc keep freed memory. Otherwise it is given back to the system and taken again, page by page, or "
-        "not, by the luck of the heap's layout: that may cost more than the layer",
-    )
-    arguments = vars(parser.instantiate_classes(parser.parse_args()))
-    if arguments.pop("keep_memory") and not KEEP_MEMORY.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})  # read at the start only
-    main(**arguments)

@@ -1,17 +1,16 @@
 """The loader on photos of ImageNet at their original size: decoding and augmentation, workers, memory.
 
-    python benchmarks/loader.py                      # all sections; about four minutes of one core
-    python benchmarks/loader.py --section decode --rounds 31
-    python benchmarks/loader.py --quick              # does it run?
+    syncbn benchmark --section loader                                 # all parts; about four minutes of one core
+    syncbn benchmark --section loader --loader.photos PHOTOS --loader.part decode --loader.rounds 31
 
-Section "decode": from a file to 224 x 224 pixels, randomly cropped and mirrored, on one core, in CPU time, since the
+Part "decode": from a file to 224 x 224 pixels, randomly cropped and mirrored, on one core, in CPU time, since the
 machine may be shared. Contenders read the same files and draw windows of the same distribution:
 - "syncbn": `BatchedImages.prepared_image`, what a worker of the trainer does for an image;
 - "OpenCV loop": decode, cut out, `cv2.resize`, flip, and nothing else;
 - "Pillow": the same in Pillow;
 - "torchvision style": RandomResizedCrop, RandomHorizontalFlip and ToTensor as torchvision writes them for Pillow.
-Section "workers": one and two worker processes, in wall time, in turns; it means something only on two idle cores.
-Section "memory": resident memory of one process that reads shards for many epochs.
+Part "workers": one and two worker processes, in wall time, in turns; it means something only on two idle cores.
+Part "memory": resident memory of one process that reads shards for many epochs.
 """
 
 import gc
@@ -24,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -33,8 +32,8 @@ from PIL import Image
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-import measure
-from measure import OURS, Row
+from syncbn.benchmarks import measure
+from syncbn.benchmarks.measure import OURS, Row
 from syncbn.data import (
     Augmentation,
     BatchedImages,
@@ -57,8 +56,7 @@ AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 # Of 255 levels, from INTER_AREA, averaged over the photos: interpolations are off by 1 to 3; mirrored images, images 12
 # pixels aside or of swapped colours by 20 to 50. On a single photo (quilt, 13) the two cannot be told apart.
 MEAN_DIFFERENCE = 5.0
-DATA = Path(os.environ.get("SYNCBN_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
-PHOTOS = DATA / "imagenet-originals"
+KEEP_MEMORY = False
 Window = tuple[int, int, int, int]  # top, left, height, width
 
 
@@ -79,6 +77,7 @@ def random_window(height: int, width: int) -> Window:
 def opencv(path: Path, window: Window | None = None, mirrored: bool | None = None) -> np.ndarray:
     """uint8 RGB, (PIXELS, PIXELS, 3)."""
     image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert image is not None, path
     top, left, height, width = window or random_window(*image.shape[:2])
     image = cv2.resize(image[top : top + height, left : left + width], (PIXELS, PIXELS))
     mirrored = random.random() < 0.5 if mirrored is None else mirrored
@@ -86,6 +85,7 @@ def opencv(path: Path, window: Window | None = None, mirrored: bool | None = Non
 
 
 def pillow_image(path: Path, window: Window | None, mirrored: bool | None) -> Image.Image:
+    """RGB, of PIXELS x PIXELS."""
     with Image.open(path) as file:
         image = file.convert("RGB")
     top, left, height, width = window or random_window(image.height, image.width)
@@ -105,6 +105,19 @@ def torchvision_style(path: Path, window: Window | None = None, mirrored: bool |
     return image.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
 
 
+def make_up_photos(folder: Path, count: int) -> None:
+    """Write JPEG files like ImageNet's: 456 x 394 pixels, structure at every scale, about 100 kB."""
+    random_numbers = np.random.default_rng(0)
+    size = (456, 394)
+    for number in range(count):
+        image = np.full((size[1], size[0], 3), 128.0)
+        for scale in (2, 4, 8, 16, 32, 64, 128):
+            shape = (size[1] // scale + 2, size[0] // scale + 2, 3)
+            image += cv2.resize(random_numbers.normal(0, 10.0 * scale**0.4, shape), size, interpolation=cv2.INTER_CUBIC)
+        quality = [cv2.IMWRITE_JPEG_QUALITY, 95]
+        cv2.imwrite(str(folder / f"{number:03d}.jpg"), image.clip(0, 255).astype(np.uint8), quality)
+
+
 def verify(paths: Sequence[Path], images: BatchedImages) -> None:
     """Refuse a contender that makes something else of the photos.
 
@@ -114,6 +127,7 @@ def verify(paths: Sequence[Path], images: BatchedImages) -> None:
     differences: dict[str, list[float]] = {}
     for index, path in enumerate(paths):
         whole = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        assert whole is not None, path
         height, width = whole.shape[:2]
         window = (height // 8, width // 4, height // 2, width // 2)
         side = min(height, width)
@@ -177,7 +191,8 @@ def measure_workers(dataset: ImageDataset, augmentation: Augmentation, rounds: i
     for _ in range(rounds):
         for workers, found in rates.items():
             sampler = GlobalBatchSampler(images, 20)
-            loader = DataLoader(batches, batch_sampler=sampler, collate_fn=keep_batch, num_workers=workers)
+            options: Any = {"batch_sampler": sampler, "collate_fn": keep_batch, "num_workers": workers}
+            loader = DataLoader(batches, **options)
             found.append(steady_rate(loader))
     ratio = statistics.median(two / one for one, two in zip(rates[1], rates[2], strict=True))
     return [
@@ -198,11 +213,14 @@ def steady_rate(loader: DataLoader[ImageBatch]) -> float:
 def measure_memory(photos: ImageFolderDataset, augmentation: Augmentation, images: int, folder: Path) -> list[Row]:
     """Megabytes resident in this process after each tenth of the images, read from shards without workers."""
     shards = shards_of(photos, folder, copies=10)
+    assert shards.layout is not None
     order = WindowedOrder(shards.layout, 2, seed=0)
     sampler = GlobalBatchSampler(len(shards), 50, order=order)
     batches = BatchedImages(shards, PIXELS, augmentation, reader=WindowReader(shards, sampler, order))
-    loader = DataLoader(batches, batch_sampler=sampler, collate_fn=keep_batch)
-    rows, seen, epoch = [], 0, 0
+    options: Any = {"batch_sampler": sampler, "collate_fn": keep_batch}
+    loader = DataLoader(batches, **options)
+    rows: list[Row] = []
+    seen, epoch = 0, 0
     while seen < images:
         sampler.set_epoch(epoch)
         for batch in loader:
@@ -248,51 +266,55 @@ def report(rows: Sequence[Row], console: Console) -> None:
             console.print(line, soft_wrap=True)
 
 
-def main(
-    section: Literal["all", "decode", "workers", "memory"] = "all",
-    photos: Path = PHOTOS,
+def run(
+    photos: Path | None = None,
+    part: Literal["all", "decode", "workers", "memory"] = "all",
     augmentation: Augmentation = Augmentation(crop=RandomCrop()),  # noqa: B008 - frozen
     rounds: int = 15,
     images: int = 50_000,
-    output: Path = measure.RESULTS,
     quick: bool = False,
+    output: Path = measure.RESULTS,
 ) -> None:
     """Time the loader against OpenCV, Pillow and torchvision's way, and watch its memory.
 
     Args:
-        section: which comparison.
-        photos: folder of JPEG files.
+        photos: folder of JPEG files at their original size; ImageNet's, to compare with our figures. None makes
+            some up, of about the same size in pixels and bytes.
+        part: which comparison.
         augmentation: of syncbn.
         rounds: timings of each contender that count.
-        images: how many section "memory" reads.
-        output: folder for the CSV and the figure.
+        images: how many part "memory" reads.
         quick: a smoke run on a few photos.
+        output: folder for the CSV and the figure.
+
+    Raises:
+        ValueError: there is no such folder.
     """
-    if not photos.is_dir():
-        raise SystemExit(f"no photos at {photos}: name a folder of JPEG files with --photos")
+    if photos is not None and not photos.is_dir():
+        raise ValueError(f"--loader.photos {photos} is not a folder: name one of JPEG files, or leave it out")
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     console = measure.console()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "photos").mkdir()
-        for path in sorted(photos.iterdir())[: 10 if quick else None]:
-            (folder / "photos" / path.name).symlink_to(path.resolve())
+        count = 10 if quick else 100
+        if photos is None:
+            make_up_photos(folder / "photos", count)
+        else:
+            for path in sorted(photos.iterdir())[:count]:
+                (folder / "photos" / path.name).symlink_to(path.resolve())
         dataset = ImageFolderDataset(folder)
         if quick:
             rounds, images = 2, 200
         rows: list[Row] = []
-        if section in ("all", "decode"):
+        if part in ("all", "decode"):
             rows += measure_decoding(dataset, augmentation, rounds)
-        if section in ("all", "workers"):
+        if part in ("all", "workers"):
             rows += measure_workers(dataset, augmentation, min(rounds, 5), 40 if quick else 600)
-        if section in ("all", "memory"):
+        if part in ("all", "memory"):
             rows += measure_memory(dataset, augmentation, images, folder)
-    if section in ("all", "decode"):
-        title = f"Loader: CPU time of a photo, {augmentation}"
+    if part in ("all", "decode"):
+        title = f"Loader: CPU time of a photo{'' if photos else ' (made up)'}, {augmentation}"
         measure.publish(rows, output, "loader", title, 1, console)
     report(rows, console)
-
-
-if __name__ == "__main__":
-    measure.command(main, keep_memory=False)

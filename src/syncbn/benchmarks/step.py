@@ -1,8 +1,7 @@
 """A whole training step of Inception-BN on P ranks: forward, loss, backward, gradients averaged, SGD; in float32.
 
-    python benchmarks/step.py
-    python benchmarks/step.py --pixels [224] --batch [4] --width [1.0] --rounds 20
-    python benchmarks/step.py --quick                # does it run?
+    syncbn benchmark --section step
+    syncbn benchmark --section step --step.pixels [224] --step.batch [4] --step.width [1.0] --step.rounds 20
 
 Contenders are the same network, with the same parameters, under the same DistributedDataParallel:
 - "syncbn": as `syncbn.models` runs it, branches sharing their messages, 1x1 convolutions on one input fused;
@@ -32,15 +31,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-import measure
-from measure import FORMATS, OURS, Row
-from peers import ALL_GATHER, Arithmetic, PeerBatchNorm, stock_inception
+from syncbn.benchmarks import measure
+from syncbn.benchmarks.measure import FORMATS, OURS, Row
+from syncbn.benchmarks.peers import ALL_GATHER, Arithmetic, PeerBatchNorm, stock_inception
+from syncbn.benchmarks.world import run_ranks
 from syncbn.models import InceptionBN, inception_bn
 from syncbn.ops import reference
-from world import run_ranks
 
 TOLERANCE = 1e-7  # in float64: the algorithms are compared, not how a deep network amplifies rounding
 CLASSES = 1000
+KEEP_MEMORY = False
 SMALL_STEM_BELOW = 64  # pixels
 
 
@@ -228,7 +228,7 @@ def show_messages(rows: list[Row], console: Console) -> None:
     console.print(table)
 
 
-def main(
+def run(
     pixels: list[int] = [28, 64, 96, 224],  # noqa: B006 - shown in --help, never changed
     batch: list[int] = [64, 8, 8, 4],  # noqa: B006
     width: list[float] = [0.125, 1.0, 1.0, 1.0],  # noqa: B006
@@ -236,8 +236,8 @@ def main(
     ranks: int = 2,
     rounds: int = 11,
     warmup: int = 2,
-    output: Path = measure.RESULTS,
     quick: bool = False,
+    output: Path = measure.RESULTS,
 ) -> None:
     """Time a training step of Inception-BN against the same network with one all-gather per layer.
 
@@ -249,14 +249,18 @@ def main(
         ranks: processes, each with one thread.
         rounds: timings of each contender that count.
         warmup: rounds before these.
-        output: folder for the CSV and the figure.
         quick: a smoke run of one small setting in one format.
+        output: folder for the CSV and the figure.
+
+    Raises:
+        ValueError: not as many values of one of the first three as of the others.
     """
     console = measure.console()
     if quick:
         pixels, batch, width, formats, rounds, warmup = [32], [2], [0.125], formats[:1], 1, 0
     if not len(pixels) == len(batch) == len(width):
-        raise SystemExit(f"one value for each setting: got --pixels {pixels} --batch {batch} --width {width}")
+        given = f"--step.pixels {pixels} --step.batch {batch} --step.width {width}"
+        raise ValueError(f"one value for each setting: got {given}")
     settings = [Setting(*s, f) for s in zip(pixels, batch, width, strict=True) for f in formats]
     rows: list[Row] = []
     with measure.progress(console) as bar:
@@ -267,7 +271,3 @@ def main(
     title = f"Training step of Inception-BN, {ranks} ranks of one thread, float32"
     measure.publish(rows, output, "step", title, 1, console)
     show_messages(rows, console)
-
-
-if __name__ == "__main__":
-    measure.command(main, keep_memory=False)

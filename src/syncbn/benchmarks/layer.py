@@ -1,10 +1,9 @@
 """One layer, forward and backward, at every activation shape of Inception-BN at 224 pixels, in float32.
 
-    python benchmarks/layer.py                       # both sections; minutes on two cores
-    python benchmarks/layer.py --section alone --batch 32 --rounds 15
-    python benchmarks/layer.py --quick               # does it run?
+    syncbn benchmark --section layer                 # both parts; minutes on two cores
+    syncbn benchmark --section layer --layer.part alone --layer.batch 32 --layer.rounds 15
 
-Section "alone": SyncBatchNorm in a world of one against nn.BatchNorm2d. Section "ranks": SyncBatchNorm on P processes
+Part "alone": SyncBatchNorm in a world of one against nn.BatchNorm2d. Part "ranks": SyncBatchNorm on P processes
 against the algorithms of peers.py. Letters: N batch, C channels, H W space, M elements per channel, P ranks.
 """
 
@@ -21,18 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import measure
-from measure import FORMATS, OURS, Row
-from peers import ARITHMETIC, EXCHANGE, PeerBatchNorm
-from syncbn import SyncBatchNorm
+from syncbn.benchmarks import measure
+from syncbn.benchmarks.measure import FORMATS, OURS, Row
+from syncbn.benchmarks.peers import ARITHMETIC, EXCHANGE, PeerBatchNorm
+from syncbn.benchmarks.world import run_ranks
 from syncbn.models.inception_bn import STEM_CONV1, STEM_CONV2, STEM_REDUCE, TABLE
+from syncbn.nn import SyncBatchNorm
 from syncbn.ops import reference
-from world import run_ranks
 
 Activation = Literal["relu"] | None
 Shape = tuple[int, int, int, int]
 # Of float32 against the float64 oracle. nn.BatchNorm2d itself is off by 3e-5 at 32x64x112x112 channels-last.
 TOLERANCE_OURS, TOLERANCE = 1e-5, 1e-4
+# Freed memory given back to the system and taken again may cost more than the layer: see `measure`.
+KEEP_MEMORY = True
 QUICK_SHAPES = {(8, 14): 1, (24, 7): 1}
 
 
@@ -181,7 +182,7 @@ def measure_problem(problem: Problem, section: str, rounds: int, warmup: int) ->
 def measure_on_rank(
     rank: int, ranks: int, shapes: list[Shape], formats: list[str], activation: Activation, rounds: int, warmup: int
 ) -> Iterator[list[Row]]:
-    """What each process runs in section "ranks"."""
+    """What each process runs in part "ranks"."""
     for shape in shapes:
         for memory_format in formats:
             problem = Problem(shape, memory_format, activation, rank, ranks)
@@ -200,8 +201,8 @@ def over_the_network(rows: list[Row], layers: Mapping[tuple[int, int], int]) -> 
         yield f"{section}, P={ranks}, {memory_format}: over the {sum(layers.values())} layers {times}"
 
 
-def main(
-    section: Literal["both", "alone", "ranks"] = "both",
+def run(
+    part: Literal["both", "alone", "ranks"] = "both",
     batch: int = 32,
     ranks: list[int] = [2, 4],  # noqa: B006 - shown in --help, never changed
     formats: list[Literal["contiguous", "channels_last"]] = ["contiguous", "channels_last"],  # noqa: B006
@@ -209,22 +210,25 @@ def main(
     rounds: int = 15,
     warmup: int = 5,
     threads: int | None = None,
-    output: Path = measure.RESULTS,
     quick: bool = False,
+    output: Path = measure.RESULTS,
 ) -> None:
     """Time one layer against nn.BatchNorm2d, and on several ranks against the algorithms of others.
 
     Args:
-        section: which comparison.
+        part: which comparison.
         batch: images over all ranks; the paper's mini-batch by default.
-        ranks: numbers of processes for section "ranks", each with one thread.
+        ranks: numbers of processes for part "ranks", each with one thread.
         formats: memory formats.
         activation: also apply a ReLU, as Inception-BN does after every layer.
         rounds: timings of each contender that count.
         warmup: rounds before these. With fewer than 5, syncbn's ranks are still making sure that they agree.
-        threads: of section "alone"; None for torch's default, the number of cores.
-        output: folder for the CSV and the figure of each section.
+        threads: of part "alone"; None for torch's default, the number of cores.
         quick: a smoke run on two small shapes.
+        output: folder for the CSV and the figure of each part.
+
+    Raises:
+        ValueError: `batch` does not divide among the ranks.
     """
     console = measure.console()
     layers = layer_shapes()
@@ -233,10 +237,10 @@ def main(
         threads = threads or 1
     for P in ranks:
         if batch % P:
-            raise SystemExit(f"--batch {batch} does not divide among {P} ranks: take a multiple of {P}")
+            raise ValueError(f"--layer.batch {batch} does not divide among {P} ranks: take a multiple of {P}")
     torch.set_num_threads(threads or torch.get_num_threads())
     shapes = [(batch, C, side, side) for C, side in layers]
-    for name in ("alone", "ranks") if section == "both" else (section,):
+    for name in ("alone", "ranks") if part == "both" else (part,):
         rows: list[Row] = []
         processes = [1] if name == "alone" else ranks
         with measure.progress(console) as bar:
@@ -256,11 +260,7 @@ def main(
                     last = f"{name}, P={P}: {more[0].shape}, {more[0].memory_format}"
                     bar.update(task, advance=1, description=last)
         used = torch.get_num_threads() if name == "alone" else 1
-        title = f'One layer, section "{name}": forward and backward, float32, {used} thread(s) a rank'
+        title = f'One layer, part "{name}": forward and backward, float32, {used} thread(s) a rank'
         measure.publish(rows, output, f"layer-{name}" + ("-relu" if activation else ""), title, used, console)
         for line in over_the_network(rows, layers):
             console.print(line, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    measure.command(main, keep_memory=True)

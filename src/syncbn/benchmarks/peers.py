@@ -56,6 +56,7 @@ class Plain:
     def normalize(x: Tensor, affine: ops.Affine) -> Tensor:
         """(x - mean) / sqrt(var + eps) * weight + bias."""
         mean, scale = affine.mean.to(x.dtype), _scale(affine).to(x.dtype)
+        assert affine.bias is not None
         return x * _as(scale, x) + _as(affine.bias - mean * scale, x)
 
     @staticmethod

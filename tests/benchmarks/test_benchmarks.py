@@ -1,25 +1,19 @@
 """The benchmarks run, refuse contenders that are wrong, and compare round by round. Their times mean nothing here."""
 
 import csv
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from torch import nn
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import layer  # noqa: E402
-import measure  # noqa: E402
-import peers  # noqa: E402
-import world  # noqa: E402
+from real_data import real_data
+from syncbn.benchmarks import layer, measure, peers, world
 
 
-def run_script(name, output, *arguments):
-    command = [sys.executable, str(BENCHMARKS / name), "--quick", "--output", str(output), *arguments]
+def benchmark(section, output, *arguments):
+    command = [sys.executable, "-m", "syncbn", "benchmark", "--section", section, "--quick", "--output", str(output)]
+    command += arguments
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -30,7 +24,7 @@ def run_script(name, output, *arguments):
 
 
 def test_layer_alone(tmp_path):
-    rows = run_script("layer.py", tmp_path, "--section", "alone", "--activation", "relu")
+    rows = benchmark("layer", tmp_path, "--layer.part", "alone", "--layer.activation", "relu")
     assert list(rows[0]) == [
         *("date", "cpu", "cores", "threads", "memory", "torch", "python", "section", "shape", "memory_format", "ranks"),
         *("contender", "median", "p20", "p80", "ratio", "unit"),
@@ -42,13 +36,15 @@ def test_layer_alone(tmp_path):
 
 
 def test_layer_on_ranks(tmp_path):
-    rows = run_script("layer.py", tmp_path, "--section", "ranks", "--ranks", "[2]", "--formats", "[channels_last]")
+    rows = benchmark(
+        *("layer", tmp_path, "--layer.part", "ranks", "--layer.ranks", "[2]", "--layer.formats", "[channels_last]")
+    )
     assert len(rows) == 2 * 5
     assert {row["ranks"] for row in rows} == {"2"}
 
 
 def test_step(tmp_path):
-    rows = run_script("step.py", tmp_path)
+    rows = benchmark("step", tmp_path)
     counts = {row["contender"]: float(row["median"]) for row in rows if row["unit"] == "collectives forward"}
     assert counts.pop("syncbn") == 33
     assert set(counts.values()) == {69}
@@ -56,10 +52,8 @@ def test_step(tmp_path):
 
 
 def test_loader(tmp_path):
-    photos = Path(os.environ.get("SYNCBN_DATA", BENCHMARKS.parents[1] / "shared" / "data")) / "imagenet-originals"
-    if not photos.is_dir():
-        pytest.skip(f"no photos at {photos}; set SYNCBN_DATA to the folder that holds them")
-    rows = run_script("loader.py", tmp_path, "--photos", str(photos), "--section", "decode")
+    photos = str(real_data("imagenet-originals"))
+    rows = benchmark("loader", tmp_path, "--loader.photos", photos, "--loader.part", "decode")
     assert {row["contender"] for row in rows} == {"syncbn", "OpenCV loop", "Pillow", "torchvision style"}
     assert all(float(row["median"]) > 0 for row in rows)
 

@@ -1,0 +1,1 @@
+"""What `syncbn benchmark` times, one file for each section; how it measures is in `measure`."""
