@@ -61,7 +61,7 @@ def check_run_folder(output: str, *, ranks: int) -> Path:
     lines = output.strip().splitlines()
     folder = Path(lines[-1])
     assert folder.parent == Path("runs/fashion_mnist") and folder.is_dir()
-    assert re.match(r"test accuracy \d+\.\d\d % \(top-5 \d+\.\d\d %\) on 2,000 images with best-", lines[-2])
+    assert re.match(r"test accuracy \d+\.\d\d % \(top-5 \d+\.\d\d %\) on 64 images with best-", lines[-2])
     assert any(f"global batch 32 = {ranks} rank" in line for line in lines)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["global_batch_size"] == 32 and config["model"]["width_multiplier"] == 0.125

@@ -22,22 +22,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if arguments is not None:
         sys.argv[1:] = arguments  # where Lightning looks for them when it starts the other ranks
-    user_errors: tuple[type[BaseException], ...] = (ValueError, OSError)
     try:
-        from jsonargparse import ArgumentError
-        from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-        from syncbn.agreement import LayerMismatch
-
-        user_errors += (ArgumentError, MisconfigurationException, LayerMismatch)
         run_command()
-    except user_errors as error:
-        if os.environ.get("SYNCBN_TRACEBACK", "0") != "0":
+    except Exception as error:
+        if not is_of_the_user(error) or os.environ.get("SYNCBN_TRACEBACK", "0") != "0":
             raise
         rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
         prefix = f"syncbn: error (rank {rank}):" if rank else "syncbn: error:"
         print(prefix, one_line(str(error)), file=sys.stderr)
         sys.exit(1)
+
+
+def is_of_the_user(error: Exception) -> bool:
+    """Whether an error is a mistake in what was asked for, which its message explains."""
+    if isinstance(error, (ValueError, OSError)):
+        return True
+    names = (  # looked up where they are loaded, since Lightning takes seconds to import
+        ("jsonargparse", "ArgumentError"),
+        ("lightning.fabric.utilities.exceptions", "MisconfigurationException"),
+        ("syncbn.agreement", "LayerMismatch"),
+    )
+    kinds = tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
+    return isinstance(error, kinds)
 
 
 def one_line(message: str) -> str:

@@ -7,7 +7,16 @@ import pytest
 import torch
 from photos import ImagesInMemory, encode, noise, originals, smooth
 
-from syncbn.data import Augmentation, BatchedImages, GlobalBatchSampler, PhotometricDistortion, RandomCrop
+from syncbn.data import (
+    Augmentation,
+    BatchedImages,
+    GlobalBatchSampler,
+    PhotometricDistortion,
+    RandomCrop,
+    ShardLayout,
+    WindowedOrder,
+    WindowReader,
+)
 from syncbn.data.dali import DaliLoader
 from syncbn.data.datasets import ArrayDataset
 
@@ -61,11 +70,27 @@ def test_leaving_early_and_starting_again():
 
 
 @needs_dali
+def test_windows_of_shards_are_read_forwards(monkeypatch):
+    photos = ImagesInMemory(*(encode(noise(20, 20, seed=number)) for number in range(24)))
+    layout = ShardLayout(starts=np.arange(0, 25, 6), sizes=np.full(4, 1000))
+    order = WindowedOrder(layout, 2, seed=1)
+    sampler = GlobalBatchSampler(24, 4, order=order)
+    loader = DaliLoader(photos, sampler, 16, EVERYTHING, seed=1, reader=WindowReader(photos, sampler, order))
+    read: list[int] = []
+    encoded = photos.encoded
+    monkeypatch.setattr(photos, "encoded", lambda sample: read.append(sample) or encoded(sample))
+    used = torch.cat([batch.indices for batch in loader]).tolist()
+    assert used == [key.sample for keys in sampler for key in keys]
+    assert read[:12] == sorted(used[:12]) != used[:12]
+    assert sorted(read[:24]) == list(range(24)), "each once"
+
+
+@needs_dali
 def test_a_broken_file_is_named():
     whole = encode(noise(60, 60))
     broken = whole[: whole.index(b"\xff\xda")]  # a header, and no image
     sampler = GlobalBatchSampler(2, 2, seed=1)
-    with pytest.raises(ValueError, match="cannot decode image number 1"):
+    with pytest.raises(ValueError, match="cannot decode the image image number 1"):
         list(DaliLoader(ImagesInMemory(whole, broken), sampler, 16, EVERYTHING, seed=1))
 
 

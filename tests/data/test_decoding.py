@@ -85,3 +85,23 @@ def test_a_photo_is_decoded_or_named():
     for index in (2, 3):
         with pytest.raises(ValueError, match=f"image number {index}"):
             photos.photo(index).pixels()
+
+
+@pytest.mark.parametrize("progressive", [0, 1])
+def test_a_jpeg_that_was_cut_short_is_refused(progressive):
+    content = cv2.imencode(".jpg", noise(64, 64), [cv2.IMWRITE_JPEG_PROGRESSIVE, progressive])[1].tobytes()
+    thumbnail = b"\xff\xe1" + (2 + len(content)).to_bytes(2, "big") + content  # it has an end of its own
+    assert decode(content + bytes(40)) is not None, "what follows the end does no harm"
+    for whole in (content, content[:2] + thumbnail + content[2:]):
+        assert decode(whole) is not None
+        for share in (0.6, 0.9, 0.999):
+            cut = whole[: int(share * len(whole))]
+            assert decode(cut) is None and decode(cut, reduction=4) is None
+
+
+def test_no_real_photo_is_taken_for_cut_short():
+    photos = originals()
+    for index in range(len(photos)):
+        content = photos.encoded(index)
+        assert decode(content, reduction=8) is not None
+        assert decode(content[: len(content) * 2 // 3], reduction=8) is None

@@ -331,6 +331,21 @@ def test_finished_is_finished(source, tmp_path, capsys):
     assert checksums(tmp_path / "shards") == before
 
 
+def test_a_finished_folder_of_another_source_is_refused(source, tmp_path):
+    imagenet(source, tmp_path / "shards", workers=1)
+    source.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"is finished, made of {source} and not of .*elsewhere: name another"):
+        imagenet(tmp_path / "elsewhere", tmp_path / "shards", workers=1)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"short")])
+def test_a_shard_lost_from_a_finished_folder_is_noticed(source, tmp_path, damage):
+    imagenet(source, tmp_path / "shards", workers=1)
+    damage(tmp_path / "shards" / "train-000000.tar")
+    with pytest.raises(ValueError, match=r"train-000000\.tar is missing or not of \d+ bytes: delete"):
+        imagenet(source, tmp_path / "shards", workers=1)
+
+
 def test_a_damaged_or_missing_shard_of_an_unfinished_job_is_made_again(source, tmp_path):
     destination = tmp_path / "shards"
     make_damaged_source(tmp_path / "damaged")

@@ -10,14 +10,16 @@ machine may be shared. Contenders read the same files and draw windows of the sa
 - "Pillow": the same in Pillow;
 - "torchvision style": RandomResizedCrop, RandomHorizontalFlip and ToTensor as torchvision writes them for Pillow.
 Part "workers": one and two worker processes, in wall time, in turns; it means something only on two idle cores.
-Part "memory": resident memory of one process that reads shards for many epochs.
+Part "memory": resident memory of one process that reads shards for many epochs, without what is free in its heap.
 """
 
+import ctypes
 import gc
 import math
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -226,7 +228,7 @@ def measure_memory(photos: ImageFolderDataset, augmentation: Augmentation, image
         for batch in loader:
             seen += len(batch.labels)
             if seen >= images * (len(rows) + 1) / 10:
-                gc.collect()
+                give_back_memory()
                 rows.append(row("memory", f"after {seen:,} images", [resident_megabytes()], 1, "MB resident"))
         epoch += 1
     first = rows[0].median
@@ -245,6 +247,13 @@ def shards_of(photos: ImageFolderDataset, folder: Path, copies: int) -> ShardDat
     return ShardDataset(
         ShardIndex(folder, photos.classes, photos.classes, photos.mean, photos.std, {"train": split}), "train"
     )
+
+
+def give_back_memory() -> None:
+    """Give the system what is free: how much glibc keeps of large batches depends on the luck of the heap's layout."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_megabytes() -> float:

@@ -1,9 +1,14 @@
-"""Images in, batches out."""
+"""Images in, batches out.
+
+The DataModule is imported when it is first used: `syncbn prepare` need not wait for Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from syncbn.data.augmentation import Augmentation
 from syncbn.data.batches import BatchedImages, ImageBatch
 from syncbn.data.cropping import RandomCrop
-from syncbn.data.datamodule import ImageDataModule
 from syncbn.data.datasets import ArrayDataset, ImageDataset, ReadError, ShardLayout
 from syncbn.data.evaluation import EvaluationCrops
 from syncbn.data.fashion_mnist import fashion_mnist
@@ -15,6 +20,9 @@ from syncbn.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, Sam
 from syncbn.data.shard_dataset import ShardDataset
 from syncbn.data.sources import ImageSets, open_image_sets
 from syncbn.data.window_reader import WindowReader
+
+if TYPE_CHECKING:
+    from syncbn.data.datamodule import ImageDataModule
 
 __all__ = [
     "ArrayDataset",
@@ -42,3 +50,9 @@ __all__ = [
     "open_image_sets",
     "split_global_batch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "ImageDataModule":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f"{__name__}.datamodule").ImageDataModule

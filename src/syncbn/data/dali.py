@@ -19,6 +19,7 @@ from syncbn.data.batches import ImageBatch, Normalisation
 from syncbn.data.datasets import ImageDataset
 from syncbn.data.photo import Photo
 from syncbn.data.samplers import GlobalBatchSampler, SampleKey
+from syncbn.data.window_reader import WindowReader
 
 BATCHES_AHEAD = 2
 """Batches that DALI works on while the network trains on an earlier one."""
@@ -46,11 +47,12 @@ class DaliLoader:
         augmentation: Random changes, with crops.
         seed: Of the run.
         preprocessing: Of which variant the network is.
+        reader: Of the encoded images, forwards through windows of shards; None reads image by image.
         num_threads: Of DALI, on the CPU.
         device_id: Number of the GPU that decodes; None decodes on the CPU.
 
     Raises:
-        ValueError: DALI is not installed, the images are no files or grey, or the augmentation has no crops.
+        ValueError: As of `require_decodable`.
     """
 
     def __init__(
@@ -62,14 +64,14 @@ class DaliLoader:
         seed: int,
         *,
         preprocessing: str = "paper",
+        reader: WindowReader | None = None,
         num_threads: int = 1,
         device_id: int | None = None,
     ) -> None:
-        if augmentation is None or augmentation.crop is None:
-            raise ValueError("data.decoder=dali needs data.augmentation.crop; or take data.decoder=opencv")
-        if dataset.channels != 3 or dataset.encoded(0) is None:
-            raise ValueError("data.decoder=dali is for colour images in files; take data.decoder=opencv")
+        require_decodable(dataset, augmentation)
+        assert augmentation is not None
         self.dataset = dataset
+        self.reader = reader
         self.batch_sampler = batch_sampler
         self.augmentation = augmentation
         self.seed = seed
@@ -77,7 +79,6 @@ class DaliLoader:
         self.image_size = image_size
         self.num_threads = num_threads
         self.device_id = device_id
-        load_dali()
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -118,7 +119,8 @@ class DaliLoader:
             yield self._batch(torch.zeros(0, self.image_size, self.image_size, 3, dtype=torch.uint8), empty)
 
     def _photo(self, key: SampleKey) -> Photo:
-        return Photo(self.dataset, key.sample, self.dataset.encoded(key.sample))
+        encoded = self.dataset.encoded(key.sample) if self.reader is None else self.reader.encoded(key)
+        return Photo(self.dataset, key.sample, encoded)
 
     def _schedule(self, keys: list[SampleKey]) -> Scheduled:
         """Draw a batch's random numbers, and put together what DALI is given."""
@@ -145,7 +147,7 @@ class DaliLoader:
         """Raise OpenCV's error of a file that cannot be decoded, which names it: DALI's does not."""
         for batch in scheduled:
             for key in batch.keys:
-                self._photo(key).pixels()
+                Photo(self.dataset, key.sample, self.dataset.encoded(key.sample)).pixels()
 
 
 def recolour(images: Tensor, plans: list[Plan]) -> Tensor:
@@ -168,6 +170,19 @@ def recolour(images: Tensor, plans: list[Plan]) -> Tensor:
     shift = shift + torch.einsum("nij,nj->ni", mean, pixels.mean(1))
     pixels = torch.baddbmm(shift[:, None], pixels, own.mT)
     return pixels.round().clamp(0, 255).to(torch.uint8).reshape(images.shape)
+
+
+def require_decodable(dataset: ImageDataset, augmentation: Augmentation | None) -> None:
+    """Make sure that DALI can do what is asked of it.
+
+    Raises:
+        ValueError: It is not installed, the images are no files or grey, or the augmentation has no crops.
+    """
+    if augmentation is None or augmentation.crop is None:
+        raise ValueError("data.decoder=dali needs data.augmentation.crop; or take data.decoder=opencv")
+    if dataset.channels != 3 or dataset.encoded(0) is None:
+        raise ValueError("data.decoder=dali is for colour images in files; take data.decoder=opencv")
+    load_dali()
 
 
 def load_dali() -> Any:

@@ -64,7 +64,7 @@ class ImageDataModule(LightningDataModule):
             them in the training process.
         seed: Decides the order of the samples and their random changes.
         shuffle_window: Shards whose samples are shuffled together, of data in shards. Each process that reads holds
-            the compressed bytes of about one window / (ranks x num_workers).
+            the compressed bytes of about one window / (ranks x num_workers), besides the batches under way.
         drop_last: Whether to leave out the last global batch of an epoch where it is incomplete.
         on_read_error: "stop" ends the run at an image that cannot be read; "skip" leaves it out of its batch, and the
             number of those left out is printed at the end of the epoch.
@@ -111,6 +111,8 @@ class ImageDataModule(LightningDataModule):
         find_preprocessing(preprocessing)
         self.preprocessing = preprocessing
         self.decoder = decoder
+        if decoder == "dali":
+            self._require_dali()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -149,10 +151,11 @@ class ImageDataModule(LightningDataModule):
         """The images and what the loader holds of them in memory, in words, one line."""
         sets = self.sets
         images = f"{len(sets.train):,} training, {len(sets.validation):,} validation, {len(sets.test):,} test images"
-        if not isinstance(self.order, WindowedOrder) or self.decoder == "dali":  # which reads image by image
+        if not isinstance(self.order, WindowedOrder):
             return images
-        held = bytes_held(self.order, self.trainer.world_size if self.trainer else 1, self.num_workers)
-        reader = "worker" if self.num_workers else "rank"
+        workers = 0 if self.decoder == "dali" else self.num_workers
+        held = bytes_held(self.order, self.trainer.world_size if self.trainer else 1, workers)
+        reader = "worker" if workers else "rank"
         shards = self.order.layout.num_shards
         return (
             f"{images}; samples shuffled within {min(self.shuffle_window, shards)} of {shards} shards,"
@@ -176,10 +179,10 @@ class ImageDataModule(LightningDataModule):
             if batch:
                 self._check_division()
             sampler.set_position(epoch, batch)
-        if self.decoder == "dali":
-            return self._dali_loader(sampler)
         order = self.order
         reader = WindowReader(self.sets.train, sampler, order) if isinstance(order, WindowedOrder) else None
+        if self.decoder == "dali":
+            return self._dali_loader(sampler, reader)
         images = BatchedImages(
             self.sets.train,
             self.image_size,
@@ -203,11 +206,16 @@ class ImageDataModule(LightningDataModule):
         """The test images, as `test_dataloader` gives them."""
         return self.test_dataloader()
 
-    def _dali_loader(self, sampler: GlobalBatchSampler) -> "DaliLoader":
-        from syncbn.data.dali import DaliLoader
+    def _require_dali(self) -> None:
+        from syncbn.data.dali import require_decodable
 
         if self.on_read_error != "stop":
             raise ValueError(f"on_read_error={self.on_read_error} needs decoder=opencv: DALI stops at a broken image")
+        require_decodable(self.sets.train, self.augmentation)
+
+    def _dali_loader(self, sampler: GlobalBatchSampler, reader: WindowReader | None) -> "DaliLoader":
+        from syncbn.data.dali import DaliLoader
+
         if not self.drop_last and self.trainer and self.trainer.accumulate_grad_batches > 1:
             raise ValueError(
                 "drop_last=false with accumulate_grad_batches needs decoder=opencv: DALI knows no empty batch"
@@ -220,6 +228,7 @@ class ImageDataModule(LightningDataModule):
             self.augmentation,
             self.seed,
             preprocessing=self.preprocessing,
+            reader=reader,
             num_threads=max(1, self.num_workers),
             device_id=device.index if device and device.type == "cuda" else None,
         )

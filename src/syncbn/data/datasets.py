@@ -92,18 +92,24 @@ class ImageDataset(Protocol):
         ...
 
 
-def decode_image(content: bytes, dataset: ImageDataset, index: int) -> np.ndarray:
+def decode_image(content: bytes, dataset: ImageDataset, index: int, reduction: int = 1) -> np.ndarray:
     """Decode what ``dataset.encoded(index)`` returned.
 
     Pixels are taken as stored, as the ecosystem's loaders of ImageNet do: an EXIF orientation is not applied.
 
+    Args:
+        content: The file.
+        dataset: Where it comes from.
+        index: Its number there.
+        reduction: 1, 2, 4 or 8: how many pixels in each direction become one.
+
     Returns:
-        uint8 RGB, shape (H, W, 3).
+        uint8, shape (H, W, channels) over the reduction, rounded up.
 
     Raises:
-        ReadError: It is no image; the message names it.
+        ReadError: It is no image, or not a whole one; the message names it.
     """
-    image = decode(content)
+    image = decode(content, dataset.channels, reduction)
     if image is None:
         raise ReadError(
             f"cannot decode the image {dataset.name(index)} ({len(content)} bytes): remove or replace the file"

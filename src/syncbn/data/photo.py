@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from syncbn.data.datasets import ImageDataset, ReadError
-from syncbn.data.decoding import REDUCTIONS, decode, jpeg_size
+from syncbn.data.datasets import ImageDataset, ReadError, decode_image
+from syncbn.data.decoding import REDUCTIONS, jpeg_size
 
 
 class Photo:
@@ -34,7 +34,7 @@ class Photo:
         """The image, shrunk by one of `reductions`: uint8, shape (ceil(H / reduction), ..., channels).
 
         Raises:
-            ReadError: The image cannot be decoded; the data set's message names it.
+            ReadError: The image cannot be decoded; the message names it.
         """
         assert reduction in self.reductions
         if self._pixels is not None:
@@ -49,5 +49,6 @@ class Photo:
         return image
 
     def _decode(self, reduction: int) -> np.ndarray:
-        image = decode(self.encoded, self._dataset.channels, reduction) if self.encoded else None
-        return self._dataset.image(self._index) if image is None else image  # whose error names the file
+        if self.encoded is None:
+            return self._dataset.image(self._index)
+        return decode_image(self.encoded, self._dataset, self._index, reduction)

@@ -209,18 +209,17 @@ class SyncBNCLI(LightningCLI):
         if self._get(self.config, "test_after_fit"):
             best = self._get(self.config_init, "checkpoint").best_model_path or None
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-            self._print_accuracy("test", len(self.datamodule.sets.test), [best] if best else [])
+            self._print_accuracy("test", [best] if best else [])
         wait_for_other_ranks(self.trainer.strategy.launcher)
         self._print_run_folder()
 
     def after_test(self) -> None:
         """Print the accuracy."""
-        self._print_accuracy("test", len(self.datamodule.sets.test), self._checkpoints())
+        self._print_accuracy("test", self._checkpoints())
 
     def after_validate(self) -> None:
         """Print the accuracy."""
-        images = len(self.datamodule.sets.validation)
-        self._print_accuracy("val", images, self._checkpoints())
+        self._print_accuracy("val", self._checkpoints())
 
     def after_predict(self) -> None:
         """Name the file written."""
@@ -231,11 +230,12 @@ class SyncBNCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         return [path] if path else self._get(self.config, "checkpoints")
 
-    def _print_accuracy(self, prefix: str, images: int, checkpoints: list[str]) -> None:
+    def _print_accuracy(self, prefix: str, checkpoints: list[str]) -> None:
         if not self.trainer.is_global_zero:
             return
         metrics = self.trainer.callback_metrics
         top1, top5 = (100 * float(metrics[f"{prefix}_{name}"]) for name in ("top1", "top5"))
+        images = int(metrics[f"{prefix}_images"])
         weights = " + ".join(Path(path).name for path in checkpoints) or "the weights as they are"
         crops = self.datamodule.crops.count
         weights += f", {crops} crops" if crops > 1 else ""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from syncbn.data.batches import ImageBatch
@@ -69,13 +69,14 @@ class Evaluated(LightningModule, ABC):
         if images == 0:  # this rank's share of the last batch may be empty; BN sends no message in evaluation
             return
         log_probabilities = self.log_probabilities(batch.images)
+        self._metric(f"{stage}_images").update(images)
         self._metric(f"{stage}_loss").update(F.nll_loss(log_probabilities, batch.labels), weight=images)
         self._metric(f"{stage}_top1").update(log_probabilities, batch.labels)
         self._metric(f"{stage}_top5").update(log_probabilities, batch.labels)
 
     def _log_evaluation(self, stage: str) -> None:
         # Here, and not in the step: every rank has to take part in adding up, also one without an image.
-        for name in (f"{stage}_loss", f"{stage}_top1", f"{stage}_top5"):
+        for name in (f"{stage}_images", f"{stage}_loss", f"{stage}_top1", f"{stage}_top5"):
             self.log(name, self._metric(name), prog_bar=name.endswith("top1"))
 
     def _metric(self, name: str) -> Any:
@@ -138,12 +139,17 @@ def load_ensemble(paths: Sequence[str], like: Any) -> Ensemble:
 
 
 def accuracy_metrics(num_classes: int) -> nn.ModuleDict:
-    """Mean loss, top-1 and top-5 accuracy of each stage, averaged by sample over all ranks."""
+    """Of each stage the number of images, mean loss, top-1 and top-5 accuracy, by sample over all ranks."""
 
     def accuracy(top_k: int) -> Metric:
         return MulticlassAccuracy(num_classes, min(top_k, num_classes), average="micro", validate_args=False)
 
     metrics: dict[str, Metric] = {"train_top1": accuracy(1)}
     for stage in ("val", "test"):
-        metrics |= {f"{stage}_loss": MeanMetric(), f"{stage}_top1": accuracy(1), f"{stage}_top5": accuracy(5)}
+        metrics |= {
+            f"{stage}_images": SumMetric(),
+            f"{stage}_loss": MeanMetric(),
+            f"{stage}_top1": accuracy(1),
+            f"{stage}_top5": accuracy(5),
+        }
     return nn.ModuleDict(metrics)

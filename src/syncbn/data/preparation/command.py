@@ -17,6 +17,7 @@ from syncbn.data.preparation.job import (
     REPORT_NAME,
     agree,
     carry_out,
+    check_finished,
     clean_up,
     finish,
     is_finished,
@@ -60,7 +61,7 @@ def imagenet(
     """
     options = Options(shorter_side, quality, shard_megabytes)
     description = {"source": "imagenet", **asdict(options)}
-    _prepare(lambda pool: plan_imagenet(source, pool), destination, options, description, workers, max_dropped)
+    _prepare(lambda pool: plan_imagenet(source, pool), source, destination, options, description, workers, max_dropped)
 
 
 def folder(
@@ -98,9 +99,11 @@ def folder(
         raise ValueError(f"{destination} lies in {source}, where it would pass for a class: name another folder")
     options = Options(shorter_side, quality, shard_megabytes)
     description = {"source": "folder", **asdict(options), "validation_fraction": validation_fraction}
-    _prepare(
-        lambda _: plan_folder(source, validation_fraction), destination, options, description, workers, max_dropped
-    )
+
+    def make_plan(_: ProcessPoolExecutor) -> Plan:
+        return plan_folder(source, validation_fraction)
+
+    _prepare(make_plan, source, destination, options, description, workers, max_dropped)
 
 
 def check(destination: Path, workers: int | None = None) -> None:
@@ -127,6 +130,7 @@ def check(destination: Path, workers: int | None = None) -> None:
 
 def _prepare(
     make_plan: Callable[[ProcessPoolExecutor], Plan],
+    source: Path,
     destination: Path,
     options: Options,
     description: dict[str, Any],
@@ -139,6 +143,7 @@ def _prepare(
         raise ValueError(f"max_dropped={max_dropped} must be in 0..1")
     if is_finished(destination):
         agree(destination / JOB_NAME, description)
+        check_finished(destination, source)
         clean_up(destination)
         print(f"{destination} is finished already; `syncbn prepare check {destination}` verifies it")
         return
@@ -153,7 +158,7 @@ def _prepare(
                 f"{report.dropped_fraction:.2%} of the images were dropped, more than --max_dropped {max_dropped}:"
                 f" see {destination / REPORT_NAME}; with a greater --max_dropped the same command finishes at once"
             )
-        index = finish(plan, destination, outcomes)
+        index = finish(plan, source, destination, outcomes)
     print_summary(index, report, started)
 
 

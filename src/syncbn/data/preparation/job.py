@@ -29,7 +29,7 @@ from syncbn.data.preparation.tasks import (
     write_json,
 )
 from syncbn.data.preparation.workers import finished, progress_bar
-from syncbn.data.shards import INDEX_NAME, SAMPLE_DTYPE, Shard, ShardIndex, make_split, write_index
+from syncbn.data.shards import INDEX_NAME, SAMPLE_DTYPE, Shard, ShardIndex, make_split, read_index, write_index
 
 JOB_NAME = "job.json"
 REPORT_NAME = "report.json"
@@ -163,7 +163,7 @@ def make_report(plan: Plan, outcomes: dict[str, list[ShardOutcome]]) -> Report:
     )
 
 
-def finish(plan: Plan, destination: Path, outcomes: dict[str, list[ShardOutcome]]) -> ShardIndex:
+def finish(plan: Plan, source: Path, destination: Path, outcomes: dict[str, list[ShardOutcome]]) -> ShardIndex:
     """Write the index; the destination is then whole."""
     splits = {}
     for split, of_split in outcomes.items():
@@ -177,6 +177,8 @@ def finish(plan: Plan, destination: Path, outcomes: dict[str, list[ShardOutcome]
                 (destination / outcome.shard.name).unlink(missing_ok=True)
         splits[split] = make_split(shards, np.array(records, SAMPLE_DTYPE), len(plan.classes))
     index = ShardIndex(destination, plan.classes, plan.class_names, IMAGENET_MEAN, IMAGENET_STD, splits)
+    noted = json.loads((destination / JOB_NAME).read_text())
+    write_json(destination / JOB_NAME, noted | {"finished_from": str(source.resolve())})
     write_index(index)
     clean_up(destination)
     return index
@@ -185,6 +187,24 @@ def finish(plan: Plan, destination: Path, outcomes: dict[str, list[ShardOutcome]
 def is_finished(destination: Path) -> bool:
     """Whether an earlier run came to the end."""
     return (destination / INDEX_NAME).exists()
+
+
+def check_finished(destination: Path, source: Path) -> None:
+    """Make sure that a finished destination was made of this source, and that its shards are still there.
+
+    Raises:
+        ValueError: It was made of another one, or a shard is missing or has another size.
+    """
+    made_of = json.loads((destination / JOB_NAME).read_text()).get("finished_from", str(source.resolve()))
+    if made_of != str(source.resolve()):
+        raise ValueError(f"{destination} is finished, made of {made_of} and not of {source}: name another folder")
+    for split in read_index(destination).splits.values():
+        for shard in split.shards:
+            path = destination / shard.name
+            if not path.is_file() or path.stat().st_size != shard.bytes:
+                raise ValueError(
+                    f"{path} is missing or not of {shard.bytes} bytes: delete {destination} and run the command again"
+                )
 
 
 def clean_up(destination: Path) -> None:
