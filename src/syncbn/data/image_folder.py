@@ -23,13 +23,21 @@ def class_names(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def image_paths(folder: Path) -> Iterator[str]:
-    """Paths of the images in ``folder`` and the folders in it, relative to it and sorted within each folder."""
+def visible_files(folder: Path) -> Iterator[str]:
+    """Paths of the files in ``folder`` and the folders in it, relative to it and sorted within each folder.
+
+    Links are followed, hidden files and folders left out.
+    """
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in sorted(names):
-            if name[0] != "." and name.lower().endswith(SUFFIXES):
+            if name[0] != ".":
                 yield os.path.relpath(os.path.join(parent, name), folder)  # noqa: PTH118 (a million times)
+
+
+def image_paths(folder: Path) -> Iterator[str]:
+    """Of the `visible_files` those that are images by their names."""
+    return (path for path in visible_files(folder) if path.lower().endswith(SUFFIXES))
 
 
 def holds_images(folder: Path) -> bool:

@@ -1,12 +1,11 @@
 """The plan for images in one folder a class."""
 
-import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from syncbn.data.image_folder import SUFFIXES, class_names
+from syncbn.data.image_folder import SUFFIXES, class_names, visible_files
 from syncbn.data.preparation.plan import ORDER_SEED, Finding, Plan, SourceImage, shuffled, with_unique_keys
 from syncbn.data.shards import sample_key
 
@@ -55,7 +54,7 @@ def _list_images(split: str, folder: Path, classes: tuple[str, ...], findings: l
         raise ValueError(f"{folder} holds the class {unknown[0]!r}, of which there are no training images")
     images = []
     for label, name in enumerate(classes):
-        paths = _visible_files(folder / name)
+        paths = sorted(folder / name / path for path in visible_files(folder / name))
         of_class = [path for path in paths if path.suffix.lower() in SUFFIXES]
         findings += [
             Finding(split, path.relative_to(folder).as_posix(), "is no image by its name", 0)
@@ -72,15 +71,6 @@ def _list_images(split: str, folder: Path, classes: tuple[str, ...], findings: l
             shown = path.relative_to(folder).as_posix()
             images.append(SourceImage(str(path), 0, path.stat().st_size, shown, sample_key(key), label))
     return images
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    """The files in a folder and those nested in it, links followed, hidden ones left out; sorted."""
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(found)
 
 
 def _split_off(
