@@ -8,6 +8,7 @@ from collections.abc import Sequence
 VERBS: dict[str, str] = {
     "benchmark": "syncbn.benchmarks.command",
     "data": "syncbn.data.show",
+    "paper": "syncbn.experiments.command",
     "prepare": "syncbn.data.preparation.command",
 }
 """Verbs besides those of Lightning, each with the module that holds it: COMMANDS, functions by name, or `run`."""
