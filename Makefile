@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: train test lint format benchmark clean
+.PHONY: train test lint format benchmark docs clean
 
 # Two processes: on the CPU, or on GPUs where there are two. One GPU can hold one of them only.
 train: $(INSTALLED)
@@ -26,6 +26,9 @@ format: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/syncbn benchmark
+
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -W -b html docs docs/_build
 
 # torch first, by itself: with torch there, nothing that follows looks for another build of it.
 $(INSTALLED): pyproject.toml constraints.txt setup.py src/syncbn/ops/native.cpp
