@@ -51,9 +51,10 @@ def test_step(tmp_path):
     assert len(counts) == 4
 
 
-def test_loader(tmp_path):
-    photos = str(real_data("imagenet-originals"))
-    rows = benchmark("loader", tmp_path, "--loader.photos", photos, "--loader.part", "decode")
+@pytest.mark.parametrize("real", [False, True])
+def test_loader(tmp_path, real):
+    photos = ["--loader.photos", str(real_data("imagenet-originals"))] if real else []
+    rows = benchmark("loader", tmp_path, *photos, "--loader.part", "decode")
     assert {row["contender"] for row in rows} == {"syncbn", "OpenCV loop", "Pillow", "torchvision style"}
     assert all(float(row["median"]) > 0 for row in rows)
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from real_data import real_data
+from shard_cases import make_shards
 from syncbn.data import ImageFolderDataset, open_image_sets
 from syncbn.data.datasets import hold_out
 from syncbn.data.idx import IDX_FILES, read_idx
+from syncbn.data.image_folder import image_paths
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -202,3 +204,26 @@ def test_holding_out_too_many_is_refused(tmp_path, count):
     make_idx_folder(tmp_path)
     with pytest.raises(ValueError, match=f"validation_images={count}"):
         open_image_sets(str(tmp_path), validation_images=count)
+
+
+def test_links_that_go_round_are_followed_once(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        cv2.imwrite(str(tmp_path / name / "a.png"), np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "more").mkdir()
+    cv2.imwrite(str(tmp_path / "more" / "b.png"), np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "cat" / "up").symlink_to("..")
+    (tmp_path / "cat" / "self").symlink_to(".")
+    (tmp_path / "cat" / "elsewhere").symlink_to(tmp_path / "more")
+    (tmp_path / "cat" / "again").symlink_to(tmp_path / "more")
+    assert list(image_paths(tmp_path / "cat")) == ["a.png", "again/b.png"]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"short")])
+def test_lost_shards_are_noticed_at_once(tmp_path, damage):
+    folder = make_shards(tmp_path / "shards")
+    damage(folder / "train-000001.tar")
+    with pytest.raises(ValueError, match=r"train-000001\.tar (is missing|has 5 bytes, .*) \(1 such shards\)"):
+        open_image_sets(str(folder))
+    with pytest.warns(UserWarning, match=r"train-000001\.tar (is|has) .*left out"):
+        assert len(open_image_sets(str(folder), on_read_error="skip").train) == 43

@@ -19,7 +19,8 @@ from syncbn.training import ImageClassifier, LeftOutImages, SynchronisedDDPStrat
 from training.conftest import IGNORED
 
 NO_SAVING_WHEN_RESUMED = "ignore:.*callbacks used to create the checkpoint:UserWarning"
-pytestmark = pytest.mark.filterwarnings(NO_SAVING_WHEN_RESUMED)
+LOST_SHARD = "ignore:.*its images are left out:UserWarning"
+pytestmark = [pytest.mark.filterwarnings(line) for line in (NO_SAVING_WHEN_RESUMED, LOST_SHARD)]
 TOLERANCE = 1e-9  # relative, in float64
 
 
@@ -45,7 +46,15 @@ class Record(Callback):
 
 
 def train(
-    folder: Path, num_ranks: int, *, checkpoint: str = "", norm: str = "batch", accumulate: int = 1, **data_options
+    folder: Path,
+    num_ranks: int,
+    *,
+    checkpoint: str = "",
+    norm: str = "batch",
+    accumulate: int = 1,
+    max_steps: int = -1,
+    last: Path | None = None,
+    **data_options,
 ):
     """Two epochs of 43 images, six steps each, of which the last has three images."""
     seed_everything(1, verbose=False)
@@ -64,6 +73,8 @@ def train(
     ).double()  # now: Lightning would only after it has restored a checkpoint, in single precision
     record = Record()
     saving = ModelCheckpoint(folder / f"by-{num_ranks}", "{step}", every_n_train_steps=2, save_top_k=-1)
+    if last:
+        saving = ModelCheckpoint(last.parent, last.stem, save_on_train_epoch_end=True)
     trainer = Trainer(
         accelerator="cpu",
         devices=num_ranks,
@@ -71,6 +82,7 @@ def train(
         plugins=[TorchElasticEnvironment()] if num_ranks > 1 else None,
         precision="64-true",
         max_epochs=2,
+        max_steps=max_steps,
         accumulate_grad_batches=accumulate,
         limit_val_batches=1,
         num_sanity_val_steps=0,
@@ -89,7 +101,7 @@ def train(
 def train_on_rank(rank: int, folder: Path, num_ranks: int, options: dict[str, Any]) -> tuple:
     """In a process of `run_ranks`, whose world Lightning takes as it is."""
     warnings.simplefilter("error")
-    for line in (*IGNORED, NO_SAVING_WHEN_RESUMED):
+    for line in (*IGNORED, NO_SAVING_WHEN_RESUMED, LOST_SHARD):
         warnings.filterwarnings("ignore", line.split(":")[1])
     os.environ |= {"LOCAL_RANK": str(rank), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(num_ranks)}
     record = train(folder, num_ranks, **options)
@@ -133,6 +145,14 @@ def test_uneven_shares_train_as_one_process_does(alone, on_two):
 @pytest.mark.parametrize("step", [4, 8])
 def test_a_run_of_two_ranks_goes_on_alone(folder, alone, on_two, step):
     check_same(train(folder, 1, checkpoint=str(folder / "by-2" / f"step={step}.ckpt")), alone, first=step)
+
+
+@pytest.mark.parametrize("max_steps", [4, 6, 8])
+@pytest.mark.parametrize("raised", [-1, 12])
+def test_a_run_that_max_steps_stopped_goes_on_where_it_was(folder, alone, tmp_path, max_steps, raised):
+    last = tmp_path / "last.ckpt"
+    train(folder, 1, max_steps=max_steps, last=last)
+    check_same(train(folder, 1, checkpoint=str(last), max_steps=raised), alone, first=max_steps)
 
 
 def test_a_run_of_two_ranks_goes_on_on_four_of_which_one_is_empty(folder, alone, on_two):

@@ -115,8 +115,8 @@ def make_up_photos(folder: Path, count: int) -> None:
         image = np.full((size[1], size[0], 3), 128.0)
         for scale in (2, 4, 8, 16, 32, 64, 128):
             shape = (size[1] // scale + 2, size[0] // scale + 2, 3)
-            image += cv2.resize(random_numbers.normal(0, 10.0 * scale**0.4, shape), size, interpolation=cv2.INTER_CUBIC)
-        quality = [cv2.IMWRITE_JPEG_QUALITY, 95]
+            image += cv2.resize(random_numbers.normal(0, 4.0 * scale**0.75, shape), size, interpolation=cv2.INTER_CUBIC)
+        quality = [cv2.IMWRITE_JPEG_QUALITY, 98]
         cv2.imwrite(str(folder / f"{number:03d}.jpg"), image.clip(0, 255).astype(np.uint8), quality)
 
 

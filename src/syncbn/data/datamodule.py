@@ -101,7 +101,7 @@ class ImageDataModule(LightningDataModule):
         self.shuffle_window = shuffle_window
         self.drop_last = drop_last
         self.on_read_error: OnReadError = on_read_error
-        self.sets = open_image_sets(root, validation_images)
+        self.sets = open_image_sets(root, validation_images, on_read_error)
         self.order = self._order()
         self._saved_division: dict[str, Any] | None = None
         self.image_size = self._native_size() if image_size is None else image_size
@@ -316,8 +316,33 @@ class ImageDataModule(LightningDataModule):
         batches: Any = loop.epoch_loop.batch_progress.current
         limit = self.trainer.limit_train_batches or 0
         last = min(limit, batches_per_epoch) if isinstance(limit, int) else int(batches_per_epoch * limit)
+        if epochs.ready == epochs.processed and 0 < batches.processed < last:
+            _reopen_epoch(loop)
         if epochs.ready == epochs.processed:  # between two epochs
+            if loop.restarting:
+                _close_epoch(loop)
             return epochs.processed, 0
         if batches.processed >= last:  # all trained, validation not yet over
             return epochs.processed + 1, 0
         return epochs.processed, batches.processed
+
+
+def _close_epoch(loop: Any) -> None:
+    """Begin with an epoch's first batch: with max_steps Lightning takes any checkpoint for one within an epoch."""
+    for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
+        progress.completed = progress.processed
+    loop.epoch_loop.batch_progress.reset_on_run()
+
+
+def _reopen_epoch(loop: Any) -> None:
+    """Go on within an epoch that a run stopped in, by max_steps or otherwise, and that Lightning counts as over.
+
+    Its counters are made those of a checkpoint within an epoch.
+    """
+    batches = loop.epoch_loop.batch_progress
+    for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
+        progress.processed -= 1
+        progress.completed = progress.processed
+    for progress in (batches.current, batches.total):
+        progress.completed = progress.processed - 1
+    loop.restarting = True

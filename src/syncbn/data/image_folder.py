@@ -26,13 +26,28 @@ def class_names(folder: Path) -> tuple[str, ...]:
 def visible_files(folder: Path) -> Iterator[str]:
     """Paths of the files in ``folder`` and the folders in it, relative to it and sorted within each folder.
 
-    Links are followed, hidden files and folders left out.
+    Links are followed, but not to where the walk has been or came from; hidden files and folders are left out.
     """
+    visited = {_identity(above) for above in (folder.resolve(), *folder.resolve().parents) if above.exists()}
+
+    def is_new(path: str) -> bool:
+        identity = _identity(path)
+        known = identity in visited
+        visited.add(identity)
+        return not known
+
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
+        visible = sorted(name for name in folders if name[0] != ".")
+        folders[:] = [name for name in visible if is_new(os.path.join(parent, name))]  # noqa: PTH118
         for name in sorted(names):
             if name[0] != ".":
                 yield os.path.relpath(os.path.join(parent, name), folder)  # noqa: PTH118 (a million times)
+
+
+def _identity(path: "str | Path") -> tuple[int, int]:
+    """The same for all names of a folder."""
+    status = os.stat(path)  # noqa: PTH116
+    return status.st_dev, status.st_ino
 
 
 def image_paths(folder: Path) -> Iterator[str]:

@@ -85,6 +85,19 @@ class ShardIndex:
     splits: dict[str, ShardSplit]
 
 
+def damaged_shards(index: ShardIndex) -> list[str]:
+    """Of each shard that is missing or of another size than the index says its path and what is wrong, in order."""
+    damaged = []
+    for split in index.splits.values():
+        for shard in split.shards:
+            path = index.folder / shard.name
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.bytes:
+                state = "is missing" if size is None else f"has {size} bytes, the index says {shard.bytes}"
+                damaged.append(f"{path} {state}")
+    return damaged
+
+
 def make_split(shards: Sequence[Shard], records: np.ndarray, num_classes: int) -> ShardSplit:
     """A split from its shards and the records of all their samples, (N,) of SAMPLE_DTYPE."""
     per_class = np.bincount(records["label"], minlength=num_classes)

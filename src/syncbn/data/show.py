@@ -65,6 +65,7 @@ def show(
             raise ValueError(f"{name}={value} must be at least 1")
     if Path(output).suffix.lower() != ".png":
         raise ValueError(f"output={output!r} must end in .png")
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
     dataset = open_training_set(data)
     shown = (np.arange(min(images, len(dataset))) * len(dataset) // min(images, len(dataset))).tolist()
     training = BatchedImages(dataset, image_size, augmentation, seed)

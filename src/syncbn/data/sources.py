@@ -4,14 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from syncbn.data.batches import OnReadError
 from syncbn.data.datasets import ArrayDataset, ImageDataset, hold_out
 from syncbn.data.fashion_mnist import fashion_mnist
 from syncbn.data.idx import IDX_FILES, find_idx_file, read_idx
 from syncbn.data.image_folder import ImageFolderDataset, holds_images
 from syncbn.data.parquet import ParquetDataset, find_parquet_files, is_unlabelled
 from syncbn.data.shard_dataset import ShardDataset
-from syncbn.data.shards import INDEX_NAME, read_index
+from syncbn.data.shards import INDEX_NAME, damaged_shards, read_index
 
 EMBEDDED = "fashion-mnist"
 """Name of the images that come with the package."""
@@ -42,13 +44,15 @@ Splits = dict[str, ImageDataset]
 """The splits that are on disk: "train", and those of "val" and "test" that there are."""
 
 
-def open_image_sets(root: str, validation_images: int = 0) -> ImageSets:
+def open_image_sets(root: str, validation_images: int = 0, on_read_error: OnReadError = "stop") -> ImageSets:
     """Open the data that ``root`` names.
 
     Args:
         root: ``"fashion-mnist"``, or the path of a folder of shards, parquet files, idx files or class folders.
         validation_images: How many training images to hold out for validation. 0 holds out none; validation
             then takes the data's own validation set, or the test set where there is no other.
+        on_read_error: Whether shards that are missing or of another size are an error ("stop") or a warning
+            ("skip").
 
     Returns:
         The training, validation and test images. Where there is but one set to evaluate on, it is both.
@@ -58,7 +62,7 @@ def open_image_sets(root: str, validation_images: int = 0) -> ImageSets:
     """
     if validation_images < 0:
         raise ValueError(f"validation_images={validation_images} must not be negative")
-    splits = _open_splits(root)
+    splits = _open_splits(root, on_read_error)
     train = splits["train"]
     if validation_images:
         test = splits.get("test") or splits.get("val")
@@ -78,7 +82,7 @@ def open_training_set(root: str) -> ImageDataset:
     return _open_splits(root)["train"]
 
 
-def _open_splits(root: str) -> Splits:
+def _open_splits(root: str, on_read_error: OnReadError = "stop") -> Splits:
     """The splits as they are on disk."""
     if root == EMBEDDED:
         return {split: fashion_mnist(split) for split in ("train", "test")}
@@ -86,7 +90,7 @@ def _open_splits(root: str) -> Splits:
     if not folder.is_dir():
         raise ValueError(f"no data at {root!r}: data.root takes {ACCEPTED}")
     if (folder / INDEX_NAME).is_file():
-        return _open_shards(folder)
+        return _open_shards(folder, on_read_error)
     if any(find_idx_file(folder, split, part) for split, part in IDX_FILES):
         return _open_idx_folder(folder)
     if find_parquet_files(folder, "train"):
@@ -98,8 +102,16 @@ def _open_splits(root: str) -> Splits:
     raise ValueError(f"{root!r} holds no data of a known layout: data.root takes {ACCEPTED}")
 
 
-def _open_shards(folder: Path) -> Splits:
+def _open_shards(folder: Path, on_read_error: OnReadError) -> Splits:
     index = read_index(folder)
+    damaged = damaged_shards(index)
+    if damaged and on_read_error == "stop":
+        raise ValueError(
+            f"{damaged[0]} ({len(damaged)} such shards): prepare the data again, or leave out what is lost by"
+            " data.on_read_error=skip"
+        )
+    for line in damaged:
+        rank_zero_warn(f"{line}: its images are left out")
     if "train" not in index.splits or not index.splits["train"].samples:
         raise ValueError(f"{folder} holds shards, but none of training images: prepare the data again")
     return {split: ShardDataset(index, split) for split, content in index.splits.items() if content.samples}

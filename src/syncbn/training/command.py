@@ -234,6 +234,8 @@ class SyncBNCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         metrics = self.trainer.callback_metrics
+        if f"{prefix}_top1" not in metrics:  # limit_test_batches=0
+            return
         top1, top5 = (100 * float(metrics[f"{prefix}_{name}"]) for name in ("top1", "top5"))
         images = int(metrics[f"{prefix}_images"])
         weights = " + ".join(Path(path).name for path in checkpoints) or "the weights as they are"

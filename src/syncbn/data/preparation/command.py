@@ -15,7 +15,6 @@ from syncbn.data.preparation.imagenet import plan_imagenet
 from syncbn.data.preparation.job import (
     JOB_NAME,
     REPORT_NAME,
-    agree,
     carry_out,
     check_finished,
     clean_up,
@@ -23,6 +22,7 @@ from syncbn.data.preparation.job import (
     is_finished,
     make_report,
     opened_destination,
+    require_agreement,
 )
 from syncbn.data.preparation.plan import Plan
 from syncbn.data.preparation.summary import print_findings, print_summary
@@ -142,14 +142,14 @@ def _prepare(
     if not 0 <= max_dropped <= 1:
         raise ValueError(f"max_dropped={max_dropped} must be in 0..1")
     if is_finished(destination):
-        agree(destination / JOB_NAME, description)
+        require_agreement(destination / JOB_NAME, description)
         check_finished(destination, source)
         clean_up(destination)
         print(f"{destination} is finished already; `syncbn prepare check {destination}` verifies it")
         return
     with opened_destination(destination, description), worker_pool(workers) as pool:
         plan = make_plan(pool)
-        outcomes = carry_out(plan, destination, options, pool)
+        outcomes = carry_out(plan, destination, options, description, pool)
         report = make_report(plan, outcomes)
         write_json(destination / REPORT_NAME, report.content())
         print_findings(report)

@@ -10,6 +10,7 @@ from syncbn.data.preparation.plan import ORDER_SEED, Finding, Plan, SourceImage,
 from syncbn.data.shards import sample_key
 
 DEFAULT_VALIDATION_FRACTION = 0.1
+PREPARED_SUFFIXES = tuple(sorted((*SUFFIXES, ".gif", ".tif", ".tiff")))  # of what is converted to JPEG
 
 
 def plan_folder(source: Path, validation_fraction: float | None) -> Plan:
@@ -41,7 +42,7 @@ def plan_folder(source: Path, validation_fraction: float | None) -> Plan:
     if not train or not val:
         raise ValueError(
             f"{source} gives {len(train)} training and {len(val)} validation images, at least one of each is needed;"
-            f" files ending in {', '.join(sorted(SUFFIXES))} are read"
+            f" files ending in {', '.join(PREPARED_SUFFIXES)} are read"
         )
     splits = {"train": shuffled(with_unique_keys(train)), "val": with_unique_keys(val)}
     return Plan(classes, classes, splits, tuple(findings))
@@ -55,7 +56,7 @@ def _list_images(split: str, folder: Path, classes: tuple[str, ...], findings: l
     images = []
     for label, name in enumerate(classes):
         paths = sorted(folder / name / path for path in visible_files(folder / name))
-        of_class = [path for path in paths if path.suffix.lower() in SUFFIXES]
+        of_class = [path for path in paths if path.suffix.lower() in PREPARED_SUFFIXES]
         findings += [
             Finding(split, path.relative_to(folder).as_posix(), "is no image by its name", 0)
             for path in sorted(set(paths) - set(of_class))
@@ -64,7 +65,8 @@ def _list_images(split: str, folder: Path, classes: tuple[str, ...], findings: l
             findings.append(Finding(split, name, "is a class without images", 0))
         for path in of_class:
             if not path.is_file():
-                findings.append(Finding(split, path.relative_to(folder).as_posix(), "is a link to nothing", 1))
+                reason = "is no file" if path.exists() else "is a link to nothing"
+                findings.append(Finding(split, path.relative_to(folder).as_posix(), reason, 1))
                 continue
             stem = path.relative_to(folder / name).with_suffix("").as_posix()
             key = stem if stem.startswith(f"{name}_") else f"{name}_{stem}"  # names of ImageNet are kept

@@ -29,7 +29,16 @@ from syncbn.data.preparation.tasks import (
     write_json,
 )
 from syncbn.data.preparation.workers import finished, progress_bar
-from syncbn.data.shards import INDEX_NAME, SAMPLE_DTYPE, Shard, ShardIndex, make_split, read_index, write_index
+from syncbn.data.shards import (
+    INDEX_NAME,
+    SAMPLE_DTYPE,
+    Shard,
+    ShardIndex,
+    damaged_shards,
+    make_split,
+    read_index,
+    write_index,
+)
 
 JOB_NAME = "job.json"
 REPORT_NAME = "report.json"
@@ -79,7 +88,7 @@ def opened_destination(destination: Path, description: dict[str, Any]) -> Iterat
         ValueError: Another process is writing there, the shards there are made in another way, or there are
             other files.
     """
-    entries = {path.name for path in destination.glob("*")} - {WORK_FOLDER}
+    entries = {path.name for path in destination.glob("*") if not path.match(".*.part")} - {WORK_FOLDER}
     if entries and JOB_NAME not in entries:
         raise ValueError(f"{destination} holds other files ({min(entries)}): name a new folder")
     (destination / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
@@ -88,19 +97,19 @@ def opened_destination(destination: Path, description: dict[str, Any]) -> Iterat
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"another `syncbn prepare` is writing to {destination}") from error
-        agree(destination / JOB_NAME, description)
+        require_agreement(destination / JOB_NAME, description)
         for leaving in destination.rglob(".*.part"):
             leaving.unlink()
         yield
 
 
-def agree(path: Path, wanted: dict[str, Any]) -> None:
-    """Note how the shards are made, or make sure that it is as was noted before.
+def require_agreement(path: Path, wanted: dict[str, Any]) -> None:
+    """Make sure that the shards are made as was noted before, if anything was.
 
     Raises:
-        ValueError: It is not; the message names what differs.
+        ValueError: They are not; the message names what differs.
     """
-    noted = json.loads(path.read_text()) if path.exists() else {}
+    noted = _noted(path)
     differing = [key for key in wanted if key in noted and wanted[key] != noted[key]]
     if differing:
         was, given = (", ".join(f"{key}={values[key]}" for key in differing) for values in (noted, wanted))
@@ -108,11 +117,14 @@ def agree(path: Path, wanted: dict[str, Any]) -> None:
             f"{path.parent} was begun with {was}, and this is {given}: go on as it was begun, name another folder,"
             " or delete this one"
         )
-    write_json(path, noted | wanted)
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def carry_out(
-    plan: Plan, destination: Path, options: Options, pool: ProcessPoolExecutor
+    plan: Plan, destination: Path, options: Options, description: dict[str, Any], pool: ProcessPoolExecutor
 ) -> dict[str, list[ShardOutcome]]:
     """Write all shards of a plan that are not there yet.
 
@@ -120,6 +132,7 @@ def carry_out(
         plan: What to write.
         destination: Where, opened by `opened_destination`.
         options: How.
+        description: What another run must agree with.
         pool: Does it.
 
     Returns:
@@ -129,7 +142,9 @@ def carry_out(
         ValueError: The source is not what it was when the job began.
         OSError: An image cannot be read, or a shard not be written; what is finished is kept.
     """
-    agree(destination / JOB_NAME, {"images": plan.fingerprint()})
+    description = description | {"images": plan.fingerprint()}
+    require_agreement(destination / JOB_NAME, description)
+    write_json(destination / JOB_NAME, _noted(destination / JOB_NAME) | description)
     shrinkage = measure_shrinkage(plan.splits["train"], options, pool)
     tasks = [
         task
@@ -177,8 +192,7 @@ def finish(plan: Plan, source: Path, destination: Path, outcomes: dict[str, list
                 (destination / outcome.shard.name).unlink(missing_ok=True)
         splits[split] = make_split(shards, np.array(records, SAMPLE_DTYPE), len(plan.classes))
     index = ShardIndex(destination, plan.classes, plan.class_names, IMAGENET_MEAN, IMAGENET_STD, splits)
-    noted = json.loads((destination / JOB_NAME).read_text())
-    write_json(destination / JOB_NAME, noted | {"finished_from": str(source.resolve())})
+    write_json(destination / JOB_NAME, _noted(destination / JOB_NAME) | {"finished_from": str(source.resolve())})
     write_index(index)
     clean_up(destination)
     return index
@@ -195,16 +209,12 @@ def check_finished(destination: Path, source: Path) -> None:
     Raises:
         ValueError: It was made of another one, or a shard is missing or has another size.
     """
-    made_of = json.loads((destination / JOB_NAME).read_text()).get("finished_from", str(source.resolve()))
+    made_of = _noted(destination / JOB_NAME).get("finished_from", str(source.resolve()))
     if made_of != str(source.resolve()):
         raise ValueError(f"{destination} is finished, made of {made_of} and not of {source}: name another folder")
-    for split in read_index(destination).splits.values():
-        for shard in split.shards:
-            path = destination / shard.name
-            if not path.is_file() or path.stat().st_size != shard.bytes:
-                raise ValueError(
-                    f"{path} is missing or not of {shard.bytes} bytes: delete {destination} and run the command again"
-                )
+    damaged = damaged_shards(read_index(destination))
+    if damaged:
+        raise ValueError(f"{damaged[0]}: delete {destination} and run the command again ({len(damaged)} such shards)")
 
 
 def clean_up(destination: Path) -> None:
