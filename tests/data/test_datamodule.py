@@ -35,3 +35,21 @@ def test_lightnings_own_distributed_sampler_is_refused():
         data.setup("fit")
     data.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", use_distributed_sampler=False, barebones=True)
     data.setup("fit")
+
+
+def test_images_of_each_class_are_counted_without_those_held_out():
+    data = ImageDataModule(8, validation_images=9000)
+    labels = [data.sets.train.label(index) for index in range(1000)]
+    assert data.class_counts() == [labels.count(label) for label in range(10)]
+
+
+def test_evaluation_on_classes_of_its_own(tmp_path):
+    for split, names in {"train": "ab", "val": "bcd"}.items():
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds the class 'c', which is no class of the training images"):
+        ImageDataModule(2, root=str(tmp_path), image_size=8)
+    data = ImageDataModule(2, root=str(tmp_path), image_size=8, own_evaluation_classes=True)
+    assert data.classes == ("a", "b")
+    assert [data.sets.validation.label(index) for index in range(3)] == [0, 1, 2]

@@ -68,6 +68,8 @@ class ImageDataModule(LightningDataModule):
         drop_last: Whether to leave out the last global batch of an epoch where it is incomplete.
         on_read_error: "stop" ends the run at an image that cannot be read; "skip" leaves it out of its batch, and the
             number of those left out is printed at the end of the epoch.
+        own_evaluation_classes: Whether validation and test images may be of other classes than the training images, as
+            in retrieval.
 
     Raises:
         ValueError: The data are missing, broken or of unknown layout; or an argument is out of range.
@@ -89,6 +91,7 @@ class ImageDataModule(LightningDataModule):
         shuffle_window: int = 16,
         drop_last: bool = True,
         on_read_error: OnReadError = "stop",
+        own_evaluation_classes: bool = False,
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -101,7 +104,7 @@ class ImageDataModule(LightningDataModule):
         self.shuffle_window = shuffle_window
         self.drop_last = drop_last
         self.on_read_error: OnReadError = on_read_error
-        self.sets = open_image_sets(root, validation_images, on_read_error)
+        self.sets = open_image_sets(root, validation_images, own_evaluation_classes, on_read_error)
         self.order = self._order()
         self._saved_division: dict[str, Any] | None = None
         self.image_size = self._native_size() if image_size is None else image_size
@@ -123,6 +126,13 @@ class ImageDataModule(LightningDataModule):
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.sets.train.classes)
+
+    def class_counts(self) -> list[int]:
+        """Training images of each class."""
+        counts = [0] * self.num_classes
+        for index in range(self.training_images):
+            counts[self.sets.train.label(index)] += 1
+        return counts
 
     @property
     def channels(self) -> int:

@@ -44,13 +44,17 @@ Splits = dict[str, ImageDataset]
 """The splits that are on disk: "train", and those of "val" and "test" that there are."""
 
 
-def open_image_sets(root: str, validation_images: int = 0, on_read_error: OnReadError = "stop") -> ImageSets:
+def open_image_sets(
+    root: str, validation_images: int = 0, own_classes: bool = False, on_read_error: OnReadError = "stop"
+) -> ImageSets:
     """Open the data that ``root`` names.
 
     Args:
         root: ``"fashion-mnist"``, or the path of a folder of shards, parquet files, idx files or class folders.
         validation_images: How many training images to hold out for validation. 0 holds out none; validation
             then takes the data's own validation set, or the test set where there is no other.
+        own_classes: Whether validation and test images may be of other classes than the training images, and their
+            labels count their own.
         on_read_error: Whether shards that are missing or of another size are an error ("stop") or a warning
             ("skip").
 
@@ -62,7 +66,7 @@ def open_image_sets(root: str, validation_images: int = 0, on_read_error: OnRead
     """
     if validation_images < 0:
         raise ValueError(f"validation_images={validation_images} must not be negative")
-    splits = _open_splits(root, on_read_error)
+    splits = _open_splits(root, own_classes, on_read_error)
     train = splits["train"]
     if validation_images:
         test = splits.get("test") or splits.get("val")
@@ -82,7 +86,7 @@ def open_training_set(root: str) -> ImageDataset:
     return _open_splits(root)["train"]
 
 
-def _open_splits(root: str, on_read_error: OnReadError = "stop") -> Splits:
+def _open_splits(root: str, own_classes: bool = False, on_read_error: OnReadError = "stop") -> Splits:
     """The splits as they are on disk."""
     if root == EMBEDDED:
         return {split: fashion_mnist(split) for split in ("train", "test")}
@@ -94,9 +98,9 @@ def _open_splits(root: str, on_read_error: OnReadError = "stop") -> Splits:
     if any(find_idx_file(folder, split, part) for split, part in IDX_FILES):
         return _open_idx_folder(folder)
     if find_parquet_files(folder, "train"):
-        return _open_parquet_files(folder)
+        return _open_parquet_files(folder, own_classes)
     if (folder / "train").is_dir():
-        return _open_image_folder(folder)
+        return _open_image_folder(folder, own_classes)
     if holds_images(folder) and not any((folder / split).is_dir() for split in ("val", "test")):
         return {"train": ImageFolderDataset(folder)}
     raise ValueError(f"{root!r} holds no data of a known layout: data.root takes {ACCEPTED}")
@@ -117,13 +121,13 @@ def _open_shards(folder: Path, on_read_error: OnReadError) -> Splits:
     return {split: ShardDataset(index, split) for split, content in index.splits.items() if content.samples}
 
 
-def _open_parquet_files(folder: Path) -> Splits:
+def _open_parquet_files(folder: Path, own_classes: bool) -> Splits:
     train = ParquetDataset(find_parquet_files(folder, "train"))
     splits: Splits = {"train": train}
     for split in ("val", "test"):
         files = find_parquet_files(folder, split)
         if files and not (split == "test" and is_unlabelled(files)):
-            splits[split] = ParquetDataset(files, train.classes)
+            splits[split] = ParquetDataset(files, None if own_classes else train.classes)
     return splits
 
 
@@ -150,10 +154,10 @@ def _open_idx_folder(folder: Path) -> Splits:
     }
 
 
-def _open_image_folder(folder: Path) -> Splits:
+def _open_image_folder(folder: Path, own_classes: bool) -> Splits:
     train = ImageFolderDataset(folder / "train")
     splits: Splits = {"train": train}
     for split in ("val", "test"):
         if (folder / split).is_dir():
-            splits[split] = ImageFolderDataset(folder / split, train.classes)
+            splits[split] = ImageFolderDataset(folder / split, None if own_classes else train.classes)
     return splits

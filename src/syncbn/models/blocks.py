@@ -279,6 +279,14 @@ def max_pool_halving(input: Tensor, odd_padding: bool) -> Tensor:
     return F.max_pool2d(input, 3, 2, padding, ceil_mode=True)
 
 
+class GlobalAveragePool(nn.Module):
+    """Average over the positions: (N, C, H, W) -> (N, C)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pool."""
+        return input.mean(dim=(2, 3))
+
+
 class ReducedBranch(nn.Module):
     """The parameters of a 1x1 reduction and the 3x3 convolution on it; InceptionModule runs them."""
 

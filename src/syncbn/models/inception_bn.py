@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from syncbn.models.blocks import (
     ConvNorm,
     DoubleBranch,
+    GlobalAveragePool,
     PoolBranch,
     ReducedBranch,
     UnitSpec,
@@ -182,7 +183,7 @@ class Stem(nn.Module):
 class InceptionBN(nn.Module):
     """Inception-BN: images (N, in_channels, H, W) -> logits (N, num_classes); :func:`inception_bn` builds it.
 
-    In order: ``stem``, ``inception_3a`` to ``inception_5b``, mean over H and W, ``dropout``, ``classifier``.
+    In order: ``stem``, ``inception_3a`` to ``inception_5b``, ``pool`` (mean over H and W), ``dropout``, ``classifier``.
     Training synchronises 33 times forward and 33 times backward: 3 in the stem and 3 in each module.
     """
 
@@ -225,8 +226,9 @@ class InceptionBN(nn.Module):
             module = InceptionModule(channels, _resolve(row, variant, width_multiplier), spec, size)
             self.add_module(f"inception_{row.name}", module)
             channels = module.out_channels
+        self.pool: nn.Module = GlobalAveragePool()
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier: Any = nn.Linear(channels, num_classes)
         init_convolutions(self, init_scale)
         # Small, so that training starts from nearly equal class probabilities.
         nn.init.normal_(self.classifier.weight, std=0.01)
@@ -246,7 +248,7 @@ class InceptionBN(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, in_channels, H, W); raises as ``forward_features`` does."""
-        return self.classifier(self.dropout(self.forward_features(input).mean(dim=(2, 3))))
+        return self.classifier(self.dropout(self.pool(self.forward_features(input))))
 
     def fold_batch_norm(self) -> InceptionBN:
         """A copy for inference, in eval mode, each BN folded into the convolution before it (Algorithm 2)."""

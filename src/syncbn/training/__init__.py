@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from syncbn.training.batch_arithmetic import BatchArithmetic
+    from syncbn.training.class_report import ClassReport
     from syncbn.training.classifier import ImageClassifier
     from syncbn.training.curves import CurvesPlot
     from syncbn.training.evaluation import Ensemble
@@ -16,17 +17,22 @@ if TYPE_CHECKING:
     from syncbn.training.plugins import SyncBatchNormPlugin
     from syncbn.training.polyak import PolyakAveraging
     from syncbn.training.predictions import PredictionTable
+    from syncbn.training.retrieval import RecallAtK
     from syncbn.training.runs import RunRecord
     from syncbn.training.strategies import SynchronisedDDPStrategy
+    from syncbn.training.unfreezing import GradualUnfreezing
 
 MODULES = {
     "BatchArithmetic": "batch_arithmetic",
+    "ClassReport": "class_report",
     "CurvesPlot": "curves",
     "Ensemble": "evaluation",
+    "GradualUnfreezing": "unfreezing",
     "ImageClassifier": "classifier",
     "LeftOutImages": "left_out",
     "PolyakAveraging": "polyak",
     "PredictionTable": "predictions",
+    "RecallAtK": "retrieval",
     "RunRecord": "runs",
     "SyncBatchNormPlugin": "plugins",
     "SynchronisedDDPStrategy": "strategies",
@@ -34,12 +40,15 @@ MODULES = {
 
 __all__ = [
     "BatchArithmetic",
+    "ClassReport",
     "CurvesPlot",
     "Ensemble",
+    "GradualUnfreezing",
     "ImageClassifier",
     "LeftOutImages",
     "PolyakAveraging",
     "PredictionTable",
+    "RecallAtK",
     "RunRecord",
     "SyncBatchNormPlugin",
     "SynchronisedDDPStrategy",

@@ -1,21 +1,27 @@
 """Inception-BN as a LightningModule: the loss, the accuracies, the optimiser."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from syncbn.data.batches import ImageBatch
+from syncbn.data.datamodule import ImageDataModule
 from syncbn.data.samplers import batches_per_epoch, images_of_global_batch
-from syncbn.distributed import new_group
+from syncbn.distributed import new_group, sum_over_world
 from syncbn.models import inception_bn
-from syncbn.nn import SyncBatchNorm
+from syncbn.models.embedding import embed, put_embedding_head
+from syncbn.nn import SyncBatchNorm, estimate_population_statistics
 from syncbn.training.batch_arithmetic import BatchArithmetic, scale_learning_rate
+from syncbn.training.class_weights import balanced_weights, given_weights
 from syncbn.training.evaluation import Evaluated, log_of_mean
-from syncbn.training.parameter_groups import parameter_groups
+from syncbn.training.freezing import BatchNormPolicy, freeze_network
+from syncbn.training.initial_weights import load_weights
+from syncbn.training.parameter_groups import parameter_groups, scale_groups
+from syncbn.training.retrieval import RecallAtK
 from syncbn.training.schedules import exponential_schedule
 
 
@@ -55,10 +61,26 @@ class ImageClassifier(Evaluated):
         schedule_unit: What decay_every and warmup count: "epochs" or "images".
         normalization_batch_size: Images that normalise as one batch, whole ranks of them. Null for all ranks.
         channels_last: Lay out images and weights channels-last, which is faster on most devices.
+        weights: File to start from: everything but a head of another number of classes. Null for random weights.
+        freeze: What is not trained: patterns of names of parameters or modules, such as "stem" or "inception_3*". A
+            BatchNorm layer within it keeps its statistics, too.
+        batch_norm: Of the other BatchNorm layers: "train"; "freeze", which keeps statistics, gammas and betas;
+            "partial", "freeze" for all but the first; or "estimate", which estimates the statistics anew on the
+            training images before the first step, then keeps them.
+        estimation_batches: Global batches of "estimate", at most those of an epoch.
+        learning_rate_factors: From a pattern to a factor on the learning rate of what it matches; of several that
+            match, the last counts.
+        class_weights: Of each class in the training loss, a weighted mean over the global batch; or "balanced", which
+            gives the classes the same say whatever their numbers of images. Null for equal weights.
+        embedding_dimension: Train an embedding for retrieval: average plus maximum over the positions, a linear map to
+            this many numbers, L2 norm 1, by the normalised softmax loss. Null for a classifier.
+        embedding_temperature: Of the normalised softmax loss.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, a pattern matches nothing, or arguments contradict each other.
     """
+
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -88,13 +110,22 @@ class ImageClassifier(Evaluated):
         normalization_batch_size: int | None = None,
         channels_last: bool = True,
         drop_last: bool = True,
+        weights: str | None = None,
+        freeze: list[str] | None = None,
+        batch_norm: BatchNormPolicy = "train",
+        estimation_batches: int = 100,
+        learning_rate_factors: dict[str, float] | None = None,
+        class_weights: list[float] | Literal["balanced"] | None = None,
+        embedding_dimension: int | None = None,
+        embedding_temperature: float = 0.05,
     ) -> None:
         super().__init__(num_classes)
         if norm == "none" and normalization_batch_size is not None:
             raise ValueError(
                 f"normalization_batch_size={normalization_batch_size} has no meaning with norm='none': leave it out"
             )
-        self.save_hyperparameters()
+        # Not the file: a checkpoint must be loaded without what its training started from.
+        self.save_hyperparameters(ignore=["weights"])
         self.network = inception_bn(
             num_classes,
             variant,
@@ -106,6 +137,13 @@ class ImageClassifier(Evaluated):
             dropout=dropout,
             in_channels=in_channels,
         )
+        self.recall = nn.ModuleDict()
+        if embedding_dimension is not None:
+            put_embedding_head(self.network, num_classes, embedding_dimension, embedding_temperature)
+            self.recall = nn.ModuleDict({stage: RecallAtK() for stage in ("val", "test")})
+        if weights is not None:
+            load_weights(self.network, weights)
+        self.fixed_statistics = freeze_network(self.network, freeze or [], batch_norm)
         if channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         steps = batches_per_epoch(training_images, global_batch_size, drop_last)
@@ -117,11 +155,16 @@ class ImageClassifier(Evaluated):
             staircase=decay_staircase,
         )
         self.in_several_groups = False
+        self.register_buffer("class_weights", None, persistent=False)
+        if isinstance(class_weights, list):
+            self.class_weights = given_weights(class_weights, num_classes)
+        self.train()  # but for the layers whose statistics are fixed
 
     def setup(self, stage: str) -> None:
-        """Form the groups that normalise together, once the ranks are known."""
+        """Form the groups that normalise together, once the ranks are known; weigh the classes, once the data are."""
         if stage != "fit":
             return
+        self._set_up_class_weights()
         arithmetic = self.batch_arithmetic(self.trainer)
         self.in_several_groups = arithmetic.ranks_per_normalization < arithmetic.num_ranks
         if self.in_several_groups:
@@ -129,6 +172,41 @@ class ImageClassifier(Evaluated):
             for layer in self.network.modules():
                 if isinstance(layer, SyncBatchNorm):
                     layer.process_group = group
+
+    def _set_up_class_weights(self) -> None:
+        weights, trainer = self.hparams["class_weights"], self.trainer
+        if weights is not None and trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                f"class_weights needs accumulate_grad_batches=1, not {trainer.accumulate_grad_batches}: the sum of the"
+                " weights of a global batch is known only when all of it has passed"
+            )
+        if weights == "balanced":
+            data = self._data("class_weights='balanced'")
+            self.class_weights = balanced_weights(data.class_counts(), data.classes)
+
+    def _data(self, option: str) -> ImageDataModule:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, ImageDataModule):
+            raise ValueError(f"{option} looks at the training images: give the trainer an ImageDataModule")
+        return data
+
+    def train(self, mode: bool = True) -> "ImageClassifier":
+        """Switch between training and evaluation; BatchNorm layers whose statistics are fixed stay in evaluation."""
+        super().train(mode)
+        for name in self.fixed_statistics:
+            self.network.get_submodule(name).eval()
+        return self
+
+    def on_train_start(self) -> None:
+        """Estimate the statistics of BatchNorm where ``batch_norm`` says so and the run is a new one."""
+        if self.hparams["batch_norm"] != "estimate" or self.trainer.global_step > 0:
+            return
+        loader, precision = self._data("batch_norm='estimate'").train_dataloader(), self.trainer.precision_plugin
+        batches = (precision.convert_input(batch) for batch in loader)
+        self.eval()  # or the layers that are fixed would be left out
+        with precision.forward_context():
+            estimate_population_statistics(self.network, batches, min(self.hparams["estimation_batches"], len(loader)))
+        self.train()
 
     def batch_arithmetic(self, trainer: Trainer) -> BatchArithmetic:
         """What the global batch size comes to with a trainer."""
@@ -163,17 +241,27 @@ class ImageClassifier(Evaluated):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """This rank's part of the loss: the mean over the ranks is the mean over the images of the global batch."""
         logits = self(batch.images)
+        loss = self._loss(logits, batch.labels, batch_idx)
         top1 = self._metric("train_top1")
         if len(batch.labels):
-            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.hparams["label_smoothing"])
-            loss = loss * self._weight_of_share(len(batch.labels), batch_idx)
             top1.update(logits.detach(), batch.labels)
-        else:
-            loss = logits.sum()  # 0, and of the same graph: this rank takes part in every exchange
         self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True)
         self.log("train_top1", top1, on_step=False, on_epoch=True)
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
         return loss
+
+    def _loss(self, logits: Tensor, labels: Tensor, batch_idx: int) -> Tensor:
+        smoothing, weights = self.hparams["label_smoothing"], self.class_weights
+        if weights is not None:
+            # As torch's mean, but over the global batch: DDP takes the mean over the ranks.
+            total = sum_over_world(weights[labels].sum().double())
+            loss = F.cross_entropy(logits, labels, weights, label_smoothing=smoothing, reduction="sum")
+            weighted = loss * self.trainer.world_size / total.clamp(min=torch.finfo(total.dtype).tiny)
+            return weighted.to(loss.dtype)
+        if not len(labels):
+            return logits.sum()  # 0, and of the same graph: this rank takes part in every exchange
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return loss * self._weight_of_share(len(labels), batch_idx)
 
     def _weight_of_share(self, images: int, batch_idx: int) -> float:
         """This rank's images in a batch, relative to an equal share of the global batch; 1 as a rule."""
@@ -192,8 +280,8 @@ class ImageClassifier(Evaluated):
         """Where ranks normalise in several groups, make their running statistics one: the mean over the ranks."""
         if not self.in_several_groups or self.trainer.sanity_checking:
             return
-        for layer in self.network.modules():
-            if isinstance(layer, SyncBatchNorm) and layer.track_running_stats:
+        for name, layer in self.network.named_modules():
+            if isinstance(layer, SyncBatchNorm) and layer.track_running_stats and name not in self.fixed_statistics:
                 for buffer in (layer.running_mean, layer.running_var):
                     assert isinstance(buffer, Tensor)
                     buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
@@ -201,14 +289,16 @@ class ImageClassifier(Evaluated):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with momentum over the parameter groups; the schedule steps with the optimiser."""
         options = self.hparams
+        learning_rate = scale_learning_rate(options["learning_rate_per_32_images"], options["global_batch_size"])
+        groups = parameter_groups(
+            self.network,
+            options["weight_decay"],
+            norm_weight_decay=options["norm_weight_decay"],
+            bias_weight_decay=options["bias_weight_decay"],
+        )
         optimizer = torch.optim.SGD(
-            parameter_groups(
-                self.network,
-                options["weight_decay"],
-                norm_weight_decay=options["norm_weight_decay"],
-                bias_weight_decay=options["bias_weight_decay"],
-            ),
-            lr=scale_learning_rate(options["learning_rate_per_32_images"], options["global_batch_size"]),
+            scale_groups(groups, self.network, options["learning_rate_factors"] or {}, learning_rate),
+            lr=learning_rate,
             momentum=options["momentum"],
             nesterov=options["nesterov"],
         )
@@ -217,3 +307,36 @@ class ImageClassifier(Evaluated):
             optimizer, lambda steps: self.learning_rate_factor(steps * batch_size)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Class probabilities, as of any `Evaluated`.
+
+        Raises:
+            ValueError: An embedding is trained, which has none.
+        """
+        if self.recall:
+            raise ValueError("an embedding has no class probabilities to predict; syncbn.models.embedding.embed embeds")
+        return super().predict_step(batch, batch_idx)
+
+    def _evaluate(self, stage: str, batch: ImageBatch) -> Tensor | None:
+        """Of an embedding, keep this rank's embeddings: its classes may be others than those of the training."""
+        if not self.recall:
+            return super()._evaluate(stage, batch)
+        if batch.images.ndim != 4:
+            raise ValueError("an embedding is evaluated on one crop of an image: leave data.evaluation_crops at 1")
+        dimension = self.hparams["embedding_dimension"]
+        images = batch.images
+        embeddings = embed(self.network, images) if len(images) else images.new_zeros(0, dimension)
+        metric: Any = self.recall[stage]
+        metric.update(embeddings, batch.labels)
+        return None
+
+    def _log_evaluation(self, stage: str) -> None:
+        if not self.recall:
+            super()._log_evaluation(stage)
+            return
+        metric: Any = self.recall[stage]
+        for neighbours, recall in metric.compute().items():
+            # The same on all ranks; sync_dist says so to Lightning, which would warn.
+            self.log(f"{stage}_recall_at_{neighbours}", recall.float(), prog_bar=neighbours == 1, sync_dist=True)
+        metric.reset()

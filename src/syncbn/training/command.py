@@ -20,6 +20,7 @@ from syncbn.training.curves import CurvesPlot
 from syncbn.training.evaluation import load_ensemble
 from syncbn.training.left_out import LeftOutImages
 from syncbn.training.predictions import PredictionTable
+from syncbn.training.retrieval import NEIGHBOURS
 from syncbn.training.runs import RunRecord, run_folder, run_loggers
 from syncbn.training.strategies import SynchronisedDDPStrategy
 
@@ -91,6 +92,11 @@ class SyncBNCLI(LightningCLI):
         parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()})
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("model.variant", "data.preprocessing")
+        parser.link_arguments(
+            "model.embedding_dimension",
+            "data.own_evaluation_classes",
+            compute_fn=lambda dimension: dimension is not None,
+        )
         for target in ("data.global_batch_size", "model.global_batch_size"):
             parser.link_arguments("global_batch_size", target)
         parser.link_arguments("data.drop_last", "model.drop_last")
@@ -234,20 +240,28 @@ class SyncBNCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         metrics = self.trainer.callback_metrics
-        if f"{prefix}_top1" not in metrics:  # limit_test_batches=0
-            return
-        top1, top5 = (100 * float(metrics[f"{prefix}_{name}"]) for name in ("top1", "top5"))
-        images = int(metrics[f"{prefix}_images"])
         weights = " + ".join(Path(path).name for path in checkpoints) or "the weights as they are"
         crops = self.datamodule.crops.count
         weights += f", {crops} crops" if crops > 1 else ""
         kind = {"test": "test", "val": "validation"}[prefix]
-        print(f"{kind} accuracy {top1:.2f} % (top-5 {top5:.2f} %) on {images:,} images with {weights}")
+        if f"{prefix}_top1" in metrics:
+            top1, top5 = (100 * float(metrics[f"{prefix}_{name}"]) for name in ("top1", "top5"))
+            images = int(metrics[f"{prefix}_images"])
+            print(f"{kind} accuracy {top1:.2f} % (top-5 {top5:.2f} %) on {images:,} images with {weights}")
+        elif f"{prefix}_recall_at_1" in metrics:
+            images = len(self.datamodule.sets.test if prefix == "test" else self.datamodule.sets.validation)
+            recalls = (f"@{k} {100 * float(metrics[f'{prefix}_recall_at_{k}']):.2f} %" for k in NEIGHBOURS)
+            print(f"{kind} recall {', '.join(recalls)} on {images:,} images with {weights}")
 
     def _print_run_folder(self) -> None:
         folder = run_folder(self.trainer)
         if self.trainer.is_global_zero and folder:
             print(folder, flush=True)
+
+
+def is_given(embedding_dimension: int | None) -> bool:
+    """Whether an embedding is trained, which is evaluated on classes of their own."""
+    return embedding_dimension is not None
 
 
 def last_checkpoint() -> ModelCheckpoint:
@@ -265,6 +279,7 @@ def quieten() -> None:
     for message in (
         ".*does not have many workers.*",  # said whatever the images cost to prepare
         ".*Grad strides do not match bucket view strides.*",  # of 1x1 convolutions: there they do not matter
+        "Found .* in eval mode at the start of training.*",  # of frozen BatchNorm layers: as was asked for
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # Lightning's own business with torch
     ):
         warnings.filterwarnings("ignore", message)

@@ -11,7 +11,14 @@ from syncbn.training.runs import run_folder
 
 PANELS = (
     ("cross-entropy loss", {"train_loss": "training (one global batch)", "val_loss": "validation"}),
-    ("top-1 accuracy", {"train_top1": "training (mean of the epoch)", "val_top1": "validation"}),
+    (
+        "top-1 accuracy",
+        {
+            "train_top1": "training (mean of the epoch)",
+            "val_top1": "validation",
+            "val_recall_at_1": "validation, recall@1",
+        },
+    ),
     ("learning rate", {"learning_rate": "learning rate"}),
 )
 """Of each panel the label of the y axis, and the columns of the log with their names in the legend."""
@@ -45,11 +52,14 @@ def plot_curves(log: Path, picture: Path) -> None:
     for axes, (label, columns) in zip(figure.subplots(len(PANELS), sharex=True), PANELS, strict=True):
         for column, name in columns.items():
             steps, values = read_series(log, column)
+            if not steps:
+                continue
             # An epoch's values are few: markers show them even where there is but one.
             axes.plot(steps, values, label=name, marker="." if len(values) < 200 else None, linewidth=1)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     axes.set_xlabel("optimiser step")
     figure.suptitle(str(log.parent))
     figure.savefig(picture, dpi=120)

@@ -38,13 +38,13 @@ class Evaluated(LightningModule, ABC):
             Shape (N, num_classes).
         """
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Count this rank's hits."""
-        self._evaluate("val", batch)
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
+        """Count this rank's hits; returns the logarithms of the class probabilities, for callbacks."""
+        return self._evaluate("val", batch)
 
-    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Count this rank's hits."""
-        self._evaluate("test", batch)
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
+        """Count this rank's hits; returns the logarithms of the class probabilities, for callbacks."""
+        return self._evaluate("test", batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and accuracies over all validation images."""
@@ -64,15 +64,16 @@ class Evaluated(LightningModule, ABC):
         probabilities = self.log_probabilities(images).exp() if len(images) else images.new_zeros(0, 1)
         return {"indices": batch.indices, "labels": batch.labels, "probabilities": probabilities}
 
-    def _evaluate(self, stage: str, batch: ImageBatch) -> None:
+    def _evaluate(self, stage: str, batch: ImageBatch) -> Tensor | None:
         images = len(batch.images)
         if images == 0:  # this rank's share of the last batch may be empty; BN sends no message in evaluation
-            return
+            return None
         log_probabilities = self.log_probabilities(batch.images)
         self._metric(f"{stage}_images").update(images)
         self._metric(f"{stage}_loss").update(F.nll_loss(log_probabilities, batch.labels), weight=images)
         self._metric(f"{stage}_top1").update(log_probabilities, batch.labels)
         self._metric(f"{stage}_top5").update(log_probabilities, batch.labels)
+        return log_probabilities
 
     def _log_evaluation(self, stage: str) -> None:
         # Here, and not in the step: every rank has to take part in adding up, also one without an image.

@@ -1,9 +1,12 @@
-"""Which parameters are decayed: convolutions and linear layers, and nothing else unless asked for."""
+"""Which parameters are decayed, and how fast they are learned."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from syncbn.training.selection import is_selected, select_parameters
 
 NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 
@@ -41,3 +44,46 @@ def parameter_groups(
         for name, parameters in groups.items()
         if parameters
     ]
+
+
+def scale_groups(
+    groups: list[dict[str, Any]], module: nn.Module, factors: Mapping[str, float], learning_rate: float
+) -> list[dict[str, Any]]:
+    """Give the parameters that patterns mean learning rates of their own.
+
+    Args:
+        groups: From `parameter_groups` of the module.
+        module: The network.
+        factors: From a pattern (see `syncbn.training.selection`) to a factor on the learning rate. Of several patterns
+            that match a parameter, the last counts; what none matches has 1.
+        learning_rate: What the factors are of.
+
+    Returns:
+        The groups divided by factor, with "lr" and the factor in the name; those of factor 1 come first, with their
+        names as they were.
+
+    Raises:
+        ValueError: A factor is not positive; a pattern matches nothing, or nothing that is trained.
+    """
+    for pattern, factor in factors.items():
+        if factor <= 0:
+            raise ValueError(f"learning_rate_factors: {pattern}: {factor} must be positive; model.freeze is to freeze")
+        matched = select_parameters(module, [pattern], "learning_rate_factors")
+        if not any(parameter.requires_grad for parameter in matched.values()):
+            raise ValueError(
+                f"learning_rate_factors: all that {pattern!r} matches is frozen by model.freeze or model.batch_norm:"
+                " leave it out of one of them"
+            )
+    factor_of = {id(parameter): _factor(name, factors) for name, parameter in module.named_parameters()}
+    scaled = []
+    for factor in sorted(set(factor_of.values()), key=lambda factor: (factor != 1, factor)):
+        for group in groups:
+            parameters = [parameter for parameter in group["params"] if factor_of[id(parameter)] == factor]
+            name = group["name"] if factor == 1 else f"{group['name']} x{factor:g}"
+            if parameters:
+                scaled.append({**group, "params": parameters, "lr": factor * learning_rate, "name": name})
+    return scaled
+
+
+def _factor(name: str, factors: Mapping[str, float]) -> float:
+    return next((factor for pattern, factor in reversed(list(factors.items())) if is_selected(name, [pattern])), 1.0)

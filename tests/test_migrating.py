@@ -1,0 +1,204 @@
+"""docs/migrating.md: every row of its tables does what it says."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+import syncbn
+
+PAGE = Path(__file__).parents[1] / "docs" / "migrating.md"
+C = 3
+
+
+class NaiveSyncBatchNorm(nn.BatchNorm2d):
+    """As detectron2's: a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As detectron2's and torchvision's: buffers only."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+def get_norm(norm: Callable[[int], nn.Module], out_channels: int) -> nn.Module:
+    """What detectron2's does with anything that is no name."""
+    return norm(out_channels)
+
+
+def rows() -> list[tuple[str, str]]:
+    """The first two cells of each row of the tables."""
+    cells = [re.split(r"\s*\|\s*", line.strip("| \n")) for line in PAGE.read_text().splitlines() if line[:1] == "|"]
+    return [(row[0], row[1]) for row in cells if row[0] != "before" and not row[0].startswith("---")]
+
+
+def code_of(cell: str) -> str:
+    return re.findall(r"`([^`]+)`", cell)[0]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, C, 3), nn.BatchNorm2d(C), nn.ReLU(), nn.BatchNorm2d(C))
+
+
+@pytest.fixture
+def names(tmp_path):
+    """What the snippets may use, in a world of one rank."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.manual_seed(1)
+    x = torch.randn(4, C, 6, 6) * 3 + 1
+    from lightning.pytorch import Trainer
+
+    yield {
+        "syncbn": syncbn,
+        "torch": torch,
+        "C": C,
+        "x": x,
+        "z": torch.randn_like(x),
+        "x_nhwc": x.movedim(1, -1),
+        "net": network(),
+        "group": dist.group.WORLD,
+        "get_norm": get_norm,
+        "FrozenBatchNorm2d": FrozenBatchNorm2d,
+        "DistributedDataParallel": DistributedDataParallel,
+        "Trainer": lambda **options: Trainer(accelerator="cpu", devices=1, barebones=True, **options),
+    }
+    dist.destroy_process_group()
+
+
+def is_layer(layer: Any, names: dict[str, Any]) -> None:
+    assert type(layer) is syncbn.SyncBatchNorm
+    reference = nn.BatchNorm2d(C, layer.eps, layer.momentum)
+    reference.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(names["x"]), reference(names["x"]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.running_var, reference.running_var)
+
+
+def has_arguments(layer: Any, names: dict[str, Any]) -> None:
+    is_layer(layer, names)
+    assert (layer.eps, layer.momentum, layer.process_group) == (1e-3, 0.01, names["group"])
+
+
+def has_group(layer: Any, names: dict[str, Any]) -> None:
+    is_layer(layer, names)
+    assert layer.process_group is names["group"]
+
+
+def is_converted(net: Any, names: dict[str, Any]) -> None:
+    assert net is names["net"]
+    assert type(net[1]) is type(net[3]) is syncbn.SyncBatchNorm
+    torch.testing.assert_close(net(names["x"]), network()(names["x"]), rtol=1e-4, atol=1e-5)
+
+
+def takes_over(net: Any, names: dict[str, Any]) -> None:
+    """The snippet, on a network that has torch's layers with a group."""
+    theirs = nn.SyncBatchNorm.convert_sync_batchnorm(network(), names["group"])
+    converted = syncbn.convert_sync_batchnorm(theirs)
+    assert type(converted[1]) is syncbn.SyncBatchNorm and converted[1].process_group is names["group"]
+
+
+def is_reverted(net: Any, names: dict[str, Any]) -> None:
+    syncbn.revert_sync_batchnorm(syncbn.convert_sync_batchnorm(net))
+    assert type(net[1]) is nn.BatchNorm2d
+
+
+def normalised(x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, training=True)
+
+
+def is_relu(y: Any, names: dict[str, Any]) -> None:
+    torch.testing.assert_close(y, normalised(names["x"]).relu(), rtol=1e-4, atol=1e-5)
+
+
+def is_relu_of_sum(y: Any, names: dict[str, Any]) -> None:
+    torch.testing.assert_close(y, (normalised(names["x"]) + names["z"]).relu(), rtol=1e-4, atol=1e-5)
+
+
+def is_nhwc(y: Any, names: dict[str, Any]) -> None:
+    torch.testing.assert_close(y, normalised(names["x"]).movedim(1, -1), rtol=1e-4, atol=1e-5)
+
+
+def is_group_of_one(group: Any, names: dict[str, Any]) -> None:
+    assert group.size() == 1
+
+
+def trains(ddp: Any, names: dict[str, Any]) -> None:
+    ddp(names["x"]).sum().backward()
+
+
+def has_plugin(trainer: Any, names: dict[str, Any]) -> None:
+    assert isinstance(trainer._accelerator_connector._layer_sync, syncbn.training.SyncBatchNormPlugin)
+
+
+def refuses(net: Any, names: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"'1' is a .*NaiveSyncBatchNorm.*defines forward itself"):
+        syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(C), NaiveSyncBatchNorm(C)))
+
+
+def is_left_alone(layer: Any, names: dict[str, Any]) -> None:
+    net = nn.Sequential(layer)
+    expected = copy.deepcopy(layer)(names["x"])
+    assert syncbn.convert_sync_batchnorm(net)[0] is layer and type(layer) is FrozenBatchNorm2d
+    torch.testing.assert_close(net(names["x"]), expected)
+    assert not any(isinstance(module, _BatchNorm) for module in net.modules())
+
+
+CHECKS: dict[str, Callable[[Any, dict[str, Any]], None]] = {
+    "nn.SyncBatchNorm(C)": is_layer,
+    "nn.SyncBatchNorm(C, 1e-3, 0.01, True, True, group)": has_arguments,
+    "nn.SyncBatchNorm.convert_sync_batchnorm(net, group)": is_converted,
+    "net = nn.SyncBatchNorm.convert_sync_batchnorm(net)": takes_over,
+    "(none)": is_reverted,
+    "F.relu(bn(x))": is_relu,
+    "dist.new_group(ranks)": is_group_of_one,
+    "DistributedDataParallel(net)": trains,
+    "Trainer(sync_batchnorm=True)": has_plugin,
+    "apex.parallel.SyncBatchNorm(C)": is_layer,
+    "apex.parallel.SyncBatchNorm(C, process_group=group)": has_group,
+    "apex.parallel.SyncBatchNorm(C, fuse_relu=True)(x)": is_relu,
+    "apex.parallel.SyncBatchNorm(C, fuse_relu=True)(x, z)": is_relu_of_sum,
+    "apex.parallel.SyncBatchNorm(C, channel_last=True)(x_nhwc)": is_nhwc,
+    "apex.parallel.convert_syncbn_model(net)": is_converted,
+    "apex.parallel.create_syncbn_process_group(1)": is_group_of_one,
+    'get_norm("SyncBN", C)': is_layer,
+    'get_norm("naiveSyncBN", C)': is_layer,
+    'get_norm("naiveSyncBN_N", C)': is_layer,
+    "NaiveSyncBatchNorm(C)": is_layer,
+    "nn.SyncBatchNorm.convert_sync_batchnorm(net)": refuses,
+    "FrozenBatchNorm2d(C)": is_left_alone,
+    "timm.layers.convert_sync_batchnorm(net)": is_converted,
+}
+
+
+def name_of(before: str) -> str:
+    return before if before == "(none)" else code_of(before)
+
+
+def test_every_row_has_a_check():
+    assert [name_of(before) for before, _ in rows()] == list(CHECKS)
+
+
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.")
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")  # in torch 2.13; older ones know no other name
+@pytest.mark.parametrize(("before", "after"), rows(), ids=[name_of(before) for before, _ in rows()])
+def test_a_row(before, after, names):
+    code = code_of(after).removeprefix("net = ")
+    CHECKS[name_of(before)](eval(code, names), names)
