@@ -105,11 +105,11 @@ def test_retrieval_among_classes_never_trained_on(tmp_path, weights, capsys):
 
 
 MISTAKES = {
-    "a missing file": (["--model.weights=nowhere.ckpt"], "weights: there is no file nowhere.ckpt"),
+    "a missing file": (["--model.weights=nowhere.ckpt"], "weights nowhere.ckpt: there is no such file"),
     "a typing error": (['--model.freeze=["stm*"]'], "freeze: the pattern 'stm*' matches no parameter"),
     "nothing to train": (['--model.freeze=["*"]'], "leaves nothing to train"),
     "an unknown policy": (["--model.batch_norm=frozen"], "frozen"),
-    "another width": (["--model.width_multiplier=0.25"], "is of another network"),
+    "another width": (["--model.width_multiplier=0.25"], "has the shape (16,), not (32,)"),
     "weights of other classes": (["--model.class_weights=[1,2,3]"], "class_weights has 3 weights, the data have 2"),
     "a factor of what is frozen": (['--model.freeze=["stem"]', '--model.learning_rate_factors={"stem":2}'], "frozen"),
 }

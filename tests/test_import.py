@@ -22,6 +22,7 @@ ORDER = [
     "preprocessing",
     "models",
     "data",
+    "inference",
     "training",
     "experiments",
     "benchmarks",

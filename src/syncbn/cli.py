@@ -8,10 +8,15 @@ from collections.abc import Sequence
 VERBS: dict[str, str] = {
     "benchmark": "syncbn.benchmarks.command",
     "data": "syncbn.data.show",
+    "export": "syncbn.inference.export",
+    "import": "syncbn.models.weights.command",
     "paper": "syncbn.experiments.command",
     "prepare": "syncbn.data.preparation.command",
 }
-"""Verbs besides those of Lightning, each with the module that holds it: COMMANDS, functions by name, or `run`."""
+"""Verbs besides those of Lightning, each with the module that holds it: COMMANDS, its functions, or `run`."""
+
+PREDICTS_DATA_SET = ("--config", "-c", "--ckpt_path", "--checkpoints")
+"""Options of Lightning's ``predict``, of a data set; without one of them ``predict`` takes weights and images."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,7 +53,9 @@ def is_of_the_user(error: Exception) -> bool:
 
 
 def one_line(message: str) -> str:
-    """A message without line breaks; of an error in a DataLoader's worker only what the worker said."""
+    """A message without line breaks; of an error in a DataLoader's worker, or in a linked option, only what it said."""
+    if message.startswith("Call to compute_fn of link"):
+        message = message.partition(" failed: ")[2]
     if "Original Traceback" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
     return " ".join(message.split())
@@ -60,6 +67,11 @@ def run_command() -> None:
     if verb in VERBS:
         run_verb(verb, sys.argv[2:])
         return
+    of_data_set = any(word.partition("=")[0] in PREDICTS_DATA_SET for word in sys.argv[2:])
+    if verb == "predict" and not of_data_set:
+        from syncbn.inference.predict import run
+
+        sys.exit(run(sys.argv[2:]))
     from syncbn.training.command import SyncBNCLI
 
     SyncBNCLI()

@@ -3,8 +3,10 @@
 The data module and the networks both need it, so it stands below both.
 """
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,46 @@ class Preprocessing:
     """
 
     colour_order: Literal["RGB", "BGR"]
-    mean: tuple[float, float, float] | None
-    std: tuple[float, float, float] | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+    def resolved(self, mean: Sequence[float], std: Sequence[float]) -> "Preprocessing":
+        """The same with numbers for data of as many channels as ``mean`` and ``std``, on the scale 0..1, have.
+
+        Where it has none of its own, or those of another number of channels, the data's own are taken.
+        """
+        if self.mean is not None and len(self.mean) == len(mean):
+            return self
+        order = self.colour_order if self.mean is None else "RGB"
+        return Preprocessing(order, tuple(255 * value for value in mean), tuple(255 * value for value in std))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parts by name, with lists, as JSON and YAML have them."""
+        mean, std = (None if values is None else list(values) for values in (self.mean, self.std))
+        return {"colour_order": self.colour_order, "mean": mean, "std": std}
+
+    @staticmethod
+    def from_dict(content: Mapping[str, Any]) -> "Preprocessing":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: A part is missing, unknown or out of range.
+        """
+        if not isinstance(content, Mapping) or set(content) != {"colour_order", "mean", "std"}:
+            raise ValueError(f"preprocessing={content!r} must have colour_order, mean and std")
+        order, mean, std = content["colour_order"], content["mean"], content["std"]
+        if order not in ("RGB", "BGR"):
+            raise ValueError(f"colour_order={order!r} must be RGB or BGR")
+        if mean is None and std is None:
+            return Preprocessing(order, None, None)
+        try:
+            mean, std = tuple(map(float, mean)), tuple(map(float, std))
+        except (TypeError, ValueError):
+            raise ValueError(f"mean={mean!r} and std={std!r} must be numbers for each channel") from None
+        sound = len(mean) == len(std) > 0 and all(map(math.isfinite, mean + std)) and min(std) > 0
+        if not sound:
+            raise ValueError(f"mean={mean} and std={std} must be as many finite numbers, std greater than 0")
+        return Preprocessing(order, mean, std)
 
 
 PREPROCESSING = {
@@ -30,12 +70,14 @@ PREPROCESSING = {
 """By the name of the variant, as `syncbn.models.inception_bn` takes it."""
 
 
-def find_preprocessing(name: str) -> Preprocessing:
-    """Look up what the variant ``name`` is fed.
+def find_preprocessing(name: str | Preprocessing) -> Preprocessing:
+    """Look up what the variant ``name`` is fed; a Preprocessing stays what it is.
 
     Raises:
         ValueError: There is no such variant.
     """
+    if isinstance(name, Preprocessing):
+        return name
     if name not in PREPROCESSING:
         raise ValueError(f"preprocessing={name!r} must be one of {', '.join(PREPROCESSING)}")
     return PREPROCESSING[name]

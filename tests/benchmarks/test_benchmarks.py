@@ -59,6 +59,13 @@ def test_loader(tmp_path, real):
     assert all(float(row["median"]) > 0 for row in rows)
 
 
+def test_inference(tmp_path):
+    rows = benchmark("inference", tmp_path)
+    contenders = {row["contender"] for row in rows if row["memory_format"] == "contiguous"}
+    assert {"syncbn", "not folded", "not folded, nn.BatchNorm2d", "folded, TorchScript"} <= contenders
+    assert all(float(row["median"]) > 0 for row in rows)
+
+
 def test_shapes_are_those_of_the_network():
     shapes = layer.layer_shapes()
     assert sum(shapes.values()) == 69

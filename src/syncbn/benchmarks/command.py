@@ -9,9 +9,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from syncbn.benchmarks import layer, loader, measure, step
+from syncbn.benchmarks import inference, layer, loader, measure, step
 
-SECTIONS: dict[str, Any] = {"layer": layer, "step": step, "loader": loader}
+SECTIONS: dict[str, Any] = {"layer": layer, "step": step, "loader": loader, "inference": inference}
 """Each module has a function `run`, whose parameters are options, and KEEP_MEMORY (see `measure`)."""
 
 

@@ -13,7 +13,7 @@ from syncbn.data.evaluation import EvaluationCrops
 from syncbn.data.photo import Photo
 from syncbn.data.samplers import SampleKey
 from syncbn.data.window_reader import WindowReader
-from syncbn.preprocessing import find_preprocessing
+from syncbn.preprocessing import Preprocessing, find_preprocessing
 
 OnReadError = Literal["stop", "skip"]
 """What an image that cannot be read or decoded does: end the run, or be left out of its batch and counted."""
@@ -44,8 +44,8 @@ class BatchedImages(Dataset[ImageBatch]):
         augmentation: Random changes, for training; None for none.
         seed: Of the run; decides the random changes, with the epoch and the index.
         crops: Without augmentation: the parts of an image that are looked at. None for its central square.
-        preprocessing: Of which variant the network is: "paper", "cadene" or "slim". Grey images are
-            normalised by the data's own mean and standard deviation whatever it is.
+        preprocessing: Of which variant the network is, "paper", "cadene" or "slim", or the numbers themselves. Images
+            of another number of channels are normalised by the data's own mean and standard deviation.
         reader: Reads the files of the images in shards ahead of need; None reads each when it is needed.
         on_read_error: "stop" raises the error, "skip" leaves the image out of its batch.
 
@@ -61,7 +61,7 @@ class BatchedImages(Dataset[ImageBatch]):
         seed: int = 0,
         *,
         crops: EvaluationCrops | None = None,
-        preprocessing: str = "paper",
+        preprocessing: str | Preprocessing = "paper",
         reader: WindowReader | None = None,
         on_read_error: OnReadError = "stop",
     ) -> None:
@@ -139,13 +139,12 @@ class Normalisation:
 
     Args:
         dataset: Whose mean and standard deviation are taken where the variant has none of its own.
-        preprocessing: Name of the variant, a key of `PREPROCESSING`.
+        preprocessing: Name of the variant, a key of `PREPROCESSING`, or the numbers themselves.
     """
 
-    def __init__(self, dataset: ImageDataset, preprocessing: str) -> None:
-        chosen = find_preprocessing(preprocessing if dataset.channels == 3 else "paper")
-        mean = chosen.mean or [255 * value for value in dataset.mean]
-        std = chosen.std or [255 * value for value in dataset.std]
+    def __init__(self, dataset: ImageDataset, preprocessing: str | Preprocessing) -> None:
+        chosen = find_preprocessing(preprocessing).resolved(dataset.mean, dataset.std)
+        mean, std = chosen.mean, chosen.std
         self.is_bgr = chosen.colour_order == "BGR"
         self._mean, self._std = (torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1) for values in (mean, std))
 

@@ -20,6 +20,7 @@ from syncbn.data.datasets import ImageDataset
 from syncbn.data.photo import Photo
 from syncbn.data.samplers import GlobalBatchSampler, SampleKey
 from syncbn.data.window_reader import WindowReader
+from syncbn.preprocessing import Preprocessing
 
 BATCHES_AHEAD = 2
 """Batches that DALI works on while the network trains on an earlier one."""
@@ -46,7 +47,7 @@ class DaliLoader:
         image_size: Side of the square that the network sees, in pixels.
         augmentation: Random changes, with crops.
         seed: Of the run.
-        preprocessing: Of which variant the network is.
+        preprocessing: Of which variant the network is, or the numbers themselves.
         reader: Of the encoded images, forwards through windows of shards; None reads image by image.
         num_threads: Of DALI, on the CPU.
         device_id: Number of the GPU that decodes; None decodes on the CPU.
@@ -63,7 +64,7 @@ class DaliLoader:
         augmentation: Augmentation | None,
         seed: int,
         *,
-        preprocessing: str = "paper",
+        preprocessing: str | Preprocessing = "paper",
         reader: WindowReader | None = None,
         num_threads: int = 1,
         device_id: int | None = None,

@@ -15,7 +15,7 @@ from syncbn.data.order import EpochOrder, ShuffledOrder, WindowedOrder
 from syncbn.data.samplers import EvaluationBatchSampler, GlobalBatchSampler
 from syncbn.data.sources import EMBEDDED, open_image_sets
 from syncbn.data.window_reader import WindowReader, bytes_held
-from syncbn.preprocessing import find_preprocessing
+from syncbn.preprocessing import Preprocessing, find_preprocessing
 
 if TYPE_CHECKING:
     from syncbn.data.dali import DaliLoader
@@ -55,7 +55,7 @@ class ImageDataModule(LightningDataModule):
         evaluation_crops: Parts of an image over whose probabilities evaluation averages: 1, its centre; 10, corners,
             centre and mirror images; 144, GoogLeNet's. A batch then holds fewer images, and at least one for each rank.
         preprocessing: The order of the colours and the normalisation, by the variant of the network: "paper" (RGB,
-            the data's own mean and standard deviation), "cadene" or "slim".
+            the data's own mean and standard deviation), "cadene" or "slim"; or as numbers.
         decoder: Of the training images: "opencv", or "dali" for NVIDIA's (the extra syncbn[dali]), which decodes on
             the GPU where the trainer has one.
         validation_images: Training images held out for validation. 0 holds out none: validation then takes
@@ -83,7 +83,7 @@ class ImageDataModule(LightningDataModule):
         augmentation: Augmentation | None = Augmentation(),  # noqa: B008 (frozen)
         resize: int | None = None,
         evaluation_crops: int = 1,
-        preprocessing: str = "paper",
+        preprocessing: str | Preprocessing = "paper",
         decoder: Literal["opencv", "dali"] = "opencv",
         validation_images: int = 0,
         num_workers: int = 0,
@@ -111,8 +111,7 @@ class ImageDataModule(LightningDataModule):
         if self.image_size < 1:
             raise ValueError(f"image_size={image_size} must be at least 1")
         self.crops = EvaluationCrops(self.image_size, resize, evaluation_crops)
-        find_preprocessing(preprocessing)
-        self.preprocessing = preprocessing
+        self.preprocessing = find_preprocessing(preprocessing)
         self.decoder = decoder
         if decoder == "dali":
             self._require_dali()

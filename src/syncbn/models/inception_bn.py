@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -214,6 +216,8 @@ class InceptionBN(nn.Module):
             variant.momentum,
             process_group,
         )
+        self.variant = variant
+        self.arguments: dict[str, Any] = {}  # those of inception_bn that are not the default
         self.in_channels = in_channels
         self.minimum_size = MINIMUM_SIZE[stem]
         self.head_image_size = per_activation_head
@@ -316,8 +320,9 @@ def inception_bn(
     padding: str | None = None,
     eps: float | None = None,
     momentum: float | None = None,
+    weights: str | Path | None = None,
 ) -> InceptionBN:
-    """Build Inception-BN (Ioffe & Szegedy 2015, Figure 5), freshly initialised.
+    """Build Inception-BN (Ioffe & Szegedy 2015, Figure 5), freshly initialised or with weights of a file.
 
     Trainable parameters at width 1 and 1000 classes: "paper" 11,278,528; "cadene" 11,295,240, without its
     ``conv_bias`` 11,285,224; "slim" 11,178,336 as TF-slim has it (no gamma; the first convolution with a bias
@@ -353,13 +358,22 @@ def inception_bn(
         padding: "symmetric" or "same".
         eps: BN's epsilon.
         momentum: BN's momentum in PyTorch's sense.
+        weights: file of weights: Cadene's bninception, TF-slim's inception_v2 (TensorFlow's checkpoint or .npz), or
+            our own (.ckpt, .safetensors, .pth). Arguments left at their defaults then follow the file, variant and
+            width among them; ``num_classes`` always counts: the classifier is new where the file has another number.
 
     Returns:
         The network; images (N, in_channels, H, W) -> logits (N, num_classes).
 
     Raises:
-        ValueError: for an argument outside these, naming it and what is accepted.
+        ValueError: for an argument outside these, naming it and what is accepted; or for weights that cannot be read
+            or do not fit.
     """
+    arguments = _changed_arguments(locals())
+    if weights is not None:
+        from syncbn.models.weights import network_with_weights, read_weights  # which import this module
+
+        return network_with_weights(read_weights(weights), num_classes, arguments)
     resolved = resolve_variant(
         variant,
         norm,
@@ -382,7 +396,7 @@ def inception_bn(
     if norm == "none":
         require(per_activation_head is None, "per_activation_head", per_activation_head, "None with norm='none'")
         require(process_group is None, "process_group", process_group, "None with norm='none'")
-    return InceptionBN(
+    network = InceptionBN(
         num_classes,
         resolved,
         norm=norm,
@@ -396,6 +410,20 @@ def inception_bn(
         in_channels=in_channels,
         process_group=process_group,
     )
+    network.arguments = {
+        name: value for name, value in arguments.items() if name not in ("process_group", "init_scale")
+    }
+    return network
+
+
+def _changed_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `inception_bn`, besides the classes and the weights, that are not the default."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(inception_bn).parameters.items()}
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in ("num_classes", "weights") and value != defaults[name]
+    }
 
 
 def _image_size(size: int | tuple[int, int] | None, stem: str) -> tuple[int, int] | None:

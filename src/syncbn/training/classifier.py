@@ -14,12 +14,13 @@ from syncbn.data.samplers import batches_per_epoch, images_of_global_batch
 from syncbn.distributed import new_group, sum_over_world
 from syncbn.models import inception_bn
 from syncbn.models.embedding import embed, put_embedding_head
+from syncbn.models.weights.card import CARD_KEY
 from syncbn.nn import SyncBatchNorm, estimate_population_statistics
 from syncbn.training.batch_arithmetic import BatchArithmetic, scale_learning_rate
 from syncbn.training.class_weights import balanced_weights, given_weights
 from syncbn.training.evaluation import Evaluated, log_of_mean
 from syncbn.training.freezing import BatchNormPolicy, freeze_network
-from syncbn.training.initial_weights import load_weights
+from syncbn.training.model_card import checked_variant_options, make_card, options_of_weights
 from syncbn.training.parameter_groups import parameter_groups, scale_groups
 from syncbn.training.retrieval import RecallAtK
 from syncbn.training.schedules import exponential_schedule
@@ -39,6 +40,9 @@ class ImageClassifier(Evaluated):
         in_channels: Channels of the images.
         training_images: Size of the training set, by which epochs are counted.
         drop_last: Whether the last global batch of an epoch is left out where it is incomplete.
+        weights: File of weights to start from, as `inception_bn` takes it; options left at their defaults follow it.
+        variant_options: Further arguments of `inception_bn`, which replace attributes of the variant (eps ...).
+        preprocessing: What the network is fed: colour_order, mean, std. Null for that of the weights or the variant.
         variant: Of Inception-BN: "paper", "cadene" or "slim".
         norm: "batch", or "none" for the plain Inception.
         activation: "relu" or "sigmoid".
@@ -61,7 +65,6 @@ class ImageClassifier(Evaluated):
         schedule_unit: What decay_every and warmup count: "epochs" or "images".
         normalization_batch_size: Images that normalise as one batch, whole ranks of them. Null for all ranks.
         channels_last: Lay out images and weights channels-last, which is faster on most devices.
-        weights: File to start from: everything but a head of another number of classes. Null for random weights.
         freeze: What is not trained: patterns of names of parameters or modules, such as "stem" or "inception_3*". A
             BatchNorm layer within it keeps its statistics, too.
         batch_norm: Of the other BatchNorm layers: "train"; "freeze", which keeps statistics, gammas and betas;
@@ -118,14 +121,15 @@ class ImageClassifier(Evaluated):
         class_weights: list[float] | Literal["balanced"] | None = None,
         embedding_dimension: int | None = None,
         embedding_temperature: float = 0.05,
+        variant_options: dict[str, Any] | None = None,
+        preprocessing: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(num_classes)
         if norm == "none" and normalization_batch_size is not None:
             raise ValueError(
                 f"normalization_batch_size={normalization_batch_size} has no meaning with norm='none': leave it out"
             )
-        # Not the file: a checkpoint must be loaded without what its training started from.
-        self.save_hyperparameters(ignore=["weights"])
+        self.save_hyperparameters()
         self.network = inception_bn(
             num_classes,
             variant,
@@ -136,13 +140,15 @@ class ImageClassifier(Evaluated):
             local_response_norm=local_response_norm,
             dropout=dropout,
             in_channels=in_channels,
+            weights=weights,
+            **checked_variant_options(variant_options),
         )
+        if weights is not None:  # a checkpoint of this run then needs the file no more
+            self.hparams.update(options_of_weights(self.network, weights))
         self.recall = nn.ModuleDict()
         if embedding_dimension is not None:
             put_embedding_head(self.network, num_classes, embedding_dimension, embedding_temperature)
             self.recall = nn.ModuleDict({stage: RecallAtK() for stage in ("val", "test")})
-        if weights is not None:
-            load_weights(self.network, weights)
         self.fixed_statistics = freeze_network(self.network, freeze or [], batch_norm)
         if channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -223,6 +229,12 @@ class ImageClassifier(Evaluated):
         if self.hparams["channels_last"]:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.network(images)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add a classifier's model card, by which `syncbn predict` and others use the weights with no config."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, ImageDataModule) and not self.recall:
+            checkpoint[CARD_KEY] = make_card(self.network, datamodule).to_json()
 
     def log_probabilities(self, images: Tensor) -> Tensor:
         """Logarithm of the mean over the crops of the class probabilities.

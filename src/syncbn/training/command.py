@@ -19,6 +19,7 @@ from syncbn.training.classifier import ImageClassifier
 from syncbn.training.curves import CurvesPlot
 from syncbn.training.evaluation import load_ensemble
 from syncbn.training.left_out import LeftOutImages
+from syncbn.training.model_card import choose_preprocessing
 from syncbn.training.predictions import PredictionTable
 from syncbn.training.retrieval import NEIGHBOURS
 from syncbn.training.runs import RunRecord, run_folder, run_loggers
@@ -91,11 +92,13 @@ class SyncBNCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()})
         parser.link_arguments("seed_everything", "data.seed")
-        parser.link_arguments("model.variant", "data.preprocessing")
         parser.link_arguments(
             "model.embedding_dimension",
             "data.own_evaluation_classes",
             compute_fn=lambda dimension: dimension is not None,
+        )
+        parser.link_arguments(
+            ("model.variant", "model.weights", "model.preprocessing"), "data.preprocessing", choose_preprocessing
         )
         for target in ("data.global_batch_size", "model.global_batch_size"):
             parser.link_arguments("global_batch_size", target)
@@ -257,11 +260,6 @@ class SyncBNCLI(LightningCLI):
         folder = run_folder(self.trainer)
         if self.trainer.is_global_zero and folder:
             print(folder, flush=True)
-
-
-def is_given(embedding_dimension: int | None) -> bool:
-    """Whether an embedding is trained, which is evaluated on classes of their own."""
-    return embedding_dimension is not None
 
 
 def last_checkpoint() -> ModelCheckpoint:

@@ -1,0 +1,1 @@
+"""Trained networks at work: predictions of images, and networks for other programs."""

@@ -1,0 +1,233 @@
+"""``syncbn export``: a trained network for other programs, checked on images before it is called done."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from syncbn.data.fashion_mnist import fashion_mnist
+from syncbn.data.samplers import SampleKey
+from syncbn.inference.graphs import GRAPHS, PixelInput, Runner
+from syncbn.inference.images import find_images, prepare_images
+from syncbn.models.weights import ModelCard, build_network, card_path, read_weights, write_weights
+from syncbn.nn import fold_batch_norm, revert_sync_batchnorm
+from syncbn.preprocessing import Preprocessing
+
+Format = Literal["onnx", "torchscript", "exported", "safetensors", "cadene", "slim"]
+
+SUFFIXES = {
+    **{"onnx": ".onnx", "torchscript": ".torchscript.pt", "exported": ".pt2"},
+    **{"safetensors": ".safetensors", "cadene": ".pth", "slim": ".npz"},
+}
+
+EMBEDDED_IMAGES = 16
+"""Of those that come with the package, to compare on where there are no others."""
+
+BATCH = 32
+"""Images at a time."""
+
+LARGEST_DIFFERENCE = 1e-4
+"""Of the logits, where these are at most 1; of larger ones, their share."""
+
+
+def export(
+    weights: Path,
+    format: Format = "onnx",
+    output: Path | None = None,
+    fold: bool | None = None,
+    preprocessing: bool = False,
+    images: str | None = None,
+) -> None:
+    """Write a trained network for other programs: as a graph, with BatchNorm folded, or as weights of a public layout.
+
+    Graphs take any number of images at a time: normalised float32 of shape (N, C, H, W), and return logits. What is
+    written is read again and compared with the original on images; where it differs, nothing is left behind. A model
+    card (NAME.card.json) beside the file says how images are prepared and names the classes.
+
+    Args:
+        weights: A checkpoint of `syncbn fit`, what `syncbn import` wrote, or whatever that reads.
+        format: Graphs: "onnx", "torchscript" or "exported" (torch.export). Weights: "safetensors" (ours), "cadene"
+            (bninception, .pth) or "slim" (inception_v2, .npz).
+        output: File to write. Without it the name of the weights with the suffix of the format, beside them.
+        fold: Whether each BatchNorm becomes part of the convolution before it: true without it, of graphs; the
+            formats of weights keep theirs.
+        preprocessing: Whether a graph normalises by itself: it then takes RGB pixels, uint8 of 0..255.
+        images: File, folder or pattern of the images to compare on, all of them. Without it, 16 that come with the
+            package.
+
+    Raises:
+        ValueError: The weights cannot be read, the format cannot express the network, the result differs, or a
+            package that the format needs is missing.
+        OSError: A file cannot be read or written.
+    """
+    is_graph = format in GRAPHS
+    if not is_graph and (fold or preprocessing):
+        name = "fold" if fold else "preprocessing"
+        raise ValueError(f"--{name} true has no meaning with --format {format}, which holds weights: leave it out")
+    content = read_weights(weights)
+    network = build_network(content)
+    batches = pixel_batches(content.card, images)
+    output = default_output(weights, format) if output is None else output
+    if output.exists() and weights.exists() and output.samefile(weights):
+        raise ValueError(f"{output} is the file of weights itself: name another with --output")
+    if is_graph:
+        norms = len([layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)])
+        kept = fold is False
+        print(f"{norms} BatchNorm layers {'kept' if kept else 'folded into the convolutions before them'}")
+    job = ExportJob(network, content.card, format, fold is not False, preprocessing)
+    with_temporary(output, lambda temporary: job.write_and_check(temporary, batches))
+    print(output)
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What is exported, and how.
+
+    Attributes:
+        network: The original.
+        card: Of the network.
+        format: One of `SUFFIXES`.
+        fold: Whether a graph is of the folded network.
+        preprocessing: Whether a graph takes pixels.
+    """
+
+    network: Any
+    card: ModelCard
+    format: Format
+    fold: bool
+    preprocessing: bool
+
+    def write_and_check(self, path: Path, batches: Iterable[Tensor]) -> None:
+        """Write the file, compare what it computes with the original, and print the comparison.
+
+        Args:
+            path: To write.
+            batches: Pixels to compare on, RGB or grey, uint8, each of shape (N, C, H, W); a graph is traced on two
+                images of the first, so that what works on the others does so with any number.
+
+        Raises:
+            ValueError: They differ.
+        """
+        normalise = PixelInput(nn.Identity(), self.card.preprocessing)
+        run: Runner | None = None
+        comparison = Comparison()
+        for pixels in batches:
+            given = pixels if self.preprocessing else normalise(pixels)
+            if run is None:
+                run = self._write(path, given[:1].expand(2, -1, -1, -1).contiguous())
+            with torch.inference_mode():
+                comparison.add(self.network(normalise(pixels)), run(given))
+        print(comparison.words())
+        comparison.check()
+
+    def _write(self, path: Path, example: Tensor) -> Runner:
+        """Write the file, and return what is read from it."""
+        if self.format not in GRAPHS:
+            write_weights(self.network, self.card, path, self.format)
+            return build_network(read_weights(path))
+        graph = GRAPHS[self.format]
+        inference = fold_batch_norm(self.network) if self.fold else revert_sync_batchnorm(self.network)
+        inference = PixelInput(inference, self.card.preprocessing) if self.preprocessing else inference
+        graph.write(inference.eval(), example, path)
+        card_path(path).write_text(self._card_of_graph().to_json())
+        return graph.load(path)
+
+    def _card_of_graph(self) -> ModelCard:
+        """The card, by which pixels stay as they are where the graph normalises."""
+        if not self.preprocessing:
+            return self.card
+        channels = self.network.in_channels
+        return replace(self.card, preprocessing=Preprocessing("RGB", (0.0,) * channels, (1.0,) * channels))
+
+
+@dataclass
+class Comparison:
+    """How far two networks agree, over all images so far.
+
+    Attributes:
+        images: How many there were.
+        difference: The largest of a logit.
+        size: The largest logit, without its sign.
+        agreeing: Images whose most probable class is the same.
+    """
+
+    images: int = 0
+    difference: float = 0.0
+    size: float = 0.0
+    agreeing: int = 0
+
+    def add(self, expected: Tensor, actual: Tensor) -> None:
+        """Compare logits (N, classes) of both."""
+        difference = (expected - actual).abs().max().nan_to_num(math.inf).item()
+        self.images += len(expected)
+        self.difference = max(self.difference, difference)
+        self.size = max(self.size, expected.abs().max().item())
+        self.agreeing += int((expected.argmax(1) == actual.argmax(1)).sum())
+
+    def words(self) -> str:
+        """The comparison in words."""
+        return (
+            f"compared on {self.images:,} images: largest difference {self.difference:.2g} of logits up to"
+            f" {self.size:.3g}, {self.agreeing:,} of {self.images:,} top-1 classes agree"
+        )
+
+    def check(self) -> None:
+        """Refuse networks that differ by more than rounding.
+
+        Raises:
+            ValueError: They do.
+        """
+        if not self.difference <= LARGEST_DIFFERENCE * max(1.0, self.size):
+            raise ValueError("what was written does not compute what the original does: it was removed again")
+
+
+def pixel_batches(card: ModelCard, images: str | None) -> Iterator[Tensor]:
+    """Images to compare on, cut and resized as the network wants them: each uint8, shape (N, C, H, W).
+
+    Raises:
+        ValueError: There are none that can be read, or the card does not say what the network is fed.
+    """
+    if images is None:
+        prepared = prepare_images([], card)
+        some = fashion_mnist("test").images[:EMBEDDED_IMAGES, :, :, None]
+        cut = np.concatenate([prepared.crops(np.repeat(image, prepared.dataset.channels, 2)) for image in some])
+        parts: Iterable[np.ndarray] = [cut[:1], cut[1:]]
+    else:
+        paths = find_images([images])
+        prepared = prepare_images(paths, card)
+        keys = [SampleKey(0, index) for index in range(len(paths))]
+        parts = (prepared.pixels(keys[start : start + BATCH])[0][:, 0] for start in range(0, len(keys), BATCH))
+    empty = True
+    for part in parts:
+        if len(part):
+            empty = False
+            yield torch.from_numpy(part).movedim(-1, 1).contiguous()
+    if empty:
+        raise ValueError(f"--images {images}: no image there can be read")
+
+
+def default_output(weights: Path, format: Format) -> Path:
+    """Beside the weights, with the suffix of the format."""
+    return weights.with_suffix(SUFFIXES[format])
+
+
+def with_temporary(output: Path, write: Callable[[Path], None]) -> None:
+    """Have a file written beside its place, card included, and put both there only if nothing is raised."""
+    temporary = output.with_name(f".{os.getpid()}.{output.name}")
+    try:
+        write(temporary)
+        temporary.replace(output)
+        if card_path(temporary).exists():
+            card_path(temporary).replace(card_path(output))
+    finally:
+        temporary.unlink(missing_ok=True)
+        card_path(temporary).unlink(missing_ok=True)
+
+
+COMMANDS = export

@@ -1,0 +1,137 @@
+"""Networks as graphs that run without this package: ONNX, TorchScript and torch.export."""
+
+import logging
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncbn.preprocessing import Preprocessing
+
+Runner = Callable[[Tensor], Tensor]
+"""Images, shape (N, C, H, W), to logits, shape (N, num_classes)."""
+
+
+class PixelInput(nn.Module):
+    """A network that takes pixels: uint8 or float of 0..255, RGB or grey, shape (N, C, H, W).
+
+    Args:
+        network: Takes normalised images.
+        preprocessing: How they are normalised; with numbers.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        assert preprocessing.mean is not None and preprocessing.std is not None
+        self.network = network
+        self.is_bgr = preprocessing.colour_order == "BGR"
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).reshape(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(preprocessing.std).reshape(-1, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalise, then run the network."""
+        images = pixels.flip(1) if self.is_bgr else pixels
+        return self.network((images.float() - self.mean) / self.std)
+
+
+class Graph(ABC):
+    """One format of graphs."""
+
+    @abstractmethod
+    def write(self, network: nn.Module, images: Tensor, path: Path) -> None:
+        """Write a network.
+
+        Args:
+            network: In eval mode.
+            images: An example of its input with N = 2; N stays free.
+            path: The file.
+        """
+
+    @abstractmethod
+    def load(self, path: Path) -> Runner:
+        """Read the file again and return what it computes."""
+
+
+class Onnx(Graph):
+    """ONNX, of one file; runs under onnxruntime and others."""
+
+    def write(self, network: nn.Module, images: Tensor, path: Path) -> None:
+        """Write by torch.onnx: input ``images``, output ``logits``, dimension ``batch`` free."""
+        require_packages("onnx", "onnxscript", "onnxruntime")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own deprecations
+            torch.onnx.export(
+                network,
+                (images,),
+                path,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+
+    def load(self, path: Path) -> Runner:
+        """Run it under onnxruntime, on as many threads as torch has."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+class TorchScript(Graph):
+    """TorchScript, for libtorch and old servers: torch itself recommends torch.export."""
+
+    def write(self, network: nn.Module, images: Tensor, path: Path) -> None:
+        """Trace and freeze."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecation, and checks of the input's shape that become constants
+            traced = torch.jit.freeze(torch.jit.trace(network, (images,), check_trace=False))
+            torch.jit.save(traced, path)
+
+    def load(self, path: Path) -> Runner:
+        """Run it by torch."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.jit.load(path, map_location="cpu")
+
+
+class Exported(Graph):
+    """torch.export's program, for torch.export.load, AOTInductor and ExecuTorch."""
+
+    def write(self, network: nn.Module, images: Tensor, path: Path) -> None:
+        """Export with dimension ``batch`` free."""
+        program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        with path.open("wb") as file:  # by its name it would insist on a suffix
+            torch.export.save(program, file)
+
+    def load(self, path: Path) -> Runner:
+        """Run it by torch."""
+        with path.open("rb") as file:
+            return torch.export.load(file).module()
+
+
+GRAPHS: dict[str, Graph] = {"onnx": Onnx(), "torchscript": TorchScript(), "exported": Exported()}
+
+
+def require_packages(*names: str) -> None:
+    """Refuse to begin without packages that are installed by an extra.
+
+    Raises:
+        ValueError: One is missing.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"--format onnx needs {', '.join(missing)}: pip install 'syncbn[export]'")

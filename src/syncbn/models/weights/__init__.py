@@ -1,0 +1,22 @@
+"""Files of weights: Cadene's, TF-slim's and our own, read and written; see `read_weights` and `write_weights`."""
+
+from syncbn.models.weights.card import ModelCard, card_path, parse_card, read_card_beside
+from syncbn.models.weights.files import WeightsError
+from syncbn.models.weights.loading import build_network, load_into, load_network, network_with_weights
+from syncbn.models.weights.reading import Weights, read_weights
+from syncbn.models.weights.writing import write_weights
+
+__all__ = [
+    "ModelCard",
+    "Weights",
+    "WeightsError",
+    "build_network",
+    "card_path",
+    "load_into",
+    "load_network",
+    "network_with_weights",
+    "parse_card",
+    "read_card_beside",
+    "read_weights",
+    "write_weights",
+]

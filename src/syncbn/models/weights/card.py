@@ -1,0 +1,93 @@
+"""The model card: what a file of weights does not say by itself, namely the network and what it is fed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from syncbn.preprocessing import Preprocessing
+
+CARD_KEY = "syncbn_model_card"
+"""Under which safetensors' metadata and Lightning's checkpoints hold the card."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is needed to use weights.
+
+    Attributes:
+        layout: Of the file that the weights were first read from: "cadene", "slim" or "syncbn".
+        architecture: Arguments of `inception_bn`, apart from the number of classes.
+        num_classes: Outputs of the classifier; None where there is none.
+        classes: Their names, in the order of the outputs; None where they are not known.
+        preprocessing: What the network is fed.
+        image_size: Side of the square that it sees, in pixels; None where it is not known.
+        resize: Of the shorter side before the centre is cut out, in pixels; None for ``image_size``.
+    """
+
+    layout: str
+    architecture: dict[str, Any]
+    num_classes: int | None
+    classes: tuple[str, ...] | None
+    preprocessing: Preprocessing
+    image_size: int | None
+    resize: int | None
+
+    def to_json(self) -> str:
+        """The card as JSON."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+
+def parse_card(text: str | bytes, source: str) -> ModelCard:
+    """Read a card.
+
+    Args:
+        text: What `ModelCard.to_json` wrote.
+        source: Where it comes from, for messages.
+
+    Raises:
+        ValueError: It is no card; the message names the part that is wrong.
+    """
+    try:
+        content = json.loads(text)
+        names = content.pop("classes")
+        card = ModelCard(
+            classes=None if names is None else tuple(str(name) for name in names),
+            preprocessing=Preprocessing.from_dict(content.pop("preprocessing")),
+            **content,
+        )
+        _check(card)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{source} is no model card: {error}") from error
+    return card
+
+
+def _check(card: ModelCard) -> None:
+    expected: dict[str, type | tuple[type, ...]] = {"layout": str, "architecture": dict}
+    for name in ("num_classes", "image_size", "resize"):
+        expected[name] = (int, type(None))
+    for name, kind in expected.items():
+        value = getattr(card, name)
+        if not isinstance(value, kind) or (isinstance(value, int) and value < 1):
+            raise ValueError(f"{name}={value!r} is out of range")
+    if {"weights", "process_group", "num_classes"} & set(card.architecture):
+        raise ValueError("architecture names more than a network")
+    if card.classes is not None and len(card.classes) != card.num_classes:
+        raise ValueError(f"it names {len(card.classes)} classes, but num_classes={card.num_classes}")
+
+
+def card_path(weights: Path) -> Path:
+    """The file beside the weights that holds their card where they cannot: ``model.onnx`` has ``model.card.json``."""
+    return weights.with_suffix(".card.json")
+
+
+def read_card_beside(weights: Path) -> ModelCard | None:
+    """The card beside a file of weights, or None.
+
+    Raises:
+        ValueError: The file is no card.
+    """
+    path = card_path(weights)
+    return parse_card(path.read_bytes(), str(path)) if path.is_file() else None

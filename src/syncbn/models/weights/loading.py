@@ -1,0 +1,145 @@
+"""Weights into a network: what fits, what is missing, and the head of another number of classes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncbn.models.inception_bn import InceptionBN, inception_bn
+from syncbn.models.weights.files import WeightsError
+from syncbn.models.weights.reading import Weights, read_weights
+
+logger = logging.getLogger("syncbn.weights")
+
+HEAD = ("classifier.weight", "classifier.bias")
+
+
+def build_network(weights: Weights) -> InceptionBN:
+    """The network of a file, as it is there, in eval mode.
+
+    Raises:
+        ValueError: The file has no classifier, or its tensors do not make a network.
+    """
+    if weights.card.num_classes is None:
+        raise WeightsError(weights.path, "it has no classifier: fine-tune it first, with `syncbn fit --model.weights`")
+    return network_with_weights(weights, weights.card.num_classes, {}).eval()
+
+
+def network_with_weights(weights: Weights, num_classes: int, changed: dict[str, Any]) -> InceptionBN:
+    """A network with the weights of a file.
+
+    Args:
+        weights: What was read.
+        num_classes: Outputs of the network; where the file has as many, its classifier is taken.
+        changed: Arguments of `inception_bn` that count instead of the file's.
+
+    Raises:
+        ValueError: The tensors do not fit the network that the arguments describe; every difference is named.
+    """
+    arguments = weights.card.architecture | changed
+    try:
+        with torch.device("meta"):  # before memory is taken for a network of whatever size a card describes
+            skeleton = inception_bn(num_classes, **arguments)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(weights.path, f"no network is so: {error}") from error
+    _check_fit(skeleton, weights)
+    network = inception_bn(num_classes, **arguments)
+    load_into(network, weights)
+    return network
+
+
+@torch.no_grad()
+def load_into(network: InceptionBN, weights: Weights) -> None:
+    """Copy weights into a network; what could not be taken is said through the logger ``syncbn.weights``.
+
+    The classifier stays new where the file has none or one of other classes. TF-slim's 1001 classes count the
+    background first: a network of 1000 takes the others.
+
+    Raises:
+        ValueError: Another tensor is missing, is left over or has another shape; each is named.
+    """
+    tensors, said = _check_fit(network, weights)
+    state = network.state_dict()
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor.reshape(state[name].shape))
+    if said and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        logger.warning("%s (layout %s): %s", weights.path, weights.layout.name, "; ".join(said))
+
+
+def _check_fit(network: InceptionBN, weights: Weights) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors that go into a network, and what is to be said about the others.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    state = network.state_dict()
+    tensors = dict(weights.tensors)
+    said = _fit_head(tensors, state, weights)
+    if weights.unmatched:
+        said.append(f"not of Inception-BN, left out: {', '.join(weights.unmatched)}")
+    differences = _differences(tensors, state, network)
+    if differences:
+        described = ", ".join(f"{name}={value!r}" for name, value in weights.card.architecture.items())
+        raise WeightsError(
+            weights.path,
+            f"the tensors (layout {weights.layout.name}, of a network with {described or 'default arguments'})"
+            f" do not fit the network: {'; '.join(differences)}",
+        )
+    return tensors, said
+
+
+def _fit_head(tensors: dict[str, Tensor], state: dict[str, Tensor], weights: Weights) -> list[str]:
+    """Adapt or leave out the classifier among the tensors, and say what was done."""
+    wanted = len(state[HEAD[0]])
+    head = [tensors[name] for name in HEAD if name in tensors]
+    if len(head) < 2:
+        for name in HEAD:
+            tensors.pop(name, None)
+        return ["the file has no classifier: that of the network is new"]
+    found = len(head[0])
+    if found == wanted:
+        return []
+    if weights.card.layout == "slim" and found == wanted + 1:
+        tensors.update({name: tensor[1:] for name, tensor in zip(HEAD, head, strict=True)})
+        return [f"{found} classes, the background first: taken without it"]
+    for name in HEAD:
+        del tensors[name]
+    return [f"the classifier is of {found} classes: a new one of {wanted} classes"]
+
+
+def _differences(tensors: dict[str, Tensor], state: dict[str, Tensor], network: InceptionBN) -> list[str]:
+    """What does not fit, in words."""
+    found = []
+    for name, target in state.items():
+        tensor = tensors.get(name)
+        if tensor is not None:
+            if not _same_shape(tensor, target):
+                found.append(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(target.shape)}")
+            elif tensor.is_floating_point() != target.is_floating_point():
+                found.append(f"{name} is {tensor.dtype}, not {target.dtype}")
+        elif not _may_be_missing(name, network):
+            found.append(f"{name} is missing")
+    return found + [f"{name} is left over" for name in tensors if name not in state]
+
+
+def _same_shape(tensor: Tensor, target: Tensor) -> bool:
+    """Whether the shapes agree; a vector may have axes of size 1 besides, as BN's [1, C] in some files."""
+    if target.dim() == 1 and tensor.dim() > 1:
+        return tensor.numel() == len(target) == max(tensor.shape)
+    return tensor.shape == target.shape
+
+
+def _may_be_missing(name: str, network: InceptionBN) -> bool:
+    """Old files do not count batches; slim's BN has no scale; a classifier that is missing is new."""
+    no_scale = name.endswith(".bn.weight") and not network.variant.gamma
+    return name.endswith(".num_batches_tracked") or name in HEAD or no_scale
+
+
+def load_network(path: str | Path) -> InceptionBN:
+    """The network of a file of weights, in eval mode; errors as in `read_weights` and `build_network`."""
+    return build_network(read_weights(path))

@@ -1,0 +1,189 @@
+"""From a file of any known layout to tensors by our names, with the card that says what network they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from syncbn.models.inception_bn import STEM_CONV1, STEM_CONV2, TABLE, scale_channels
+from syncbn.models.variants import VARIANTS
+from syncbn.models.weights.cadene import CADENE
+from syncbn.models.weights.card import CARD_KEY, ModelCard, parse_card, read_card_beside
+from syncbn.models.weights.files import FileContent, WeightsError, read_file
+from syncbn.models.weights.layout import Layout
+from syncbn.models.weights.own import OWN
+from syncbn.models.weights.slim import SLIM
+from syncbn.preprocessing import Preprocessing, find_preprocessing
+
+LAYOUTS = (CADENE, SLIM, OWN)
+
+ANCHOR = "stem.conv2_reduce.conv.weight"
+"""A tensor that every network has, by which a layout is told."""
+
+STORED_OPTIONS = (
+    *("variant", "norm", "activation", "width_multiplier", "stem", "local_response_norm", "dropout"),
+    *("per_activation_head", "in_channels"),
+)
+"""Arguments of `inception_bn` that a Lightning checkpoint's hyperparameters hold by the same name; the others, of which
+momentum means something else there, are in ``variant_options``."""
+
+WIDTHS = [step / 32 for step in range(1, 129)]
+"""Width multipliers that are looked for in the shapes of weights without a card."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The content of a file.
+
+    Attributes:
+        path: Of the file.
+        layout: Its layout.
+        tensors: By our names, the axes in our order.
+        unmatched: Keys of the file that are of no layer of Inception-BN.
+        card: The network that they are of.
+    """
+
+    path: Path
+    layout: Layout
+    tensors: dict[str, Tensor]
+    unmatched: tuple[str, ...]
+    card: ModelCard
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read a file of weights; its kind and its layout are told by its content.
+
+    Args:
+        path: Of a file that `read_file` reads.
+
+    Raises:
+        ValueError: It cannot be read, or is of no known layout; the message names it.
+    """
+    path = Path(path).expanduser()
+    content = read_file(path)
+    layout, tensors, unmatched = _match(path, content)
+    card = _card_of(path, content) or _inferred_card(layout, tensors, content.metadata)
+    head = tensors.get("classifier.weight")
+    if head is not None and len(head) != card.num_classes:
+        raise WeightsError(path, f"its card is of {card.num_classes} classes, its classifier of {len(head)}")
+    return Weights(path, layout, tensors, tuple(sorted((*unmatched, *content.others))), card)
+
+
+def _match(path: Path, content: FileContent) -> tuple[Layout, dict[str, Tensor], list[str]]:
+    """The layout of a file, its tensors by our names, and its keys that the layout does not know."""
+    for layout in LAYOUTS:
+        found = layout.by_foreign_name(content.tensors)
+        if any(entry.ours == ANCHOR for entry in found.values()):
+            break
+    else:
+        keys = ", ".join(list(content.tensors)[:3]) or "none"
+        raise WeightsError(
+            path,
+            f"its {len(content.tensors)} tensors are of no known layout of Inception-BN ({keys} ...):"
+            " Cadene's bninception, TF-slim's inception_v2 and syncbn's own are read",
+        )
+    tensors: dict[str, Tensor] = {}
+    key_of: dict[str, str] = {}
+    for key, entry in found.items():
+        if entry.ours in key_of:
+            raise WeightsError(
+                path, f"{key_of[entry.ours]} and {key} are both {entry.ours}: give a file with one network"
+            )
+        key_of[entry.ours] = key
+        try:
+            tensors[entry.ours] = entry.axes.to_ours(content.tensors[key])
+        except (RuntimeError, IndexError) as error:
+            raise WeightsError(path, f"{key} has the shape {tuple(content.tensors[key].shape)}, not that") from error
+    return layout, tensors, [key for key in content.tensors if key not in found]
+
+
+# ---- the card, or what can be said without one ---------------------------------------------------
+
+
+def _card_of(path: Path, content: FileContent) -> ModelCard | None:
+    """The card in the file, or beside it."""
+    text = content.metadata.get(CARD_KEY)
+    return read_card_beside(path) if text is None else parse_card(text, f"{CARD_KEY} of {path}")
+
+
+def _inferred_card(layout: Layout, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> ModelCard:
+    """What the layout, a checkpoint's hyperparameters and the shapes of the tensors say."""
+    architecture = infer_architecture(layout.variant, tensors)
+    options = metadata.get("hyper_parameters")
+    if layout is OWN and isinstance(options, Mapping):
+        architecture = {name: options[name] for name in STORED_OPTIONS if options.get(name) is not None}
+        architecture |= options.get("variant_options") or {}
+    head = tensors.get("classifier.weight")
+    return ModelCard(
+        layout=layout.name,
+        architecture=architecture,
+        num_classes=None if head is None else len(head),
+        classes=None,
+        preprocessing=_preprocessing_of(architecture.get("variant", "paper")),
+        image_size=layout.image_size,
+        resize=layout.resize,
+    )
+
+
+def _preprocessing_of(variant: object) -> Preprocessing:
+    return find_preprocessing(variant if isinstance(variant, str) and variant in VARIANTS else "paper")
+
+
+def infer_architecture(variant: str | None, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of `inception_bn` that the names and the shapes of tensors betray, where they are not the default.
+
+    Args:
+        variant: Whose attributes need no mention; None takes "paper".
+        tensors: By our names.
+
+    Returns:
+        The arguments; padding, eps and activation, which leave no trace, are the variant's.
+    """
+    dense, pointwise = (tensors.get(f"stem.conv1.conv.{name}weight") for name in ("", "pointwise."))
+    first = dense if pointwise is None else tensors.get("stem.conv1.conv.depthwise.weight")
+    found: dict[str, Any] = {"variant": variant or "paper"}
+    if not any(".bn." in name for name in tensors):
+        found["norm"] = "none"
+    else:
+        attributes = {
+            "stem_norm": "stem.conv1.bn.bias" in tensors,
+            "conv_bias": "stem.conv2.conv.bias" in tensors,
+            "gamma": "stem.conv2.bn.weight" in tensors,
+        }
+        spec = asdict(VARIANTS[found["variant"]])
+        found |= {name: value for name, value in attributes.items() if value != spec[name]}
+    if (pointwise is not None) != VARIANTS[found["variant"]].separable_stem:
+        found["separable_stem"] = pointwise is not None
+    if first is not None and first.dim() == 4:
+        if first.shape[2] == 3:
+            found["stem"] = "small"
+        channels = first.shape[1] if pointwise is None else first.shape[0] // 8
+        if channels != 3:
+            found["in_channels"] = channels
+    return found | _width_and_projection(found["variant"], tensors)
+
+
+def _width_and_projection(variant: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The width multiplier and the projection of 4c and 4d, where they are not the default; nothing where none fits."""
+
+    def channels(unit: str) -> int:
+        weight = tensors.get(f"{unit}.conv.weight")
+        return 0 if weight is None or weight.dim() == 0 else weight.shape[0]
+
+    actual = [channels("stem.conv2_reduce"), channels("stem.conv2")]
+    expected = [STEM_CONV1, STEM_CONV2]
+    for row in TABLE:
+        actual.append(channels(f"inception_{row.name}.branch_3x3.spatial"))
+        expected.append(row.conv_3x3)
+    projection = channels("inception_4c.branch_pool.projection")
+    for width in [1.0, *WIDTHS]:
+        for candidate in (VARIANTS[variant].projection_4cd, 128, 96):
+            wanted = [scale_channels(count, width) for count in (*expected, candidate)]
+            if wanted == [*actual, projection]:
+                found: dict[str, Any] = {} if width == 1 else {"width_multiplier": width}
+                return found if candidate == VARIANTS[variant].projection_4cd else found | {"projection_4cd": candidate}
+    return {}

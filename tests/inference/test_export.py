@@ -1,0 +1,169 @@
+"""``syncbn export``: graphs and weights that compute what the network computes."""
+
+import contextlib
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from weights_of_noise import make_card, make_file, make_network, photos
+
+from syncbn.cli import main
+from syncbn.inference.export import Comparison
+from syncbn.models.weights import build_network, parse_card, read_weights, write_weights
+
+
+@pytest.fixture(autouse=True)
+def untouched_words(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["syncbn"])
+
+
+def export(*words):
+    main(["export", *map(str, words)])
+
+
+def images(n, channels=3):
+    return torch.randn(n, channels, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+def outputs_of(network, given):
+    with torch.no_grad():
+        return network(given)
+
+
+def test_onnx_under_onnxruntime(tmp_path, capsys):
+    onnx = pytest.importorskip("onnx", reason="the extra syncbn[export] is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra syncbn[export] is not installed")
+    weights, network = make_file(tmp_path, "cadene")
+    export(weights, "--output", tmp_path / "out.onnx")
+    assert "69 BatchNorm layers folded" in capsys.readouterr().out
+    nodes = {node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node}
+    assert "Conv" in nodes and "BatchNormalization" not in nodes
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    for n in (1, 7):
+        (actual,) = session.run(["logits"], {"images": images(n).numpy()})
+        expected = outputs_of(network, images(n))
+        assert (torch.from_numpy(actual) - expected).abs().max() < 1e-4 * max(1.0, expected.abs().max())
+        assert torch.equal(torch.from_numpy(actual).argmax(1), expected.argmax(1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "out.card.json", "out.onnx"]
+    card = parse_card((tmp_path / "out.card.json").read_text(), "the card")
+    assert card == read_weights(weights).card and card.preprocessing.colour_order == "BGR"
+
+
+def load_torchscript(path):
+    return torch.jit.load(path)
+
+
+def load_exported(path):
+    return torch.export.load(path).module()
+
+
+GRAPHS = {"torchscript": (".torchscript.pt", load_torchscript), "exported": (".pt2", load_exported)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("format", "fold"), [("torchscript", True), ("torchscript", False), ("exported", True)])
+def test_torchs_own_graphs(format, fold, tmp_path, capsys):
+    weights, network = make_file(tmp_path, "slim")
+    export(weights, f"--format={format}", f"--fold={fold}", "--images", str(photos(1)[0].parent / "n020*"))
+    output = capsys.readouterr().out
+    assert f"68 BatchNorm layers {'folded' if fold else 'kept'}" in output and "top-1 classes agree" in output
+    suffix, load = GRAPHS[format]
+    graph = load(weights.with_suffix(suffix))
+    for n in (1, 5):
+        assert (outputs_of(graph, images(n)) - outputs_of(network, images(n))).abs().max() < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("variant", ["paper", "cadene"])
+def test_a_graph_that_takes_pixels(variant, tmp_path):
+    weights, network = make_file(tmp_path, variant)
+    export(weights, "--format=torchscript", "--preprocessing=true", "--output", tmp_path / "out.pt")
+    path = photos(1)[0]
+    rgb = cv2.resize(cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB), (64, 64))
+    by_hand = (
+        rgb[:, :, ::-1] - np.array([104.0, 117.0, 128.0])
+        if variant == "cadene"
+        else (rgb / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    )
+    expected = outputs_of(network, torch.from_numpy(by_hand.transpose(2, 0, 1).copy()).float()[None])
+    actual = outputs_of(load_torchscript(tmp_path / "out.pt"), torch.from_numpy(rgb.transpose(2, 0, 1).copy())[None])
+    assert (actual - expected).abs().max() < 1e-4 * max(1.0, expected.abs().max())
+    card = parse_card((tmp_path / "out.card.json").read_text(), "the card")
+    assert (card.preprocessing.mean, card.preprocessing.std) == ((0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize(("variant", "format"), [("cadene", "cadene"), ("slim", "slim"), ("paper", "safetensors")])
+def test_weights_keep_every_bit(variant, format, tmp_path, capsys):
+    weights, network = make_file(tmp_path, variant)
+    output = tmp_path / "again" / {"cadene": "a.pth", "slim": "a.npz", "safetensors": "a.safetensors"}[format]
+    output.parent.mkdir()
+    export(weights, f"--format={format}", "--output", output)
+    assert "16 of 16 top-1 classes agree" in capsys.readouterr().out
+    again = read_weights(output)
+    assert again.layout.name == {"safetensors": "syncbn"}.get(format, format)
+    assert again.card == read_weights(weights).card
+    state = build_network(again).state_dict()
+    assert all(
+        torch.equal(state[name], tensor)
+        for name, tensor in network.state_dict().items()
+        if format != "slim" or "num_batches_tracked" not in name  # TensorFlow counts none
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_grey_network(tmp_path):
+    network = make_network(in_channels=1)
+    write_weights(network, make_card(network), tmp_path / "grey.safetensors", "safetensors")
+    export(tmp_path / "grey.safetensors", "--format=torchscript")
+    graph = load_torchscript(tmp_path / "grey.torchscript.pt")
+    assert (outputs_of(graph, images(3, 1)) - outputs_of(network, images(3, 1))).abs().max() < 1e-4
+
+
+MISTAKES = {
+    "a layout that cannot say it": (["--format=cadene"], "the layout cadene has separable_stem=False"),
+    "weights that are folded": (["--format=safetensors", "--fold=true"], "--fold true has no meaning"),
+    "weights that take pixels": (["--format=slim", "--preprocessing=true"], "--preprocessing true has no meaning"),
+    "the file itself": (["--format=safetensors"], "is the file of weights itself"),
+    "images that are not there": (["--format=exported", "--images=nowhere"], "'nowhere' names no image"),
+    "a format that does not exist": (["--format=caffe"], "format"),
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_answered_in_one_line_and_leaves_nothing(words, expected, tmp_path, capsys):
+    weights, _ = make_file(tmp_path)
+    with pytest.raises(SystemExit) as exited:
+        export(weights, *words)
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert exited.value.code == 1 and len(errors) == 1 and expected in errors[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_what_differs_is_refused_and_removed(tmp_path, capsys, monkeypatch):
+    weights, _ = make_file(tmp_path)
+    monkeypatch.setattr("syncbn.inference.export.fold_batch_norm", lambda network: make_network(seed=1))
+    with pytest.raises(SystemExit):
+        export(weights, "--format=torchscript")
+    assert "what was written does not compute what the original does" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_the_largest_difference_counts_in_relation_to_the_logits():
+    logits = torch.eye(3)
+    for factor, change, refused in ((1, 5e-5, False), (1, 2e-4, True), (10, 5e-4, False), (1, float("nan"), True)):
+        comparison = Comparison()
+        comparison.add(logits, logits)
+        comparison.add(factor * logits, factor * logits + change)
+        assert comparison.images == 6
+        with pytest.raises(ValueError, match="does not compute") if refused else contextlib.nullcontext():
+            comparison.check()
+
+
+def test_onnx_without_its_packages(tmp_path, capsys, monkeypatch):
+    weights, _ = make_file(tmp_path)
+    monkeypatch.setattr("syncbn.inference.graphs.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        export(weights)
+    assert "needs onnx, onnxscript, onnxruntime: pip install 'syncbn[export]'" in capsys.readouterr().err

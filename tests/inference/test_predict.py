@@ -1,0 +1,145 @@
+"""``syncbn predict`` on files, folders and patterns."""
+
+import csv
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from weights_of_noise import by_hand, make_card, make_file, make_network, photos
+
+from syncbn.cli import main
+from syncbn.inference.images import find_images
+from syncbn.models.weights import write_weights
+
+
+@pytest.fixture(autouse=True)
+def untouched_words(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["syncbn"])
+
+
+def predict(*words):
+    """Run the command; returns its exit status."""
+    with pytest.raises(SystemExit) as exited:
+        main(["predict", *map(str, words)])
+    return exited.value.code
+
+
+@pytest.mark.parametrize("variant", ["paper", "cadene", "slim"])
+def test_probabilities_are_those_of_the_network_on_what_the_variant_is_fed(variant, tmp_path):
+    paths = photos(5)
+    weights, network = make_file(tmp_path, variant)
+    output = tmp_path / "out.jsonl"
+    assert predict(weights, *paths, "--format=jsonl", "--top_k=10", f"--output={output}", "--batch_size=2") == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["image"] for line in lines] == [str(path) for path in paths]
+    with torch.no_grad():
+        expected = network(torch.stack([by_hand(path, variant) for path in paths])).softmax(1)
+    for line, probabilities in zip(lines, expected, strict=True):
+        found = {entry["label"]: entry["probability"] for entry in line["predictions"]}
+        assert torch.tensor([found[label] for label in range(10)]).sub(probabilities).abs().max() < 0.02
+        listed = [entry["probability"] for entry in line["predictions"]]
+        assert listed == sorted(listed, reverse=True)
+        assert line["predictions"][0]["class"] == f"name {probabilities.argmax()}"
+
+
+def test_csv_has_a_line_for_each_image_and_class(tmp_path):
+    paths = photos(3)
+    weights, _ = make_file(tmp_path)
+    output = tmp_path / "out.csv"
+    assert predict(weights, *paths, "--format=csv", "--top_k=2", f"--output={output}", "--num_workers=1") == 0
+    with output.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["image"], row["rank"]) for row in rows] == [(str(path), rank) for path in paths for rank in "12"]
+    assert all(row["class"] == f"name {row['label']}" and 0 < float(row["probability"]) <= 1 for row in rows)
+
+
+def test_several_crops_average_probabilities(tmp_path):
+    (path,) = photos(1)
+    weights, network = make_file(tmp_path)
+    output = tmp_path / "out.jsonl"
+    assert predict(weights, path, "--format=jsonl", "--top_k=10", "--crops=10", f"--output={output}") == 0
+    entries = json.loads(output.read_text())["predictions"]
+    whole = by_hand(path, "paper", 72, 72)
+    places = [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]
+    crops = torch.stack([whole[:, top : top + 64, left : left + 64] for top, left in places])
+    with torch.no_grad():
+        expected = network(torch.cat([crops, crops.flip(-1)])).softmax(1).mean(0)
+    assert (
+        torch.tensor([entry["probability"] for entry in entries]).sub(expected.sort(descending=True)[0]).abs().max()
+        < 0.02
+    )
+
+
+def test_broken_images_are_named_left_out_and_told_by_the_exit_status(tmp_path, capsys):
+    paths = photos(2)
+    weights, _ = make_file(tmp_path)
+    folder = tmp_path / "photos"
+    (folder / "deeper").mkdir(parents=True)
+    shutil.copy(paths[0], folder / "a.jpg")
+    shutil.copy(paths[1], folder / "deeper" / "c.jpg")
+    (folder / "b.png").write_bytes(b"no image")
+    (folder / "empty.jpg").touch()
+    assert predict(weights, folder, "--top_k=1") == 2
+    output, errors = capsys.readouterr()
+    assert f"{folder}/a.jpg" in output and f"{folder}/deeper/c.jpg" in output and "b.png" not in output
+    assert f"left out: cannot decode the image {folder}/b.png (8 bytes)" in errors
+    assert f"{folder}/empty.jpg" in errors and "2 of 4 images were left out" in errors
+    assert "name " in output and " %" in output
+    assert predict(weights, folder / "b.png", "--format=csv") == 2
+    assert capsys.readouterr().out.splitlines() == ["image,rank,label,class,probability"]
+
+
+def test_a_grey_network_and_one_without_names(tmp_path, capsys):
+    (path,) = photos(1)
+    network = make_network(in_channels=1)
+    write_weights(network, make_card(network, classes=None), tmp_path / "grey.safetensors", "safetensors")
+    assert predict(tmp_path / "grey.safetensors", path, "--format=csv", "--top_k=1") == 0
+    assert ",class " in capsys.readouterr().out.splitlines()[1]
+
+
+MISTAKES = {
+    "no such image": (["nowhere.jpg"], "'nowhere.jpg' names no image"),
+    "a pattern without a match": (["*.gif"], "'*.gif' names no image"),
+    "a folder without images": (["."], "'.' holds no images"),
+    "no class at all": (["model.safetensors", "--top_k=0"], "--top_k 0 must be at least 1"),
+    "other crops": (["model.safetensors", "--crops=3"], "evaluation_crops=3 must be 1, 10 or 144"),
+    "a format that does not exist": (["model.safetensors", "--format=xml"], "format"),
+    "a device that is not there": (["model.safetensors", "--device=cuda:77"], "--device cuda:77 is not there"),
+    "no images": ([], "images"),
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_answered_in_one_line(words, expected, tmp_path, capsys, monkeypatch):
+    make_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert predict("model.safetensors", *words) == 1
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("syncbn: error:") and expected in errors[0]
+
+
+def test_weights_that_do_not_say_what_they_are_fed(tmp_path, capsys):
+    network = make_network()
+    torch.save(network.state_dict(), tmp_path / "model.pth")
+    assert predict(tmp_path / "model.pth", *photos(1)) == 1
+    assert "`syncbn import FILE --image_size N" in capsys.readouterr().err
+    main(["import", str(tmp_path / "model.pth"), "--image_size=64", "--mean=[1,2,3]", "--std=[4,5,6]"])
+    sys.argv[:] = ["syncbn"]
+    assert predict(tmp_path / "model.safetensors", *photos(1)) == 0
+
+
+def test_files_folders_and_patterns(tmp_path):
+    for name in ("b.jpg", "a.PNG", "notes.txt", "in/c.webp", "in/.hidden.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(*words):
+        return [str(path.relative_to(tmp_path)) for path in find_images([f"{tmp_path}/{word}" for word in words])]
+
+    assert found("b.jpg", "notes.txt") == ["b.jpg", "notes.txt"]
+    assert found("") == ["a.PNG", "b.jpg", "in/c.webp"]
+    assert found("b.jpg", "*.jpg", "") == ["b.jpg", "a.PNG", "in/c.webp"]
+    assert found("**/*.webp") == ["in/c.webp"]
+    assert found("i*") == ["in/c.webp"]

@@ -1,0 +1,93 @@
+"""``syncbn import``."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from reference_networks import cadene_network, slim_network
+
+from syncbn.cli import main
+from syncbn.models.weights import build_network, read_weights
+
+
+@pytest.fixture(autouse=True)
+def untouched_words(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["syncbn"])
+
+
+def import_file(*words):
+    main(["import", *map(str, words)])
+
+
+def refusal(capsys, *words):
+    """What is said about words, in one line."""
+    with pytest.raises(SystemExit) as exited:
+        import_file(*words)
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert exited.value.code == 1 and len(errors) == 1 and errors[0].startswith("syncbn: error: ")
+    return errors[0]
+
+
+def test_cadene_becomes_a_file_that_needs_nothing_else(tmp_path, capsys):
+    reference = cadene_network()
+    torch.save(reference.state_dict(), tmp_path / "cadene.pth")
+    (tmp_path / "names.txt").write_text("\n".join(f"class-{number}" for number in range(10)) + "\n")
+    import_file(tmp_path / "cadene.pth", "--classes", tmp_path / "names.txt")
+    lines = capsys.readouterr().out.strip().splitlines()
+    parameters = sum(parameter.numel() for parameter in reference.parameters())
+    assert lines[0] == f"layout cadene: 485 tensors, {parameters:,} parameters"
+    assert "BGR of 224 pixels, mean [104.0, 117.0, 128.0], std [1.0, 1.0, 1.0]" in lines[2]
+    assert lines[-1] == str(tmp_path / "cadene.safetensors")
+    (tmp_path / "cadene.pth").unlink()
+    weights = read_weights(tmp_path / "cadene.safetensors")
+    assert weights.card.layout == "cadene" and weights.card.classes[3] == "class-3"
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert (build_network(weights)(images) - reference(images)).abs().max() < 1e-4
+
+
+def test_slims_background_gets_a_name(tmp_path, capsys):
+    np.savez(tmp_path / "slim.npz", **slim_network().variables)
+    (tmp_path / "names.txt").write_text("\n".join("abcdefghij"))
+    import_file(tmp_path / "slim.npz", "--classes", tmp_path / "names.txt", "--output", tmp_path / "out.safetensors")
+    assert read_weights(tmp_path / "out.safetensors").card.classes == ("background", *"abcdefghij")
+    assert "class 0 is TF-slim's background" in capsys.readouterr().out
+
+
+def test_a_file_without_a_classifier(tmp_path, capsys):
+    state = {name: tensor for name, tensor in cadene_network().state_dict().items() if "last_linear" not in name}
+    torch.save(state, tmp_path / "a.pth")
+    import_file(tmp_path / "a.pth")
+    assert "no classes" in capsys.readouterr().out
+    weights = read_weights(tmp_path / "a.safetensors")
+    assert weights.card.num_classes is None and not any("classifier" in name for name in weights.tensors)
+
+
+def test_what_the_file_does_not_say_is_given(tmp_path):
+    torch.save(cadene_network().state_dict(), tmp_path / "a.pth")
+    words = ["--image_size=96", "--resize=110", "--mean=[1,2,3]", "--std=[4,5,6]"]
+    import_file(tmp_path / "a.pth", *words)
+    card = read_weights(tmp_path / "a.safetensors").card
+    assert (card.image_size, card.resize, card.preprocessing.mean) == (96, 110, (1.0, 2.0, 3.0))
+    assert json.loads(card.to_json())["preprocessing"]["std"] == [4, 5, 6]
+
+
+def test_mistakes(tmp_path, capsys):
+    torch.save(cadene_network().state_dict(), tmp_path / "a.pth")
+    (tmp_path / "names.txt").write_text("one\ntwo\n")
+    assert "names 2 classes, the network has 10" in refusal(
+        capsys, tmp_path / "a.pth", "--classes", tmp_path / "names.txt"
+    )
+    assert "is the file itself" in refusal(capsys, tmp_path / "a.pth", "--output", tmp_path / "a.pth")
+    assert "--mean and --std belong together" in refusal(capsys, tmp_path / "a.pth", "--mean=[1,2,3]")
+    assert "there is no such file" in refusal(capsys, tmp_path / "nowhere.pth")
+    assert "nowhere.txt" in refusal(capsys, tmp_path / "a.pth", "--classes", tmp_path / "nowhere.txt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "names.txt"]
+
+
+def test_reading_weights_brings_neither_lightning_nor_opencv():
+    code = "import sys, syncbn.models.weights; sys.exit(bool({'lightning', 'cv2', 'tensorflow'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
