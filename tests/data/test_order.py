@@ -83,9 +83,17 @@ def test_a_place_costs_one_window_wherever_it_is(monkeypatch, batch):
     assert CountingStream.shuffled == 1000 + 5 * 100  # the shards, and the samples of one window
 
 
-def test_a_window_of_no_shards_is_refused():
-    with pytest.raises(ValueError, match="shuffle_window=0 must be at least 1"):
-        WindowedOrder(layout((3, 3)), 0, seed=0)
+def test_a_window_of_fewer_shards_than_none_is_refused():
+    with pytest.raises(ValueError, match="shuffle_window=-1 must not be negative"):
+        WindowedOrder(layout((3, 3)), -1, seed=0)
+
+
+def test_without_shuffling_within_shards_the_same_samples_stay_together():
+    order = WindowedOrder(layout((10,) * 6), 0, seed=0)
+    epochs = [order.samples(epoch, 0, 60).reshape(6, 10) for epoch in range(2)]
+    shards = [frozenset(map(tuple, epoch.tolist())) for epoch in epochs]
+    assert shards[0] == shards[1] == {tuple(range(first, first + 10)) for first in range(0, 60, 10)}
+    assert not np.array_equal(*epochs), "the shards are shuffled all the same"
 
 
 def test_all_samples_shuffled_as_one():

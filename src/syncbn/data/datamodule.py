@@ -64,7 +64,8 @@ class ImageDataModule(LightningDataModule):
             them in the training process.
         seed: Decides the order of the samples and their random changes.
         shuffle_window: Shards whose samples are shuffled together, of data in shards. Each process that reads holds
-            the compressed bytes of about one window / (ranks x num_workers), besides the batches under way.
+            the compressed bytes of about one window / (ranks x num_workers), besides the batches under way. 0 shuffles
+            the shards alone.
         drop_last: Whether to leave out the last global batch of an epoch where it is incomplete.
         on_read_error: "stop" ends the run at an image that cannot be read; "skip" leaves it out of its batch, and the
             number of those left out is printed at the end of the epoch.

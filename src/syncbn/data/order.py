@@ -75,17 +75,20 @@ class WindowedOrder:
 
     Args:
         layout: Which samples lie in which shard.
-        shuffle_window: Shards of a window; the last window of an epoch may have fewer.
+        shuffle_window: Shards of a window; the last window of an epoch may have fewer. 0 for windows of one shard
+            whose samples are not shuffled: what the paper compares with, to measure what shuffling brings.
         seed: Of the run.
 
     Raises:
-        ValueError: ``shuffle_window`` is less than 1.
+        ValueError: ``shuffle_window`` is negative.
     """
 
     def __init__(self, layout: ShardLayout, shuffle_window: int, seed: int) -> None:
-        if shuffle_window < 1:
-            raise ValueError(f"shuffle_window={shuffle_window} must be at least 1: it counts shards")
+        if shuffle_window < 0:
+            raise ValueError(f"shuffle_window={shuffle_window} must not be negative: it counts shards")
         self.layout = layout
+        self.shuffles_samples = shuffle_window > 0
+        shuffle_window = max(1, shuffle_window)
         self.shuffle_window = shuffle_window
         self.seed = seed
         self.num_samples = int(layout.starts[-1])
@@ -113,9 +116,10 @@ class WindowedOrder:
         shards = self._shards[number * self.shuffle_window :][: self.shuffle_window]
         starts = self.layout.starts
         samples = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards])
-        # Stream 0 of the epoch has shuffled the shards.
-        shuffled = random_stream(self.seed, epoch, number + 1, ORDER_STREAM).permutation(samples)
-        self._window_key, self._window = (epoch, number), Window(int(self._starts[number]), shuffled)
+        if self.shuffles_samples:
+            # Stream 0 of the epoch has shuffled the shards.
+            samples = random_stream(self.seed, epoch, number + 1, ORDER_STREAM).permutation(samples)
+        self._window_key, self._window = (epoch, number), Window(int(self._starts[number]), samples)
         return self._window
 
     def window_at(self, epoch: int, position: int) -> int:

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from syncbn.training.batch_arithmetic import BatchArithmetic
     from syncbn.training.class_report import ClassReport
     from syncbn.training.classifier import ImageClassifier
+    from syncbn.training.covariate_shift import CovariateShift
     from syncbn.training.curves import CurvesPlot
     from syncbn.training.evaluation import Ensemble
+    from syncbn.training.finite import StopAtNonFinite
     from syncbn.training.left_out import LeftOutImages
     from syncbn.training.plugins import SyncBatchNormPlugin
     from syncbn.training.polyak import PolyakAveraging
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 MODULES = {
     "BatchArithmetic": "batch_arithmetic",
     "ClassReport": "class_report",
+    "CovariateShift": "covariate_shift",
     "CurvesPlot": "curves",
     "Ensemble": "evaluation",
     "GradualUnfreezing": "unfreezing",
@@ -34,6 +37,7 @@ MODULES = {
     "PredictionTable": "predictions",
     "RecallAtK": "retrieval",
     "RunRecord": "runs",
+    "StopAtNonFinite": "finite",
     "SyncBatchNormPlugin": "plugins",
     "SynchronisedDDPStrategy": "strategies",
 }
@@ -41,6 +45,7 @@ MODULES = {
 __all__ = [
     "BatchArithmetic",
     "ClassReport",
+    "CovariateShift",
     "CurvesPlot",
     "Ensemble",
     "GradualUnfreezing",
@@ -50,6 +55,7 @@ __all__ = [
     "PredictionTable",
     "RecallAtK",
     "RunRecord",
+    "StopAtNonFinite",
     "SyncBatchNormPlugin",
     "SynchronisedDDPStrategy",
 ]

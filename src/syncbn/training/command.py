@@ -18,6 +18,7 @@ from syncbn.data import ImageDataModule
 from syncbn.training.classifier import ImageClassifier
 from syncbn.training.curves import CurvesPlot
 from syncbn.training.evaluation import load_ensemble
+from syncbn.training.finite import StopAtNonFinite
 from syncbn.training.left_out import LeftOutImages
 from syncbn.training.model_card import choose_preprocessing
 from syncbn.training.predictions import PredictionTable
@@ -164,7 +165,7 @@ class SyncBNCLI(LightningCLI):
         callbacks: list[Any] = []
         if self.subcommand == "fit" and not config.get("fast_dev_run"):
             kwargs["logger"] = self._loggers(config.get("logger"))
-            callbacks = [RunRecord(), CurvesPlot(), last_checkpoint()]
+            callbacks = [RunRecord(), CurvesPlot(), last_checkpoint(), StopAtNonFinite()]
         elif self.subcommand != "fit":
             kwargs["logger"] = False
         if self.subcommand == "predict":

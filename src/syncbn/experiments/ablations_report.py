@@ -1,0 +1,175 @@
+"""What becomes of the ablations: a table, a plot, a report."""
+
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from syncbn.experiments.markdown import markdown_table
+from syncbn.experiments.recipe_runs import ValidationCurve
+from syncbn.training.runs import git_revision
+
+RATE_SECTION = "learning rate"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One training of the ablations.
+
+    Attributes:
+        section: Of the report.
+        label: What was changed, in the report.
+        changes: The same, as keys of the config with values.
+        seed: Of the training.
+        curve: Its evaluations.
+    """
+
+    section: str
+    label: str
+    changes: dict[str, Any]
+    seed: int
+    curve: ValidationCurve
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss was not finite any more."""
+        return self.curve.diverged_after is not None
+
+    @property
+    def final(self) -> float:
+        """Accuracy at the end, in 0..1; 0 where the training diverged."""
+        return 0.0 if self.diverged or not len(self.curve.top1) else float(self.curve.top1[-1])
+
+
+def write_report(folder: Path, outcomes: Sequence[Outcome], config: dict[str, Any], num_classes: int) -> str:
+    """Write ``ablations.csv``, ``ablations.png`` and ``ablations.md``.
+
+    Args:
+        folder: Where to.
+        outcomes: Of the trainings so far.
+        config: What they have in common, by dotted names.
+        num_classes: Of the data.
+
+    Returns:
+        The report in Markdown.
+    """
+    _write_table(outcomes, folder / "ablations.csv")
+    _plot(outcomes, folder / "ablations.png")
+    text = _report(outcomes, config, num_classes)
+    (folder / "ablations.md").write_text(text)
+    return text
+
+
+def trains(outcomes: Sequence[Outcome], num_classes: int) -> bool:
+    """Whether trainings of several seeds all ended, and on average with twice the accuracy of guessing, or more."""
+    return not any(o.diverged for o in outcomes) and float(np.mean([o.final for o in outcomes])) >= 2 / num_classes
+
+
+def _write_table(outcomes: Sequence[Outcome], path: Path) -> None:
+    with path.open("w", newline="") as lines:
+        writer = csv.writer(lines)
+        writer.writerow(["section", "trial", "seed", "final_top1", "best_top1", "steps", "diverged_after"])
+        for o in outcomes:
+            steps = int(o.curve.steps[-1]) if len(o.curve.steps) else 0
+            accuracies = [f"{o.final:.4f}", f"{o.curve.best:.4f}"]
+            writer.writerow([o.section, o.label, o.seed, *accuracies, steps, o.curve.diverged_after])
+
+
+def _report(outcomes: Sequence[Outcome], config: dict[str, Any], num_classes: int) -> str:
+    seeds = len({o.seed for o in outcomes})
+    versions = ", ".join(f"{name} {version(name)}" for name in ("syncbn", "torch", "lightning"))
+    rows = [[section, label, _accuracies(of_trial)] for (section, label), of_trial in _trials(outcomes).items()]
+    return (
+        "\n\n".join(
+            [
+                "# What BatchNorm makes possible, and what it makes superfluous",
+                f"`{' '.join(['syncbn', *sys.argv[1:]])}`",
+                "![Ablations](ablations.png)",
+                f"Top-1 accuracy of the last evaluation, {seeds} seed{'s' if seeds > 1 else ''}; with BN except where"
+                " it says otherwise. One thing at a time differs from the config:"
+                f" {', '.join(f'{key} {value}' for key, value in config.items())}. {versions},"
+                f" git {git_revision(Path(__file__).parent)}.",
+                markdown_table(["what", "value", "accuracy"], rows),
+                *_ranges(outcomes, num_classes),
+                *(["One seed: differences of a few points are within chance."] if seeds == 1 else []),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _trials(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
+    """The outcomes of each trial, one a seed."""
+    trials: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        trials.setdefault((outcome.section, outcome.label), []).append(outcome)
+    return trials
+
+
+def _accuracies(of_trial: Sequence[Outcome]) -> str:
+    if all(o.diverged for o in of_trial):
+        return "diverged"
+    diverged = sum(o.diverged for o in of_trial)
+    finals = [100 * o.final for o in of_trial if not o.diverged]
+    text = f"{np.mean(finals):.2f} %"
+    text += f" ({min(finals):.2f} to {max(finals):.2f})" if len(finals) > 1 else ""
+    return text + (f", {diverged} diverged" if diverged else "")
+
+
+def _ranges(outcomes: Sequence[Outcome], num_classes: int) -> list[str]:
+    """In words, the learning rates that train with and without BatchNorm."""
+    lines = []
+    for norm, network in (("none", "Without"), ("batch", "With")):
+        rates = [
+            of_trial[0].changes["model.learning_rate_per_32_images"]
+            for (section, _), of_trial in _trials(outcomes).items()
+            if section == RATE_SECTION and of_trial[0].changes["model.norm"] == norm and trains(of_trial, num_classes)
+        ]
+        found = f"from {min(rates):g} to {max(rates):g}" if rates else "none of those tried"
+        lines.append(f"{network} BN these learning rates train (at least twice the accuracy of guessing): {found}.")
+    return lines
+
+
+def _plot(outcomes: Sequence[Outcome], picture: Path) -> None:
+    # Not pyplot: it would choose a windowing system and keep every figure.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    sweep, bars = figure.subplots(1, 2)
+    _draw_sweep(sweep, [o for o in outcomes if o.section == RATE_SECTION])
+    others = {key: of_trial for key, of_trial in _trials(outcomes).items() if key[0] != RATE_SECTION}
+    names = [f"{section}: {label}" for section, label in others]
+    finals = [[100 * o.final for o in of_trial] for of_trial in others.values()]
+    bars.barh(names, [np.mean(values) for values in finals], color="C0", alpha=0.6)
+    for name, values in zip(names, finals, strict=True):
+        bars.plot(values, [name] * len(values), "k.", markersize=4)
+    bars.invert_yaxis()
+    bars.set_xlabel("final top-1 accuracy, %")
+    if finals:
+        bars.set_xlim(max(0, min(map(min, finals)) - 5), max(map(max, finals)) + 1)
+    bars.set_title("with BN, one thing changed")
+    figure.savefig(picture, dpi=90)
+
+
+def _draw_sweep(axes: Any, outcomes: Sequence[Outcome]) -> None:
+    """Accuracy against the learning rate; what diverged is a cross at 0."""
+    for norm, label, style in (("batch", "with BN", "C0o-"), ("none", "without BN", "C3s--")):
+        of_network = [o for o in outcomes if o.changes["model.norm"] == norm]
+        trials = _trials(of_network).values()
+        rates = [of_trial[0].changes["model.learning_rate_per_32_images"] for of_trial in trials]
+        axes.semilogx(rates, [100 * np.mean([o.final for o in t]) for t in trials], style, label=label, markersize=4)
+        diverged = [o.changes["model.learning_rate_per_32_images"] for o in of_network if o.diverged]
+        axes.plot(diverged, [0] * len(diverged), "kx", markersize=9)
+    axes.plot([], [], "kx", label="diverged")
+    axes.set_xlabel("learning rate per 32 images")
+    axes.set_ylabel("final top-1 accuracy, %")
+    axes.set_title("higher learning rates")
+    axes.grid(alpha=0.3)
+    axes.legend()

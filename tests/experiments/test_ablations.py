@@ -1,0 +1,109 @@
+"""The ablations: what is tried, what is reported, and one real run of the command."""
+
+import csv
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from syncbn.cli import main
+from syncbn.experiments.ablations import all_trials, run_name
+from syncbn.experiments.ablations_report import Outcome, trains, write_report
+from syncbn.experiments.recipe_runs import ValidationCurve
+
+CONFIG = Path(__file__).parents[2] / "configs" / "ablations.yaml"
+CONFIGURED = {"model.weight_decay": 5e-4, "model.learning_rate_per_32_images": 0.03}
+
+
+def outcome(norm: str, rate: float, final: float, seed: int = 0, diverged: int | None = None) -> Outcome:
+    changes = {"model.norm": norm, "model.learning_rate_per_32_images": rate}
+    curve = ValidationCurve(np.array([5, 10]), np.array([0.9, final]), diverged)
+    return Outcome("learning rate", f"{norm}, {rate:g}", changes, seed, curve)
+
+
+def test_what_is_tried():
+    trials = all_trials(CONFIGURED, [0.03, 0.3], in_shards=True)
+    sections = [trial.section for trial in trials]
+    assert {section: sections.count(section) for section in sections} == {
+        "learning rate": 4,
+        "dropout": 2,
+        "L2": 3,
+        "shuffling within shards": 2,
+    }
+    assert [t.changes["model.weight_decay"] for t in trials if t.section == "L2"] == pytest.approx([5e-4, 1e-4, 0])
+    assert len(all_trials(CONFIGURED, [0.03, 0.3], in_shards=False)) == 9
+    names = [run_name(trial, CONFIGURED) for trial in trials]
+    assert names.count("as_configured") == 4  # with BN at the rate, no dropout, L2 and shuffling as they are
+    assert len(set(names)) == 8 and "norm=none" in names and "shuffle_window=0" in names
+
+
+def test_what_trains():
+    assert trains([outcome("batch", 1, 0.3), outcome("batch", 1, 0.2, seed=1)], num_classes=10)
+    assert not trains([outcome("batch", 1, 0.15)], num_classes=10)
+    assert not trains([outcome("batch", 1, 0.9), outcome("batch", 1, 0.9, 1, diverged=7)], num_classes=10)
+
+
+def test_the_report(tmp_path):
+    l2 = Outcome("L2", "none (0)", {}, 0, ValidationCurve(np.array([5, 10]), np.array([0.9, 0.91])))
+    outcomes = [
+        *(outcome("none", rate, final) for rate, final in ((0.01, 0.5), (0.1, 0.1))),
+        outcome("none", 1.0, 0.1, diverged=3),
+        *(outcome("batch", rate, final) for rate, final in ((0.01, 0.6), (0.1, 0.8), (1.0, 0.4))),
+        l2,
+    ]
+    report = write_report(tmp_path, outcomes, {"data.root": "fashion-mnist"}, num_classes=10)
+    assert "| learning rate | none, 1 | diverged |" in report and "| L2 | none (0) | 91.00 % |" in report
+    assert (
+        "Without BN these learning rates train (at least twice the accuracy of guessing): from 0.01 to 0.01" in report
+    )
+    assert "With BN these learning rates train (at least twice the accuracy of guessing): from 0.01 to 1." in report
+    assert (tmp_path / "ablations.md").read_text() == report
+    with (tmp_path / "ablations.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["final_top1"] for row in rows][:3] == ["0.5000", "0.1000", "0.0000"]
+    assert rows[2]["diverged_after"] == "3" and rows[0]["best_top1"] == "0.9000"
+    assert cv2.imread(str(tmp_path / "ablations.png")) is not None
+
+
+def command(*words: str) -> None:
+    main(["paper", "ablations", f"--recipe={CONFIG}", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds=0"], "seeds=0 must be at least 1"),
+        (["--learning_rates=[]"], "learning_rates=[] must be positive"),
+        (["--learning_rates=[0.1, -1]"], "must be positive"),
+        (["--recipe=nowhere.yaml"], "there is no nowhere.yaml"),
+        (["--options=[--data.root]"], "'--data.root' must have the form --key=value"),
+        (["--options=[--data.root=/no/such/folder]"], "no data at '/no/such/folder'"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["syncbn"])
+    with pytest.raises(SystemExit) as exited:
+        command(*words)
+    assert exited.value.code == 1
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_command_trains_and_reads_what_it_has_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["syncbn"])
+    quick = ["data.image_size=8", "trainer.limit_train_batches=2", "trainer.limit_val_batches=2"]
+    options = ["trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+    listed = ", ".join(f"--{option}" for option in [*quick, *options])
+    words = ["--output=out", "--learning_rates=[0.03]", f"--options=[{listed}]"]
+    command(*words)
+    report = (tmp_path / "out" / "ablations.md").read_text()
+    assert len([line for line in report.splitlines() if line.startswith("| ")]) == 2 + 7
+    runs = tmp_path / "out" / "runs" / "seed_0"
+    assert len([path for path in runs.iterdir() if (path / "finished").is_file()]) == 5
+    logs = {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.csv")}
+    command(*words)
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.csv")} == logs
