@@ -50,6 +50,9 @@ class ImageClassifier(Evaluated):
         stem: "imagenet", or "small" for images of 28 to 64 pixels.
         local_response_norm: GoogLeNet's, in the stem (the paper's Inception and BN-Baseline have it).
         dropout: Probability of dropping a feature before the classifier.
+        per_activation_head: Size of the training images in pixels, to normalise each activation of the last module
+            by itself (section 4.2.3, for the ensemble). Null normalises each feature map.
+        init_scale: Factor on the initial weights of the convolutions (section 4.2.3, for the ensemble).
         learning_rate_per_32_images: Initial learning rate for a batch of 32 images; scaled in proportion to
             global_batch_size.
         momentum: Of SGD.
@@ -98,6 +101,8 @@ class ImageClassifier(Evaluated):
         stem: str = "imagenet",
         local_response_norm: bool = False,
         dropout: float = 0.0,
+        per_activation_head: int | None = None,
+        init_scale: float = 1.0,
         learning_rate_per_32_images: float = 0.045,
         momentum: float = 0.9,
         nesterov: bool = False,
@@ -139,6 +144,8 @@ class ImageClassifier(Evaluated):
             stem=stem,
             local_response_norm=local_response_norm,
             dropout=dropout,
+            per_activation_head=per_activation_head,
+            init_scale=init_scale,
             in_channels=in_channels,
             weights=weights,
             **checked_variant_options(variant_options),
@@ -232,7 +239,7 @@ class ImageClassifier(Evaluated):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add a classifier's model card, by which `syncbn predict` and others use the weights with no config."""
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule = getattr(self._trainer, "datamodule", None)  # self.trainer raises where there is none
         if isinstance(datamodule, ImageDataModule) and not self.recall:
             checkpoint[CARD_KEY] = make_card(self.network, datamodule).to_json()
 

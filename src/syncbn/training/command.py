@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from syncbn.data import ImageDataModule
 from syncbn.training.classifier import ImageClassifier
 from syncbn.training.curves import CurvesPlot
-from syncbn.training.evaluation import load_ensemble
+from syncbn.training.evaluation import check_same_task, load_ensemble
 from syncbn.training.finite import StopAtNonFinite
 from syncbn.training.left_out import LeftOutImages
 from syncbn.training.model_card import choose_preprocessing
+from syncbn.training.population import StatisticsTrainer
 from syncbn.training.predictions import PredictionTable
 from syncbn.training.retrieval import NEIGHBOURS
 from syncbn.training.runs import RunRecord, run_folder, run_loggers
@@ -52,15 +54,23 @@ NO_CONCERN_WITHOUT_TRAINING = (
 class SyncBNCLI(LightningCLI):
     """LightningCLI for `ImageClassifier` and `ImageDataModule`."""
 
+    checkpoint_hparams: Mapping[str, Any] = {}  # of ckpt_path
+
     def __init__(self) -> None:
         quieten()
         super().__init__(
             ImageClassifier,
             ImageDataModule,
+            trainer_class=StatisticsTrainer,
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and one that estimates population statistics; with the arguments that are not options."""
+        return {**LightningCLI.subcommands(), "statistics": {"model", "datamodule"}}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that raises its errors rather than print the usage and exit."""
@@ -114,7 +124,7 @@ class SyncBNCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})  # a checkpoint may come from anywhere: run no code of it
-        if subcommand != "fit":
+        if subcommand not in ("fit", "statistics"):
             parser.add_argument(
                 "--checkpoints",
                 type=list[str],
@@ -137,11 +147,12 @@ class SyncBNCLI(LightningCLI):
         if not path or not Path(path).is_file():  # a missing one is reported by Lightning, as are "best" and "last"
             return
         try:
-            torch.load(path, map_location="meta", weights_only=True, mmap=True)
+            checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
         except Exception as error:  # whatever unpickling junk may raise
             raise ValueError(
                 f"--ckpt_path {path} is not a checkpoint of tensors only: {type(error).__name__}"
             ) from error
+        self.checkpoint_hparams = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
 
     def before_instantiate_classes(self) -> None:
         """Only a fit has a run folder, in which its config is saved."""
@@ -153,9 +164,10 @@ class SyncBNCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Several checkpoints become one model, the mean of their class probabilities."""
         super().instantiate_classes()
-        checkpoints = [] if self.subcommand == "fit" else self._get(self.config, "checkpoints")
+        checkpoints, ckpt_path = self._get(self.config, "checkpoints", []), self._get(self.config, "ckpt_path")
+        check_same_task(f"--ckpt_path {ckpt_path}", self.checkpoint_hparams, self.model.hparams)
         if checkpoints:
-            if self._get(self.config, "ckpt_path"):
+            if ckpt_path:
                 raise ValueError("--ckpt_path and --checkpoints exclude each other: leave one out")
             self.model = load_ensemble(checkpoints, self.model)
 

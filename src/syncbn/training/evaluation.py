@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,13 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from syncbn.data.batches import ImageBatch
+
+SAME_TASK = {
+    "num_classes": "give it data of the same classes",
+    "in_channels": "give it data of the same kind, grey or coloured",
+    "variant": "all of them, and the config, must be of one variant, whose input is prepared in its way",
+}
+"""Hyperparameters that a checkpoint must have in common with the config, and what to do where it has not."""
 
 
 class Evaluated(LightningModule, ABC):
@@ -121,22 +128,45 @@ def load_ensemble(paths: Sequence[str], like: Any) -> Ensemble:
     Raises:
         ValueError: A file is no checkpoint of an ImageClassifier, or of one with other classes, channels or variant.
     """
-    members = []
-    for path in paths:
-        if not Path(path).is_file():
-            raise ValueError(f"--checkpoints: there is no file {path}")
-        try:
-            member = type(like).load_from_checkpoint(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever unpickling junk, or a foreign checkpoint, may raise
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"--checkpoints: {path} is not a checkpoint of syncbn's: {reason}") from error
-        for name in ("num_classes", "in_channels", "variant"):
-            if member.hparams[name] != like.hparams[name]:
-                raise ValueError(
-                    f"--checkpoints: {path} has {name}={member.hparams[name]}, the config {like.hparams[name]}"
-                )
-        members.append(member)
+    members = [load_member(path, type(like)) for path in paths]
+    for path, member in zip(paths, members, strict=True):
+        check_same_task(f"--checkpoints: {path}", member.hparams, like.hparams)
     return Ensemble(members, like.hparams["num_classes"])
+
+
+def load_member(path: str, kind: Any) -> Any:
+    """Build the network of a checkpoint as it was trained.
+
+    Args:
+        path: Of the checkpoint.
+        kind: The class of the network: ImageClassifier.
+
+    Raises:
+        ValueError: There is no such file, or it is no checkpoint of such a network.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--checkpoints: there is no file {path}")
+    try:
+        return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling junk, or a foreign checkpoint, may raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--checkpoints: {path} is not a checkpoint of syncbn's: {reason}") from error
+
+
+def check_same_task(checkpoint: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose classes, channels or variant are not those of the config and its data.
+
+    Args:
+        checkpoint: How a message calls it.
+        found: The hyperparameters in it; one that it does not have is not looked at.
+        wanted: Those of the network that is configured.
+
+    Raises:
+        ValueError: One differs; the message names it and both values.
+    """
+    for name, remedy in SAME_TASK.items():
+        if name in found and found[name] != wanted[name]:
+            raise ValueError(f"{checkpoint} has {name}={found[name]}, the config {wanted[name]}: {remedy}")
 
 
 def accuracy_metrics(num_classes: int) -> nn.ModuleDict:

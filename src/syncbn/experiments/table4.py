@@ -1,0 +1,125 @@
+"""Figure 4 of Ioffe & Szegedy 2015, a table: single crop, 144 crops, and an ensemble, on our checkpoints."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from syncbn.data import ImageDataModule
+from syncbn.training import ImageClassifier
+from syncbn.training.command import TRAINER_DEFAULTS, quieten
+from syncbn.training.evaluation import Evaluated, check_same_task, load_ensemble, load_member
+
+MULTICROP = 144
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        model: What was evaluated.
+        resolution: Pixels of a crop's side.
+        crops: Of each image.
+        models: Networks whose probabilities are averaged.
+        top1_error: In 0..1; None where it is not stated.
+        top5_error: In 0..1.
+    """
+
+    model: str
+    resolution: int
+    crops: int
+    models: int
+    top1_error: float | None
+    top5_error: float
+
+
+PAPER = (
+    Row("paper: GoogLeNet ensemble", 224, 144, 7, None, 0.0667),
+    Row("paper: BN-Inception single crop", 224, 1, 1, 0.252, 0.0782),
+    Row("paper: BN-Inception multicrop", 224, 144, 1, 0.2199, 0.0582),
+    Row("paper: BN-Inception ensemble", 224, 144, 6, 0.201, 0.049),
+)
+
+
+def table4(
+    data: str,
+    checkpoints: list[str],
+    output: Path | None = None,
+    image_size: int = 224,
+    resize: int = 256,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    devices: int | str = "auto",
+    accelerator: str = "auto",
+) -> None:
+    """Validate checkpoints with 1 and with 144 crops, and as an ensemble; print a table beside the paper's Figure 4.
+
+    Args:
+        data: Any data of `syncbn fit`; their validation images are used.
+        checkpoints: Of `syncbn fit` or `syncbn statistics`, all of one variant.
+        output: Where to write the Markdown too.
+        image_size: Side of a crop in pixels; that of the training.
+        resize: Pixels of the shorter side, to which an image is resized for a single crop.
+        batch_size: Crops evaluated at a time, over all processes.
+        num_workers: Processes of each rank that prepare images.
+        devices: How many processes: CPU cores, or GPUs where there are any.
+        accelerator: Lightning's name of what to run on.
+
+    Raises:
+        ValueError: There is no checkpoint, one cannot be read, they are of different variants or classes, or the data
+            have others.
+    """
+    if not checkpoints:
+        raise ValueError("table4 needs checkpoints: '[a.ckpt, ...]'")
+    quieten()
+    members = [load_member(path, ImageClassifier) for path in checkpoints]
+    first = members[0]
+    for path, member in zip(checkpoints, members, strict=True):
+        check_same_task(f"--checkpoints: {path}", member.hparams, first.hparams)
+    trainer = Trainer(
+        accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False, **TRAINER_DEFAULTS
+    )
+    images: dict[int, ImageDataModule] = {}
+    for crops, side in ((1, resize), (MULTICROP, None)):
+        variant = first.hparams["variant"]
+        images[crops] = ImageDataModule(
+            batch_size, data, image_size, None, side, crops, variant, num_workers=num_workers
+        )
+    check_same_task(f"--checkpoints: {checkpoints[0]}", first.hparams, of_data(images[1], first.hparams))
+    rows = []
+    for path, member in zip(checkpoints, members, strict=True):
+        rows += [evaluate(trainer, member, images[crops], Path(path).name, 1) for crops in images]
+    if len(members) > 1:
+        ensemble = load_ensemble(checkpoints, first)
+        rows.append(evaluate(trainer, ensemble, images[MULTICROP], f"ensemble of {len(members)}", len(members)))
+    table = markdown([*rows, *PAPER], f"{len(images[1].sets.validation):,} validation images of {data}")
+    if trainer.is_global_zero:
+        print(table)
+        if output is not None:
+            output.write_text(table)
+
+
+def of_data(data: ImageDataModule, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a network, but with the classes and channels of the data."""
+    return {**hparams, "num_classes": data.num_classes, "in_channels": data.channels}
+
+
+def evaluate(trainer: Trainer, model: Evaluated, data: ImageDataModule, name: str, models: int) -> Row:
+    """Validate, with as many crops as the data are cut into."""
+    [metrics] = trainer.validate(model, datamodule=data, verbose=False)
+    errors = (1 - metrics["val_top1"], 1 - metrics["val_top5"])
+    return Row(name, data.image_size, data.crops.count, models, *errors)
+
+
+def markdown(rows: Sequence[Row], images: str) -> str:
+    """The table; errors in per cent."""
+    lines = [f"Single-crop, multicrop and ensemble error on {images}; the paper's: on ImageNet's 50,000.", ""]
+    lines += ["| model | resolution | crops | models | top-1 error | top-5 error |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        top1 = "-" if row.top1_error is None else f"{100 * row.top1_error:.2f} %"
+        cells = (row.model, row.resolution, row.crops, row.models, top1, f"{100 * row.top5_error:.2f} %")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,193 @@
+"""``syncbn paper figure2``: the table against numbers worked out by hand, and the command itself on noise."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from shard_cases import make_shards
+from syncbn.cli import main
+from syncbn.experiments.figure2 import figure2
+from syncbn.experiments.figure2_models import MODELS, NEGATIVES
+from syncbn.experiments.figure2_report import Result, compare, write_report
+from syncbn.experiments.recipe_runs import ValidationCurve, claimed_folder, validation_curve
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "imagenet"
+
+
+def curve(*points: float, diverged_after: int | None = None) -> ValidationCurve:
+    """Accuracies after 10, 20, ... steps."""
+    return ValidationCurve(10 * np.arange(1, len(points) + 1), np.array(points), diverged_after)
+
+
+def results() -> list[Result]:
+    """Two seeds: BN-x5 matches after 20 and 10 of 40 steps, BN-x30 with the second seed only, the sigmoid never."""
+    inception, _, x5, x30, sigmoid = MODELS
+    first = [(inception, curve(0.1, 0.3, 0.2, 0.5)), (x5, curve(0.4, 0.5, 0.6, 0.6)), (x30, curve(0.1, 0.2, 0.3, 0.49))]
+    first += [(sigmoid, curve(0.1, 0.2, 0.2, 0.2)), (NEGATIVES[0], curve(0.1, 0.1, diverged_after=7))]
+    second = [(inception, curve(0.1, 0.2, 0.3, 0.4)), (x5, curve(0.5, 0.5, 0.6, 0.8)), (x30, curve(0.1, 0.1, 0.5, 0.7))]
+    return [Result(model, 0, found) for model, found in first] + [Result(model, 1, found) for model, found in second]
+
+
+def test_steps_to_match_and_ratios_by_hand():
+    found = [(row.result.model.name, row.result.seed, row.steps_to_match, row.ratio) for row in compare(results())]
+    assert found == [
+        ("inception", 0, 40, 1.0),
+        ("bn_x5", 0, 20, 2.0),
+        ("bn_x30", 0, None, None),
+        ("bn_x5_sigmoid", 0, None, None),
+        ("inception_x5", 0, None, None),
+        ("inception", 1, 40, 1.0),
+        ("bn_x5", 1, 10, 4.0),
+        ("bn_x30", 1, 30, pytest.approx(4 / 3)),
+    ]
+
+
+def test_a_curve_counts_the_first_evaluation_that_is_as_good():
+    assert curve(0.1, 0.6, 0.4, 0.6).steps_to(0.6) == 20
+    assert curve(0.1, 0.6, 0.4).steps_to(0.7) is None
+    assert curve().best == 0.0 and curve().steps_to(0.1) is None
+
+
+def test_the_report_says_what_is_in_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["syncbn", "paper", "figure2", "some data"])
+    report = write_report(tmp_path, results(), 32, {"options": ["--data.root=x"], "learning_rate_per_32_images": 0.01})
+    lines = report.splitlines()
+    assert "    syncbn paper figure2 'some data'" in lines and "Seeds: 0, 1." in lines
+    assert "| BN-x5 | 15 (10 to 20) | 3.0 (2.0 to 4.0) | 2.1 M | 14.8 | 70.0 % (60.0 % to 80.0 %) | 73.0 % |" in lines
+    x30 = next(line for line in lines if line.startswith("| BN-x30"))
+    assert "| 30 (30 to 30); not reached by 1 of 2 seeds |" in x30 or "| 30; not reached by 1 of 2 seeds |" in x30
+    assert x30.split("|")[5].strip() == "11.5"
+    assert "| BN-x5-Sigmoid | not reached | - | - | - | 20.0 % | 69.8 % |" in lines
+    assert lines[-1].endswith("not finite after 7 steps.")
+    with (tmp_path / "figure2.csv").open(newline="") as points:
+        rows = list(csv.DictReader(points))
+    assert len(rows) == 4 * 4 + 2 + 3 * 4
+    assert rows[1] == {"model": "inception", "seed": "0", "steps": "20", "images": "640", "top1": "0.3"}
+    with (tmp_path / "table.csv").open(newline="") as table:
+        assert [row["steps_to_match"] for row in csv.DictReader(table)] == ["40", "20", "", "", "", "40", "10", "30"]
+    assert cv2.imread(str(tmp_path / "figure2.png")).std() > 10
+
+
+def write_log(folder: Path, version: int, text: str) -> None:
+    (folder / f"version_{version}").mkdir(parents=True)
+    (folder / f"version_{version}" / "metrics.csv").write_text("step,train_loss,val_top1\n" + text)
+
+
+def test_the_curve_of_an_interrupted_run_is_put_together(tmp_path):
+    write_log(tmp_path, 0, "0,2.0,\n1,,0.25\n3,,0.5\n5,,0.1\n")  # killed after step 6, resumed after step 4
+    write_log(tmp_path, 1, "4,2.0,\n5,,0.75\n7,,0.5\n")
+    found = validation_curve(tmp_path)
+    assert found.steps.tolist() == [2, 4, 6, 8] and found.top1.tolist() == [0.25, 0.5, 0.75, 0.5]
+    assert found.diverged_after is None
+    write_log(tmp_path, 10, "8,inf,\n9,nan,\n9,,0.1\n")
+    assert validation_curve(tmp_path).diverged_after == 8
+
+
+def claim(folder: Path, rate: float) -> None:
+    with claimed_folder(folder, {"rate": rate, "options": ["a"]}):
+        pass
+
+
+def test_runs_with_other_settings_or_of_another_command_are_refused(tmp_path):
+    with claimed_folder(tmp_path, {"rate": 1.0, "options": ["a"]}), pytest.raises(ValueError, match="is in use"):
+        claim(tmp_path, 1.0)
+    claim(tmp_path, 1.0)
+    with pytest.raises(ValueError, match=r"holds runs with rate=1\.0, and this is rate=2\.0"):
+        claim(tmp_path, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": 0}, "images=0 must be at least 1"),
+        ({"seeds": 0}, "seeds=0 must be at least 1"),
+        ({"models": ["bn_x5"]}, "the first must be inception"),
+        ({"models": ["inception", "bn_x6"]}, "the rest of bn_baseline, bn_x5, bn_x30, bn_x5_sigmoid, inception_x5"),
+        ({"configs": Path("nowhere")}, "there is no nowhere/inception.yaml"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        figure2("data", **({"output": tmp_path, "configs": CONFIGS} | arguments))
+
+
+def test_every_model_trains_by_its_recipe_at_the_papers_ratios(tmp_path, monkeypatch):
+    trained: dict[str, dict[str, str]] = {}
+
+    def keep(runs_folder: Path, name: str, options: list[str], lock: object) -> Path:
+        trained[name] = dict(option.removeprefix("--").split("=", 1) for option in options)
+        return runs_folder / name
+
+    monkeypatch.setattr("syncbn.experiments.figure2.train", keep)
+    given = {"images": 6400, "evaluate_every": 640, "image_size": 64, "learning_rate": 0.01, "decay_every": 6000}
+    figure2("shards", tmp_path, CONFIGS, **given, options=["--trainer.devices=2"])
+    rate, decay = "model.learning_rate_per_32_images", "model.decay_every"
+    rates = {name: float(options[rate]) for name, options in trained.items()}
+    one, five, thirty = 0.01, 0.05, 0.3
+    assert rates == pytest.approx(
+        {"inception": one, "bn_baseline": one, "bn_x5": five, "bn_x30": thirty, "bn_x5_sigmoid": five}
+        | {"inception_x5": five, "inception_sigmoid": one}
+    )
+    decays = {name: float(options[decay]) for name, options in trained.items()}
+    assert decays == pytest.approx({name: 1000 if name.startswith("bn_x") else 6000 for name in trained}, rel=1e-6)
+    recipes = {name: Path(options["config"]).stem for name, options in trained.items()}
+    assert recipes == {model.name: model.recipe for model in (*MODELS, *NEGATIVES)}
+    own = {rate, decay, "config", "model.activation"}
+    shared = [{key: value for key, value in options.items() if key not in own} for options in trained.values()]
+    assert all(options == shared[0] for options in shared)
+    assert shared[0]["trainer.max_steps"] == "200" and shared[0]["trainer.val_check_interval"] == "20"
+    assert trained["inception_sigmoid"]["model.activation"] == "sigmoid"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    """The command for sixteen steps of each model on 48 images of noise."""
+    shards = make_shards(tmp_path_factory.mktemp("shards"), train=(24, 24), val=(8,))
+    options = ["--trainer.devices=1", "--trainer.accelerator=cpu", "--data.num_workers=0"]
+    options += ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
+    words = [str(shards), f"--configs={CONFIGS}", "--global_batch_size=16", "--images=256", "--evaluate_every=32"]
+    words += ["--image_size=32", "--width_multiplier=0.125", "--learning_rate=0.003", "--decay_every=960"]
+    return ["paper", "figure2", *words, f"--options={json.dumps(options)}"]
+
+
+def test_a_killed_command_goes_on_where_it_was(words, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "runs" / "seed_0"
+    words = [*words, f"--output={tmp_path}", "--models=[inception, bn_x5]"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "syncbn", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with process:
+        while not (run / "bn_x5" / "version_0" / "checkpoints" / "last.ckpt").is_file():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+    assert (run / "inception" / "finished").is_file() and not (run / "bn_x5" / "finished").is_file()
+    kept = (run / "inception" / "version_0" / "metrics.csv").stat().st_mtime_ns
+    monkeypatch.setattr(sys, "argv", ["syncbn"])
+    main(words)
+    assert "| BN-x5 |" in capsys.readouterr().out and (tmp_path / "figure2.png").is_file()
+    assert (run / "inception" / "version_0" / "metrics.csv").stat().st_mtime_ns == kept
+    assert len(list((run / "bn_x5").glob("version_*"))) == 2
+    for name in ("inception", "bn_x5"):
+        assert validation_curve(run / name).steps.tolist() == [2 * number for number in range(1, 9)], name
+
+
+def test_a_training_that_fails_is_named(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["syncbn"])
+    with pytest.raises(SystemExit):
+        main([*words, f"--output={tmp_path}", "--global_batch_size=100"])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("syncbn: error: the training inception stopped: global_batch_size=100 exceeds the 48")
+    assert line.endswith("fit.log)")
