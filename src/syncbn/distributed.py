@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.agreement import Agreement, Message
+from syncbn.ops import Signature
 
 ID_LENGTH = 2
 
@@ -147,36 +148,39 @@ class Reduction:
         self.message, self.ticket = message, ticket
         self.work = dist.all_reduce(message, group=ticket.group, async_op=True)
 
-    def wait(self) -> Tensor:
-        """The message summed over all ranks.
+    def wait(self) -> tuple[Tensor, Signature | None]:
+        """The message summed over all ranks, and its signature where that is still to be checked.
+
+        On a CPU it has been. Elsewhere reading it would stall the device: whoever uses the sums has to make them NaN
+        where the ranks disagree.
 
         Raises:
-            LayerMismatch: the ranks sent different layers' messages (on a CPU; elsewhere the sums turn into NaN,
-                since reading them would stall the device).
+            LayerMismatch: the ranks sent different layers' messages.
             RuntimeError: the collective failed.
         """
+        group, description, number, _ = self.ticket
         try:
             if self.work is not None:  # some backends return none
                 self.work.wait()
         except RuntimeError as error:
-            group, description, number, _ = self.ticket
             raise RuntimeError(
                 "the all-reduce of a BatchNorm layer failed: a rank died, hangs, or did not come here within the "
                 f"process group's timeout. {_agreement(group).describe(number, description)} ({error})"
             ) from error
-        if dist.get_backend(self.ticket.group) != "fake":  # which adds nothing up
-            self._check()
-        return self.message
-
-    def _check(self) -> None:
-        group, description, number, _ = self.ticket
+        if dist.get_backend(group) == "fake":  # which adds nothing up
+            return self.message, None
         id_sum, square_sum = (group.size() * part for part in self.ticket.signature)
-        if self.message.device.type == "cpu":
-            if self.message[-ID_LENGTH:].tolist() != [id_sum, square_sum]:
-                _agreement(group).fail(number, description)
-        else:
-            agree = (self.message[-2] == id_sum) & (self.message[-1] == square_sum)
-            self.message.masked_fill_(~agree, float("nan"))
+        found = self.message[-ID_LENGTH:]
+        if not may_be_read(found):
+            return self.message, Signature(found, (id_sum, square_sum))
+        if found.tolist() != [id_sum, square_sum]:
+            _agreement(group).fail(number, description)
+        return self.message, None
+
+
+def may_be_read(numbers: Tensor) -> bool:
+    """Whether the host may look at them: where they are on another device it would stall, a tracer has none."""
+    return numbers.is_cpu and not torch.compiler.is_compiling()
 
 
 def all_ranks(condition: bool, device: torch.device) -> bool:

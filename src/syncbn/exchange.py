@@ -7,7 +7,6 @@ each; backward [sum dy (C), sum dy * (x - mean) (C)] of each. Both end with the 
 
 from collections import deque
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from syncbn import ops
 from syncbn.agreement import LayerName, Message
-from syncbn.distributed import ID_LENGTH, Reduction, agree
+from syncbn.distributed import ID_LENGTH, Reduction, Ticket, agree, may_be_read
 
 
 class Statistics(NamedTuple):
@@ -105,20 +104,6 @@ class Memory:
         return (torch.stack([m for m, _ in self.entries]) - message).abs().amax(1)
 
 
-class PendingGradient(NamedTuple):
-    """Of one activation, between the two passes of the backward; sums (2C) are this rank's."""
-
-    dy: Tensor
-    x: Tensor
-    affine: ops.Affine
-    M: float | Tensor
-    sums: Tensor
-
-    def input_gradient(self, sums: Tensor) -> Tensor:
-        """Dx, given the sums over all ranks."""
-        return ops.input_gradient(self.dy, self.x, self.affine, sums, ops.at_least_one(self.M))
-
-
 class Exchange:
     """The two messages of one synchronisation.
 
@@ -129,68 +114,80 @@ class Exchange:
 
     def __init__(self, route: Route, memory: Memory) -> None:
         self.route, self.memory = route, memory
+        self.may_be_recomputed = may_be_recomputed()  # here, since inside a Function's forward no gradients are enabled
         self.recomputed = False
         self.inputs: list[Tensor] = []
+        self.batches: list[ops.BatchSums] = []
         self.results: list[Statistics] = []
         self.reduction: Reduction | None = None
-        self.gradient: list[PendingGradient] | None = None
+        self.to_keep: Tensor | None = None
+        self.upstream: list[ops.Upstream] | None = None
         self.gradient_reduction: Reduction | None = None
 
     def launch(self, inputs: Sequence[Tensor]) -> None:
         """Sum the inputs (N, C, ...) locally and send the message."""
         self.inputs = [ops.dense(x) for x in inputs]
-        sums = [ops.input_sums(x) for x in self.inputs]
-        counts = [x.numel() // x.shape[1] for x in inputs]
-        self.to_keep: Tensor | None = None
-        if may_be_recomputed() or self.memory.entries:
-            self.to_keep = message_of(sums, counts, (0, 0))
+        self.channels, self.device = [x.shape[1] for x in inputs], inputs[0].device
+        if self.may_be_recomputed or self.memory.entries:
+            self.to_keep = ops.forward_message(self.inputs, (0, 0))
             self.recomputed = self.memory.is_repeated(self.to_keep)
         if not self.recomputed:
-            self.reduction = self._send("forward", sums, counts)
+            ticket = self._ticket("forward", len(self.inputs))
+            if self.to_keep is None:
+                message = ops.forward_message(self.inputs, ticket.signature)
+            else:
+                message = ops.message_of([self.to_keep[:-ID_LENGTH]], (), ticket.signature)
+            self.reduction = Reduction(message, ticket)
 
     def receive(self) -> None:
-        """Wait for the message; fills in `results`, the statistics of each input.
+        """Wait for the message; fills in `batches`, the sums of each input over all ranks.
 
         Raises:
-            ValueError: one value per channel in all.
+            ValueError: one value per channel in all (on a CPU; elsewhere kernels make the outputs NaN, since reading
+                the number would stall the device).
         """
-        totals = self._reduced()
-        self.results = statistics_of(totals, [x.shape[1] for x in self.inputs])
-        for statistics, x in zip(self.results, self.inputs, strict=True):
-            if x.numel() <= x.shape[1]:  # as on every rank if there is one value in all; reading M may stall
-                refuse_single_value(float(statistics.M), x.shape, self.route.group.size())
+        totals, signature = self._reduced()
+        self.batches = batches_of(totals, signature, self.channels)
+        for batch, x in zip(self.batches, self.inputs, strict=True):
+            if not isinstance(batch.M, Tensor):
+                refuse_single_value(batch.M, x.shape, self.route.group.size())
 
-    def launch_gradient(self, pending: list[PendingGradient]) -> None:
-        """Send the sums of the backward."""
-        self.gradient = pending
-        self.gradient_reduction = self._send("backward", [p.sums for p in pending], [])
+    def launch_gradient(self, upstream: list[ops.Upstream]) -> list[tuple[ops.Upstream, ops.Gradient]]:
+        """Send the sums of the backward; returns what `ops.backward_sums` does for each."""
+        ticket = self._ticket("backward", 0)
+        found, message = ops.backward_sums(upstream, ticket.signature)
+        self.upstream = [one for one, _ in found]
+        self.gradient_reduction = Reduction(message, ticket)
+        return found
 
     def input_gradients(self, needed: Sequence[bool]) -> list[Tensor | None]:
         """Wait for the sums of the backward; dx of each input, None where not needed."""
-        pending, self.gradient = self.gradient, None
-        if pending is None:  # second derivatives were asked for, and computed otherwise
+        upstream, self.upstream = self.upstream, None
+        if upstream is None:  # second derivatives were asked for, and computed otherwise
             return [None] * len(needed)
         reduction, self.gradient_reduction = self.gradient_reduction, None
         assert reduction is not None
-        totals = reduction.wait()[:-ID_LENGTH].split([p.sums.numel() for p in pending])
+        totals, signature = reduction.wait()
+        sums = totals[:-ID_LENGTH].split([2 * one.x.shape[1] for one in upstream])
         return [
-            p.input_gradient(sums) if wanted else None for p, sums, wanted in zip(pending, totals, needed, strict=True)
+            ops.input_gradient(one.dy, one.x, one.affine, own, statistics.M, signature) if wanted else None
+            for one, own, statistics, wanted in zip(upstream, sums, self.results, needed, strict=True)
         ]
 
-    def _send(self, direction: str, sums: list[Tensor], counts: list[int]) -> Reduction:
+    def _ticket(self, direction: str, counts: int) -> Ticket:
         group, layers, layers_built = self.route
-        length = sum(s.numel() for s in sums) + len(counts) + ID_LENGTH
-        ticket = agree(group, Message(direction, layers, length), sums[0].device, layers_built)
-        return Reduction(message_of(sums, counts, ticket.signature), ticket)
+        length = sum(2 * C for C in self.channels) + counts + ID_LENGTH
+        return agree(group, Message(direction, layers, length), self.device, layers_built)
 
-    def _reduced(self) -> Tensor:
+    def _reduced(self) -> tuple[Tensor, ops.Signature | None]:
         if self.reduction is None:
             assert self.to_keep is not None
-            return self.memory.recall(self.to_keep)
-        totals, self.reduction = self.reduction.wait(), None
-        if self.to_keep is not None and may_be_recomputed():
+            return self.memory.recall(self.to_keep), None
+        (totals, signature), self.reduction = self.reduction.wait(), None
+        if self.to_keep is not None and self.may_be_recomputed:
+            totals = totals if signature is None else signature.poisoned(totals)
             self.memory.keep(self.to_keep, totals)
-        return totals
+        return totals, signature
 
 
 def refuse_single_value(M: float, shape: Sequence[int], P: int) -> None:
@@ -202,31 +199,13 @@ def refuse_single_value(M: float, shape: Sequence[int], P: int) -> None:
         )
 
 
-def message_of(sums: Sequence[Tensor], counts: Sequence[int], signature: tuple[int, int]) -> Tensor:
-    """One flat float64 message: sums, counts, id and its square."""
-    device = sums[0].device
-    make = _tail if device.type == "cpu" else _tail_on_device
-    return torch.cat([*sums, make((*counts, *signature), device)])
-
-
-def statistics_of(totals: Tensor, channels: Sequence[int]) -> list[Statistics]:
-    """The statistics of each input from a forward message's sums: var = E[x^2] - E[x]^2, which float64 can afford."""
+def batches_of(totals: Tensor, signature: ops.Signature | None, channels: Sequence[int]) -> list[ops.BatchSums]:
+    """A forward message's sums over all ranks, by input."""
     counts: Any = totals[-ID_LENGTH - len(channels) : -ID_LENGTH]
-    if totals.device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_be_read(totals):
         counts = counts.tolist()
-    statistics, start = [], 0
-    for C, M in zip(channels, counts, strict=True):
-        total, dot = totals[start : start + 2 * C].split(C)
-        statistics.append(Statistics(*ops.moments_of(ops.Sums(total, dot), None, M), M))
-        start += 2 * C
-    return statistics
-
-
-def _tail(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
-
-
-_tail_on_device = lru_cache(maxsize=4096)(_tail)  # copying numbers to a device stalls it: once for each message
+    sums = totals[: -ID_LENGTH - len(channels)].split([2 * C for C in channels])
+    return [ops.BatchSums(own, M, signature) for own, M in zip(sums, counts, strict=True)]
 
 
 def may_be_recomputed() -> bool:

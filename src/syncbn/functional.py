@@ -13,30 +13,22 @@ Source: Algorithm 1 and its gradients in Ioffe & Szegedy 2015.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from syncbn import ops
 from syncbn.distributed import all_reduce_differentiable
-from syncbn.exchange import (
-    Exchange,
-    Memory,
-    PendingGradient,
-    Route,
-    Statistics,
-    message_of,
-    refuse_single_value,
-    statistics_of,
-)
+from syncbn.exchange import Exchange, Memory, Route, Statistics, batches_of, refuse_single_value
 
 
 class Norm(NamedTuple):
     """One activation to normalise.
 
     x: (N, C, ...), floating point; weight, bias: (C) or None; residual: like x or None, added before the activation;
-    activation: None or "relu".
+    activation: None or "relu"; running: moving averages to update in the same pass, or None. The composed form
+    updates none.
     """
 
     x: Tensor
@@ -45,6 +37,7 @@ class Norm(NamedTuple):
     residual: Tensor | None
     eps: float
     activation: str | None
+    running: ops.Running | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -72,7 +65,7 @@ class Started:
         Returns:
             Outputs like the inputs, and the statistics of each.
         """
-        settings = [(norm.eps, norm.activation) for norm in norms]
+        settings = [norm[4:] for norm in norms]
         tensors = [t for norm in norms for t in norm.tensors]
         outputs = _Finish.apply(self.exchange, settings, self.token, *tensors)
         return list(outputs), self.exchange.results
@@ -93,7 +86,7 @@ def batch_norm(norm: Norm) -> tuple[Tensor, Statistics]:
     M = norm.x.numel() // norm.x.shape[1]
     refuse_single_value(M, norm.x.shape, P=1)
     found: list[Statistics] = []
-    return _Alone.apply(found, M, norm.eps, norm.activation, *norm.tensors), found[0]
+    return _Alone.apply(found, M, norm[4:], *norm.tensors), found[0]
 
 
 def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], list[Statistics]]:
@@ -111,48 +104,53 @@ def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], 
         sums = [ops.about_origin(s, x.pivot, M) for s, x, M in zip(sums, shifted, counts, strict=True)]
         # The layers' names are out of a tracer's reach; their widths are not.
         id = 1 + sum(i * norm.x.shape[1] for i, norm in enumerate(norms, 1)) % 2**20
-        message = message_of([t for s in sums for t in s], counts, (id, id**2))
+        message = ops.message_of([t for s in sums for t in s], counts, (id, id**2))
         totals = all_reduce_differentiable(message, route.group, id)
-        statistics = statistics_of(totals, [norm.x.shape[1] for norm in norms])
+        batches = batches_of(totals, None, [norm.x.shape[1] for norm in norms])
+        # var = E[x^2] - E[x]^2, which float64 can afford
+        statistics = [Statistics(*ops.moments_of(ops.Sums(*b.sums.chunk(2)), None, b.M), b.M) for b in batches]
     outputs = [_composed_normalize(n, s, *st[:2]) for n, s, st in zip(norms, shifted, statistics, strict=True)]
     return outputs, statistics
+
+
+_Setting: TypeAlias = tuple[float, str | None, ops.Running | None]  # of a Norm: eps, activation, running
 
 
 class _Alone(torch.autograd.Function):
     """One normalisation by this rank's batch."""
 
     @staticmethod
-    def forward(ctx: Any, found: list[Statistics], M: int, eps: float, activation: str | None, *tensors: Any) -> Tensor:
-        x, weight, bias, residual = tensors
-        norm = Norm(x, weight, bias, residual, eps, activation)
-        x = ops.dense(x)
-        found.append(Statistics(*ops.moments(x), M))
-        y, saved = _normalize(norm, x, found[0])
-        ctx.settings, ctx.residuals, ctx.route, ctx.M = [(eps, activation)], [norm.residual is not None], None, M
+    def forward(ctx: Any, found: list[Statistics], M: int, setting: _Setting, *tensors: Any) -> Tensor:
+        norm = Norm._make((*tensors, *setting))
+        y, saved = _normalize(norm, ops.dense(norm.x), None)
+        found.append(Statistics(saved.mean, saved.var, M))
+        ctx.settings, ctx.residuals, ctx.route, ctx.M = [setting], [norm.residual is not None], None, M
         ctx.save_for_backward(*saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         if torch.is_grad_enabled():
-            return (None, None, None, None, *_composed_gradients(ctx, [dy]))
-        pending, gradients = _before_message(ctx, 0, _saved(ctx)[0], dy, ctx.M)
-        if ctx.needs_input_grad[4]:
-            gradients[0] = pending.input_gradient(pending.sums)
-        return (None, None, None, None, *gradients)
+            return (None, None, None, *_composed_gradients(ctx, [dy]))
+        ((one, gradient),), _ = ops.backward_sums(_upstream(ctx, [dy]), None)
+        dx = None
+        if ctx.needs_input_grad[3]:
+            dx = ops.input_gradient(one.dy, one.x, one.affine, gradient.sums, ctx.M)
+        return (None, None, None, dx, gradient.weight, gradient.bias, one.dy if ctx.residuals[0] else None)
 
 
 class _Start(torch.autograd.Function):
-    """Inputs in, a token out that ties finish's node to this one."""
+    """Inputs in, a token out that ties finish's node to this one; neither it nor its gradient holds anything."""
 
     @staticmethod
     def forward(ctx: Any, exchange: Exchange, *inputs: Tensor) -> Tensor:
         ctx.exchange = exchange
+        ctx.set_materialize_grads(False)
         exchange.launch(inputs)
-        return inputs[0].new_zeros((), dtype=torch.float32)
+        return inputs[0].new_empty((), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, _token: Tensor) -> Any:
+    def backward(ctx: Any, _token: Tensor | None) -> Any:
         return (None, *ctx.exchange.input_gradients(ctx.needs_input_grad[1:]))
 
 
@@ -161,19 +159,20 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: Exchange, settings: list[tuple[float, str | None]], _token: Tensor, *tensors: Any
+        ctx: Any, exchange: Exchange, settings: list[_Setting], _token: Tensor, *tensors: Any
     ) -> tuple[Tensor, ...]:
         ctx.exchange, ctx.settings, ctx.route = exchange, settings, exchange.route
         exchange.receive()
         quadruples = zip(*[iter(tensors)] * 4, strict=True)
-        norms = [Norm(x, w, b, r, *setting) for (x, w, b, r), setting in zip(quadruples, settings, strict=True)]
+        norms = [Norm._make((*four, *setting)) for four, setting in zip(quadruples, settings, strict=True)]
         outputs: list[Tensor] = []
         kept: list[Tensor | None] = []
-        for norm, x, statistics in zip(norms, exchange.inputs, exchange.results, strict=True):
-            y, saved = _normalize(norm, x, statistics)
+        for norm, x, batch in zip(norms, exchange.inputs, exchange.batches, strict=True):
+            y, saved = _normalize(norm, x, batch)
+            exchange.results.append(Statistics(saved.mean, saved.var, batch.M))
             outputs.append(y)
             kept += saved
-        exchange.inputs = []
+        exchange.inputs, exchange.batches = [], []
         ctx.residuals = [norm.residual is not None for norm in norms]
         ctx.save_for_backward(*kept)
         return tuple(outputs)
@@ -182,15 +181,15 @@ class _Finish(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         if torch.is_grad_enabled():
             return (None, None, None, *_composed_gradients(ctx, gradients))
-        pending: list[PendingGradient] = []
-        returned: list[Tensor | None] = []
-        for i, (saved, dy, statistics) in enumerate(zip(_saved(ctx), gradients, ctx.exchange.results, strict=True)):
-            one, own = _before_message(ctx, i, saved, dy, statistics.M)
-            pending.append(one)
-            returned += own
+        upstream = _upstream(ctx, gradients)
         if ctx.needs_input_grad[2]:
-            ctx.exchange.launch_gradient(pending)
-        return (None, None, gradients[0].new_zeros((), dtype=torch.float32), *returned)
+            found = ctx.exchange.launch_gradient(upstream)
+        else:
+            found, _ = ops.backward_sums(upstream, None)
+        returned: list[Tensor | None] = []
+        for (one, gradient), has_residual in zip(found, ctx.residuals, strict=True):
+            returned += [None, gradient.weight, gradient.bias, one.dy if has_residual else None]
+        return (None, None, None, *returned)
 
 
 class _Saved(NamedTuple):
@@ -203,8 +202,8 @@ class _Saved(NamedTuple):
     mean: Tensor
     var: Tensor
 
-    def affine(self, setting: tuple[float, str | None]) -> ops.Affine:
-        eps, activation = setting
+    def affine(self, setting: _Setting) -> ops.Affine:
+        eps, activation, _ = setting
         relu = activation == "relu" and self.y is None
         return ops.Affine(self.mean, self.var, eps, self.weight, self.bias, relu)
 
@@ -214,30 +213,23 @@ def _saved(ctx: Any) -> list[_Saved]:
     return [_Saved(*row) for row in rows]
 
 
-def _normalize(norm: Norm, x: Tensor, statistics: Statistics) -> tuple[Tensor, _Saved]:
-    """Y, and what the backward needs; x is the norm's, dense."""
-    relu, mean, var = norm.activation == "relu", statistics.mean, statistics.var
+def _normalize(norm: Norm, x: Tensor, batch: ops.BatchSums | None) -> tuple[Tensor, _Saved]:
+    """Y, and what the backward needs; x is the norm's, dense. Alone where there is no batch."""
+    relu = norm.activation == "relu"
     residual = None if norm.residual is None else _laid_out_like(x, norm.residual)
-    y = ops.normalize(x, ops.Affine(mean, var, norm.eps, norm.weight, norm.bias, relu), residual)
+    map = ops.Map(norm.eps, norm.weight, norm.bias, relu)
+    y, mean, var = ops.normalize_batch(x, batch, map, residual, norm.running)
     mask = y if relu and residual is not None else None
     return y, _Saved(norm.x, norm.weight, norm.bias, mask, mean, var)
 
 
-def _before_message(
-    ctx: Any, i: int, saved: _Saved, dy: Tensor, M: float | Tensor
-) -> tuple[PendingGradient, list[Tensor | None]]:
-    """The first half of the backward: sums, and gradients of (x, weight, bias, residual); x's goes another way.
-
-    The parameters' are this rank's share: DDP averages them.
-    """
-    x = ops.dense(saved.x)
-    dy = _laid_out_like(x, dy)
-    if saved.y is not None:
-        dy = _cut_by_relu(dy, saved.y)
-    residual = dy if ctx.residuals[i] else None
-    dy, affine = ops.before_relu(dy, x, saved.affine(ctx.settings[i]))
-    sums, weight, bias = ops.gradient(dy, x, affine)
-    return PendingGradient(dy, x, affine, M, sums), [None, weight, bias, residual]
+def _upstream(ctx: Any, gradients: Sequence[Tensor]) -> list[ops.Upstream]:
+    """What the backward starts from. The parameters' gradients will be this rank's share: DDP averages them."""
+    upstream = []
+    for saved, dy, setting in zip(_saved(ctx), gradients, ctx.settings, strict=True):
+        x = ops.dense(saved.x)
+        upstream.append(ops.Upstream(_laid_out_like(x, dy), x, saved.affine(setting), saved.y))
+    return upstream
 
 
 def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
@@ -255,12 +247,13 @@ def _cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:
 def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | None]:
     """All of finish's gradients through `composed`, differentiable again."""
     norms, dys = [], []
-    for saved, dy, (eps, activation) in zip(_saved(ctx), gradients, ctx.settings, strict=True):
+    for saved, dy, setting in zip(_saved(ctx), gradients, ctx.settings, strict=True):
+        eps, activation, _ = setting
         norms.append(Norm(saved.x, saved.weight, saved.bias, None, eps, None))
         if activation == "relu":
             with torch.no_grad():
                 x = ops.dense(saved.x)
-                y = ops.normalize(x, saved.affine((eps, activation))) if saved.y is None else saved.y
+                y = ops.normalize(x, saved.affine(setting)) if saved.y is None else saved.y
                 mask = _cut_by_relu(torch.ones_like(y), y)
             dy = dy * mask
         dys.append(dy)

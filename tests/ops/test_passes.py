@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from norm_problems import assert_near, laid_out, problem
 
 import syncbn
 from syncbn import ops
@@ -16,27 +17,6 @@ PASSES = [
 ]
 SHAPES = [(3, 5), (70, 16), (4, 3, 7), (2, 64, 5, 5), (5, 7, 1, 1), (3, 1, 9, 9), (2, 3, 4, 5, 6), (6, 33, 30, 31)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def laid_out(x, rows):
-    """X as rows in memory, whatever its dimensions, or as planes."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if rows else x.contiguous()
-
-
-def problem(shape, dtype, rows, mean=0.3):
-    generator = torch.Generator().manual_seed(0)
-    x, dy, residual = (
-        laid_out(torch.randn(shape, generator=generator, dtype=torch.float64), rows) * 1.5 for _ in range(3)
-    )
-    C = shape[1]
-    weight, bias = torch.rand(C, generator=generator) + 0.5, torch.randn(C, generator=generator)
-    return (x + mean).to(dtype), dy.to(dtype), residual.to(dtype), weight, bias
-
-
-def assert_near(found, expected, tolerance):
-    assert found.shape == expected.shape
-    error = (found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
-    assert error <= tolerance, f"off by {error:.2e}"
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])

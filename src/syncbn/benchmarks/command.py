@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from syncbn.benchmarks import inference, layer, loader, measure, step
+from syncbn.benchmarks import gpu, inference, layer, loader, measure, step
 
-SECTIONS: dict[str, Any] = {"layer": layer, "step": step, "loader": loader, "inference": inference}
+SECTIONS: dict[str, Any] = {"layer": layer, "step": step, "loader": loader, "inference": inference, "gpu": gpu}
 """Each module has a function `run`, whose parameters are options, and KEEP_MEMORY (see `measure`)."""
 
 
@@ -25,7 +26,8 @@ def run(words: Sequence[str]) -> None:
         ValueError: a section cannot run as asked.
     """
     options = parser().parse_args(list(words))
-    sections = [options.section] if options.section != "all" else list(SECTIONS)
+    here = [name for name in SECTIONS if name != "gpu" or torch.cuda.is_available()]
+    sections = [options.section] if options.section != "all" else here
     for section in sections:
         if len(sections) == 1 and _memory_is_as_wanted(section):
             _run_section(section, options)
@@ -38,7 +40,9 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="syncbn benchmark", description="Verify, then time syncbn beside its peers.", exit_on_error=False
     )
-    parser.add_argument("--section", choices=["all", *SECTIONS], default="all", help="what to time")
+    parser.add_argument(
+        "--section", choices=["all", *SECTIONS], default="all", help="what to time; all: gpu only where there is one"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny sizes, figures without meaning")
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="folder for CSV files and figures")
     for name, module in SECTIONS.items():

@@ -102,10 +102,14 @@ class BatchNorm(_BatchNorm):
         if self.observer is not None:
             self.observer(statistics)
             return
+        running = self._running()
+        if running is not None:
+            ops.update_running(running, *statistics)
+
+    def _running(self) -> ops.Running | None:
         if self.running_mean is None or self.running_var is None:
-            return
-        running = ops.Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
-        ops.update_running(running, *statistics)
+            return None
+        return ops.Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
 
 
 def layers_built() -> int:
@@ -212,25 +216,35 @@ class PendingBatchNorm:
         return [next(normalised) if e.uses_batch else e.from_running_statistics() for e in self.entries]
 
     def _normalize(self, norms: list[Norm]) -> list[Tensor]:
+        repeated = False
         if torch.compiler.is_compiling():
             outputs, statistics = composed(norms, self.route)
             statistics = [s.detach() for s in statistics]
-            repeated = False
         elif self.started is not None:
-            outputs, statistics = self.started.finish(norms)
             repeated = self.started.recomputed
+            if not repeated:
+                norms = self._with_running(norms)
+            outputs, statistics = self.started.finish(norms)
         else:
+            may_repeat = may_be_recomputed() or bool(self.memory.entries)
+            if not may_repeat:
+                norms = self._with_running(norms)
             pairs = [batch_norm(norm) for norm in norms]
             outputs, statistics = [y for y, _ in pairs], [s for _, s in pairs]
-            repeated = self._repeats(statistics)
+            repeated = may_repeat and self._repeats(statistics)
         if not repeated:
-            for entry, s in zip(self.live, statistics, strict=True):
-                entry.update(s)
+            for entry, norm, s in zip(self.live, norms, statistics, strict=True):
+                if norm.running is None:
+                    entry.update(s)
         return outputs
+
+    def _with_running(self, norms: list[Norm]) -> list[Norm]:
+        """The norms, to update moving averages in the pass that normalises, where there are such to update."""
+        return [norm._replace(running=entry.running()) for entry, norm in zip(self.live, norms, strict=True)]
 
     def _repeats(self, statistics: list[Statistics]) -> bool:
         """Whether a forward without messages is an activation checkpoint's second; of a first one, takes note."""
-        if not statistics or not (may_be_recomputed() or self.memory.entries):
+        if not statistics:
             return False
         note = torch.cat([part for mean, var, _ in statistics for part in (mean, var)])
         repeated = self.memory.is_repeated(note)
@@ -301,6 +315,11 @@ class _Entry:
             first.eps,
             first.activation,
         )
+
+    def running(self) -> ops.Running | None:
+        """The moving averages, where they are those of one layer in training that nobody observes."""
+        first = self.layers[0]
+        return first._running() if len(self.layers) == 1 and first.training and first.observer is None else None
 
     def update(self, statistics: Statistics) -> None:
         if not self.layers[0].training:

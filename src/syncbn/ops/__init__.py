@@ -1,39 +1,114 @@
 """What one rank computes on one activation: a few passes over it, no collective and no module.
 
-This is the one dispatch point: `native` where it was built and takes the tensor, else ATen's operators, on any device.
+This is the one dispatch point: GPU kernels (`triton_passes`) or compiled code (`native`) where these are at hand and
+take the tensor, else ATen's operators, on any device.
 x is (N, C, ...), floating point, and dense: planes or rows in memory (see `dense`). dy and residual are like it, in
 its layout. Sums and moments are float64.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from syncbn.ops import aten, native
+from syncbn.ops import aten, native, triton_passes
 from syncbn.ops.aten import Sums, about_origin, composed_sums, moments_of, pivot
-from syncbn.ops.common import Affine, Gradient, Running, at_least_one, compute_dtype, dense, per_channel
+from syncbn.ops.common import (
+    Affine,
+    BatchSums,
+    Gradient,
+    Map,
+    Normalized,
+    Running,
+    Signature,
+    Upstream,
+    at_least_one,
+    compute_dtype,
+    dense,
+    per_channel,
+)
 
 __all__ = [
     "Affine",
+    "BatchSums",
     "Gradient",
+    "Map",
+    "Normalized",
     "Running",
+    "Signature",
     "Sums",
+    "Upstream",
     "about_origin",
     "at_least_one",
+    "backward_sums",
     "before_relu",
     "composed_sums",
     "compute_dtype",
     "dense",
+    "forward_message",
     "gradient",
     "input_gradient",
     "input_sums",
+    "message_of",
     "moments",
     "moments_of",
     "normalize",
+    "normalize_batch",
     "per_channel",
     "pivot",
     "update_running",
 ]
+
+
+def message_of(sums: Sequence[Tensor], counts: Sequence[int], signature: tuple[int, int]) -> Tensor:
+    """One flat float64 message: sums, counts, id and its square."""
+    device = sums[0].device
+    make = _tail if device.type == "cpu" else _tail_on_device
+    return torch.cat([*sums, make((*counts, *signature), device)])
+
+
+def _tail(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+_tail_on_device = lru_cache(maxsize=4096)(_tail)  # copying numbers to a device stalls it: once for each message
+
+
+def forward_message(inputs: Sequence[Tensor], signature: tuple[int, int]) -> Tensor:
+    """This rank's forward message: [sum x (C), sum x^2 (C)] of each input, M of each, and the signature (2)."""
+    if _all_on_gpu(inputs):
+        return triton_passes.forward_message(inputs, signature)
+    return message_of([input_sums(x) for x in inputs], [x.numel() // x.shape[1] for x in inputs], signature)
+
+
+def normalize_batch(
+    x: Tensor, batch: BatchSums | None, map: Map, residual: Tensor | None = None, running: Running | None = None
+) -> Normalized:
+    """Normalise by the sums over all ranks, and take a step of the moving averages.
+
+    Args:
+        x: (N, C, ...).
+        batch: the sums; None for those of x alone.
+        map: what to apply besides.
+        residual: like x, added before the ReLU.
+        running: to be updated in place.
+    """
+    passes = _passes(x)
+    if passes is triton_passes:
+        return triton_passes.normalize_batch(x, batch, map, residual, running)
+    if batch is None:
+        M: float | Tensor = x.numel() // x.shape[1]
+        mean, var = passes.moments(x)
+    else:
+        M = batch.M
+        sums = batch.sums if batch.signature is None else batch.signature.poisoned(batch.sums)
+        mean, var = moments_of(Sums(*sums.chunk(2)), None, M)
+    y = passes.normalize(x, map.at(mean, var), residual)
+    if running is not None:
+        update_running(running, mean, var, M)
+    return Normalized(y, mean, var)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +131,36 @@ def before_relu(dy: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
 
     Their ReLU's mask is computed again from x: in them where they can, else here, in a pass of its own.
     """
-    return (dy, affine) if native.takes(x) else aten.before_relu(dy, x, affine)
+    return aten.before_relu(dy, x, affine) if _passes(x) is aten else (dy, affine)
+
+
+def backward_sums(
+    upstream: Sequence[Upstream], signature: tuple[int, int] | None
+) -> tuple[list[tuple[Upstream, Gradient]], Tensor]:
+    """First pass of the backward, of several normalisations.
+
+    Args:
+        upstream: of each.
+        signature: the last two numbers of the message; None for no message.
+
+    Returns:
+        For each, what the second pass reads, whose dy is cut by the ReLU where y was given, and its gradient;
+        this rank's backward message: [sum dy (C), sum dy * (x - mean) (C)] of each, and the signature (2).
+    """
+    if _all_on_gpu([one.x for one in upstream]):
+        return triton_passes.backward_sums(upstream, signature)
+    found = []
+    for dy, x, affine, y in upstream:
+        if y is not None:
+            dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        passes = _passes(x)
+        if passes is aten:
+            dy, affine = aten.before_relu(dy, x, affine)
+        found.append((Upstream(dy, x, affine, None), passes.gradient(dy, x, affine)))
+    sums = [gradient.sums for _, gradient in found]
+    if signature is None:
+        return found, sums[0] if len(sums) == 1 else torch.cat(sums)
+    return found, message_of(sums, (), signature)
 
 
 def gradient(dy: Tensor, x: Tensor, affine: Affine) -> Gradient:
@@ -64,7 +168,9 @@ def gradient(dy: Tensor, x: Tensor, affine: Affine) -> Gradient:
     return _passes(x).gradient(dy, x, affine)
 
 
-def input_gradient(dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float | Tensor) -> Tensor:
+def input_gradient(
+    dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float | Tensor, signature: Signature | None = None
+) -> Tensor:
     """Second pass of the backward: scale * (dy - sum dy / M - (x - mean) / (var + eps) * sum dy (x - mean) / M).
 
     scale is weight / sqrt(var + eps).
@@ -74,19 +180,31 @@ def input_gradient(dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float
         x: input of the forward.
         affine: the map.
         sums: those of `gradient`, over all ranks.
-        M: elements per channel over all ranks, 1 or more.
+        M: elements per channel over all ranks.
+        signature: of the message that held the sums, where that has not been checked.
 
     Returns:
-        Like x.
+        Like x; NaN where the ranks' signatures disagree.
     """
-    return _passes(x).input_gradient(dy, x, affine, sums, M)
+    passes = _passes(x)
+    if passes is triton_passes:
+        return triton_passes.input_gradient(dy, x, affine, sums, M, signature)
+    if signature is not None:
+        sums = signature.poisoned(sums)
+    return passes.input_gradient(dy, x, affine, sums, at_least_one(M))
 
 
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """One step of the moving averages towards mean and M / (M - 1) * var; none where M is 0."""
     alike = running.mean.dtype == running.var.dtype and running.mean.is_contiguous() and running.var.is_contiguous()
-    (native if alike and native.takes(running.mean) else aten).update_running(running, mean, var, M)
+    (_passes(running.mean) if alike else aten).update_running(running, mean, var, M)
 
 
 def _passes(x: Tensor) -> ModuleType:
-    return native if native.takes(x) else aten
+    if native.takes(x):
+        return native
+    return triton_passes if triton_passes.takes(x) else aten
+
+
+def _all_on_gpu(tensors: Sequence[Tensor]) -> bool:
+    return all(triton_passes.takes(x) for x in tensors)

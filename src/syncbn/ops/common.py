@@ -20,6 +20,60 @@ class Affine(NamedTuple):
     relu: bool
 
 
+class Map(NamedTuple):
+    """An `Affine` before its mean and variance are known."""
+
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+    relu: bool
+
+    def at(self, mean: Tensor, var: Tensor) -> Affine:
+        """With this mean and variance."""
+        return Affine(mean, var, *self)
+
+
+class Signature(NamedTuple):
+    """The last two numbers (2) of a message summed over the ranks, and what they are where the ranks agree."""
+
+    found: Tensor
+    expected: tuple[float, float]
+
+    def poisoned(self, sums: Tensor) -> Tensor:
+        """The sums, NaN where the ranks disagree: reading the numbers would stall a device."""
+        first, second = self.expected
+        return torch.where((self.found[0] == first) & (self.found[1] == second), sums, float("nan"))
+
+
+class BatchSums(NamedTuple):
+    """Of one activation over all ranks: sums [sum x (C), sum x^2 (C)], elements per channel, the check yet to make."""
+
+    sums: Tensor
+    M: float | Tensor
+    signature: Signature | None
+
+
+class Normalized(NamedTuple):
+    """Output like x, and the mean and biased variance (C), float64, that it was normalised by."""
+
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+class Upstream(NamedTuple):
+    """What the backward of one normalisation starts from.
+
+    dy: gradient of the output; x: input; affine: the map; y: output, only where the ReLU's mask cannot be computed
+    again from x, whose map then is without.
+    """
+
+    dy: Tensor
+    x: Tensor
+    affine: Affine
+    y: Tensor | None
+
+
 class Gradient(NamedTuple):
     """What the first pass of the backward finds on this rank, all in one pass over dy and x.
 

@@ -1,0 +1,307 @@
+"""The passes as GPU kernels (triton_kernels.py), over float64, float32, bfloat16 and float16.
+
+They need Triton, which torch brings along where it supports CUDA, and a GPU of compute capability 8.0 (A100) or above;
+elsewhere `aten` does the same, slower. The environment variable SYNCBN_TRITON=0 leaves them unused.
+
+A forward is two kernels, a backward too, each one pass over memory; nothing here makes the host wait for the device.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from syncbn.ops.aten import Sums, moments_of
+from syncbn.ops.common import Affine, BatchSums, Gradient, Map, Normalized, Running, Signature, Upstream, compute_dtype
+from syncbn.ops.triton_plan import COUNTERS, Plan, plan_of
+
+_KNOWN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+_WITH_MEMORY = (Tensor, torch.nn.Parameter)  # others, such as a tracer's, may have none
+_STREAMS = 64  # that get counters at once
+_NO_PLACE = -1
+
+
+def takes(x: Tensor) -> bool:
+    """Whether these passes can process x."""
+    if not x.is_cuda or torch.compiler.is_compiling():  # whose own kernels these would keep from fusing
+        return False
+    return x.dtype in _KNOWN and type(x) in _WITH_MEMORY and not x.is_neg() and _usable(x.device)
+
+
+@cache
+def _usable(device: torch.device) -> bool:
+    wanted = os.environ.get("SYNCBN_TRITON", "1") != "0" and torch.version.cuda is not None
+    return wanted and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `ops.moments`."""
+    return moments_of(Sums(*input_sums(x).chunk(2)), None, x.numel() // x.shape[1])
+
+
+def input_sums(x: Tensor) -> Tensor:
+    """As `ops.input_sums`."""
+    sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
+    _launch_input_sums(x, sums, 0, _NO_PLACE, _NO_PLACE)
+    return sums
+
+
+def forward_message(inputs: Sequence[Tensor], signature: tuple[int, int]) -> Tensor:
+    """As `ops.forward_message`."""
+    channels = 2 * sum(x.shape[1] for x in inputs)
+    message = inputs[0].new_empty(channels + len(inputs) + len(signature), dtype=torch.float64)
+    at = 0
+    for i, x in enumerate(inputs):
+        _launch_input_sums(x, message, at, channels + i, signature[0] if i == 0 else _NO_PLACE)
+        at += 2 * x.shape[1]
+    return message
+
+
+def normalize(x: Tensor, affine: Affine, residual: Tensor | None) -> Tensor:
+    """As `ops.normalize`."""
+    y = torch.empty_like(x)
+    mean, var = affine.mean.contiguous(), affine.var.contiguous()
+    map = Map(affine.eps, affine.weight, affine.bias, affine.relu)
+    _launch_normalize(x, y, mean, var, None, map, residual, None)
+    return y
+
+
+def normalize_batch(
+    x: Tensor, batch: BatchSums | None, map: Map, residual: Tensor | None, running: Running | None
+) -> Normalized:
+    """As `ops.normalize_batch`."""
+    if batch is None:
+        batch = BatchSums(input_sums(x), x.numel() // x.shape[1], None)
+    y = torch.empty_like(x)
+    mean, var = x.new_empty((2, x.shape[1]), dtype=torch.float64).unbind()
+    folded = running is not None and running.momentum is not None
+    _launch_normalize(x, y, mean, var, batch, map, residual, running if folded else None)
+    if running is not None and not folded:
+        update_running(running, mean, var, batch.M)
+    return Normalized(y, mean, var)
+
+
+def gradient(dy: Tensor, x: Tensor, affine: Affine) -> Gradient:
+    """As `ops.gradient`."""
+    sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
+    return _launch_gradient(Upstream(dy, x, affine, None), sums, 0, _NO_PLACE)[1]
+
+
+def backward_sums(
+    upstream: Sequence[Upstream], signature: tuple[int, int] | None
+) -> tuple[list[tuple[Upstream, Gradient]], Tensor]:
+    """As `ops.backward_sums`."""
+    channels = 2 * sum(one.x.shape[1] for one in upstream)
+    length = channels + (0 if signature is None else len(signature))
+    message = upstream[0].x.new_empty(length, dtype=torch.float64)
+    found, at = [], 0
+    for i, one in enumerate(upstream):
+        signs = signature is not None and i == 0
+        found.append(_launch_gradient(one, message, at, signature[0] if signs and signature else _NO_PLACE))
+        at += 2 * one.x.shape[1]
+    return found, message
+
+
+def input_gradient(
+    dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float | Tensor, signature: Signature | None = None
+) -> Tensor:
+    """As `ops.input_gradient`."""
+    dx, plan = torch.empty_like(x), _plan(x, 2)
+    kernel = _kernels().input_gradient
+    with _on(x.device):
+        kernel[plan.grid](
+            dy,
+            x,
+            dx,
+            sums.contiguous(),
+            *_number(M),
+            *_expected(signature),
+            *_parameters(affine),
+            *plan.layout,
+            plan.splits,
+            RELU=affine.relu,
+            COMPUTE=_compute(x),
+            **plan.tile,
+        )
+    return dx
+
+
+def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
+    """As `ops.update_running`."""
+    assert running.momentum is not None or running.steps is not None
+    momentum = -1.0 if running.momentum is None else running.momentum
+    with _on(mean.device):
+        _kernels().update_running[(1,)](
+            *running[:3], mean.contiguous(), var.contiguous(), *_number(M), momentum, len(mean), BLOCK_C=1024
+        )
+    increment_version([t for t in running[:3] if t is not None])
+
+
+def _launch_input_sums(x: Tensor, message: Tensor, sums_at: int, count_at: int, id: int) -> None:
+    plan = _plan(x, 1)
+    with _on(x.device):
+        _kernels().input_sums[plan.grid](
+            x,
+            message,
+            *_workspace(x, plan),
+            *plan.layout,
+            plan.splits,
+            sums_at,
+            count_at,
+            len(message),
+            id,
+            COMPUTE=_compute(x),
+            SPLIT=plan.splits > 1,
+            **plan.tile,
+        )
+
+
+def _launch_normalize(
+    x: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    batch: BatchSums | None,
+    map: Map,
+    residual: Tensor | None,
+    running: Running | None,
+) -> None:
+    """Mean and variance are written where there is a batch, else read."""
+    plan = _plan(x, 1)
+    sums, M, signature = (None, 0.0, None) if batch is None else batch
+    averages = (None, None, None, 0.0) if running is None else running
+    with _on(x.device):
+        _kernels().normalize[plan.grid](
+            x,
+            residual,
+            y,
+            mean,
+            var,
+            sums,
+            *_number(M),
+            *_expected(signature),
+            _contiguous(map.weight),
+            _contiguous(map.bias),
+            map.eps,
+            *averages,
+            *plan.layout,
+            plan.splits,
+            RELU=map.relu,
+            COMPUTE=_compute(x),
+            **plan.tile,
+        )
+    if running is not None:
+        increment_version([t for t in running[:3] if t is not None])
+
+
+def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int) -> tuple[Upstream, Gradient]:
+    dy, x, affine, y = one
+    plan = _plan(x, 2)
+    cut = None if y is None else torch.empty_like(x)
+    weight, bias = (None if v is None else torch.empty_like(v).contiguous() for v in (affine.weight, affine.bias))
+    with _on(x.device):
+        _kernels().gradient[plan.grid](
+            dy,
+            x,
+            y,
+            cut,
+            message,
+            weight,
+            bias,
+            *_workspace(x, plan),
+            *_parameters(affine),
+            *plan.layout,
+            plan.splits,
+            at,
+            len(message),
+            id,
+            RELU=affine.relu,
+            COMPUTE=_compute(x),
+            SPLIT=plan.splits > 1,
+            **plan.tile,
+        )
+    sums = message[at : at + 2 * x.shape[1]]
+    return one if cut is None else one._replace(dy=cut, y=None), Gradient(sums, weight, bias)
+
+
+def _kernels() -> Any:
+    return import_module("syncbn.ops.triton_kernels")  # imports Triton, which `import syncbn` must not
+
+
+def _plan(x: Tensor, tensors: int) -> Plan:
+    """Of a pass that reads so many tensors like x. Both passes of a direction have the same.
+
+    So the second finds in the cache what the first read last.
+    """
+    return plan_of(x.shape, x.is_contiguous(), x.element_size(), tensors, _multiprocessors(x.device))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":  # in tests, where Triton's interpreter runs one program after the other
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _compute(x: Tensor) -> Any:
+    language = import_module("triton.language")
+    return language.float64 if compute_dtype(x.dtype) == torch.float64 else language.float32
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels start on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _number(M: float | Tensor) -> tuple[Tensor | None, float]:
+    return (M, 0.0) if isinstance(M, Tensor) else (None, float(M))
+
+
+def _expected(signature: Signature | None) -> tuple[Tensor | None, float, float]:
+    return (None, 0.0, 0.0) if signature is None else (signature.found, *signature.expected)
+
+
+def _parameters(affine: Affine) -> tuple[Tensor | float | None, ...]:
+    tensors = (affine.mean, affine.var, affine.weight, affine.bias)
+    return (*map(_contiguous, tensors), affine.eps)
+
+
+def _contiguous(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
+
+
+def _workspace(x: Tensor, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
+    """Where programs leave their sums, and counters of those that did; none where nothing is split."""
+    if plan.splits == 1:
+        return None, None
+    partials = x.new_empty(plan.splits * 2 * x.shape[1], dtype=torch.float64)
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return partials, _counters(x.device, stream)
+
+
+@cache
+def _counters(device: torch.device, stream: int) -> Tensor:
+    """Zeros (COUNTERS), which every kernel leaves as it found them; a stream's kernels run one after the other.
+
+    They come from a block made before, so that a stream on which a graph is being captured gets zeros as well. Graphs
+    captured on one stream share them, and must not be replayed at the same time.
+    """
+    block, taken = _blocks.setdefault(device, (torch.empty(0), 0))
+    if taken == len(block):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a graph's first SyncBatchNorm kernels: run the step once before capturing it")
+        block, taken = torch.zeros(_STREAMS, COUNTERS, dtype=torch.int32, device=device), 0
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # once: any stream may come to use them
+    _blocks[device] = (block, taken + 1)
+    return block[taken]
+
+
+_blocks: dict[torch.device, tuple[Tensor, int]] = {}

@@ -1,0 +1,103 @@
+"""Compiles every kernel for a GPU of compute capability 9.0, which needs none; `test_triton_kernels.py` runs this."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from syncbn.ops import triton_kernels
+from syncbn.ops.triton_plan import MOST_REGISTERS, Plan, plan_of
+
+TARGET = GPUTarget("cuda", 90, 32)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+LIKE_X = {"x", "y", "dy", "dx", "residual", "cut"}
+PARAMETERS = {"weight", "bias", "running_mean", "running_var", "dweight", "dbias"}
+NUMBERS = {"M", "id_sum", "square_sum", "eps", "momentum"}
+PLAIN = {"outer", "splits", "sums_at", "count_at", "id", "length"}
+# What is None in the variants that Inception-BN runs on several ranks; that a layer runs alone, without parameters and
+# buffers, on an activation too small to split; and that one with a residual runs.
+ON_RANKS = {"residual", "y_read", "cut"}
+BARE = {*ON_RANKS, "count", "signature", "weight", "bias", "dweight", "dbias", "running_mean", "running_var", "steps"}
+BARE |= {"partials", "counters"}
+WITH_RESIDUAL = {"count", "signature"}
+# With mean and variance given.
+NO_SUMS = {*BARE, "sums"}
+TENSORS = {"input_sums": 1, "normalize": 1, "gradient": 2, "input_gradient": 2}
+
+
+def arguments(name, names, plan, absent, x_type, compute):
+    """(type, value of a constant or None, divisible by 16) of each argument."""
+    layout = dict(
+        zip(("C", "outer", "inner", "outer_stride", "channel_stride", "inner_stride"), plan.layout, strict=True)
+    )
+    for argument in names:
+        if argument in absent or (name == "gradient" and argument == "y" and "y_read" in absent):
+            yield "constexpr", None, False
+        elif argument in LIKE_X:
+            yield x_type, None, True
+        elif argument in PARAMETERS:
+            yield "*fp32", None, True
+        elif argument in NUMBERS:
+            yield "fp64", None, False
+        elif argument in PLAIN:
+            yield "i32", None, False
+        elif argument in layout:
+            size = layout[argument]
+            yield ("constexpr", 1, False) if size == 1 else ("i32", None, size % 16 == 0)
+        elif argument in ("counters", "steps"):
+            yield "*i32" if argument == "counters" else "*i64", None, True
+        elif argument in ("RELU", "SPLIT"):
+            yield "constexpr", "partials" not in absent, False
+        elif argument == "COMPUTE":
+            yield "constexpr", compute, False
+        elif argument.startswith("BLOCK"):
+            yield "constexpr", plan.tile[argument], False
+        else:
+            yield "*fp64", None, False
+
+
+def compiled(name, plan, absent, x_type="*bf16", compute=tl.float32):
+    kernel = getattr(triton_kernels, name)
+    found = list(arguments(name, kernel.arg_names, plan, absent, x_type, compute))
+    signature = {n: kind for n, (kind, _, _) in zip(kernel.arg_names, found, strict=True)}
+    constants = {(i,): value for i, (kind, value, _) in enumerate(found) if kind == "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (_, _, divisible) in enumerate(found) if divisible}
+    options = {n: plan.tile[n] for n in ("num_warps", "maxnreg")}
+    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=TARGET, options=options)
+
+
+def registers(code):
+    """Of one thread, as the assembler gave them out."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return int(re.search(r"REG:(\d+)", usage.stdout)[1])
+
+
+def main():
+    for name, tensors in TENSORS.items():
+        for shape, planes in (((256, 192, 56, 56), False), ((32, 192, 28, 28), True)):
+            binary = compiled(name, plan_of(shape, planes, 2, tensors, 132), ON_RANKS)
+            assert registers(binary.asm["cubin"]) <= MOST_REGISTERS, name
+            # 16 bytes at a time, or the memory's bandwidth is out of reach.
+            assert "ld.global.v4.b32" in binary.asm["ptx"], name
+            if name in ("normalize", "input_gradient"):
+                assert "st.global.v4.b32" in binary.asm["ptx"], name
+            print(name, shape, "planes" if planes else "rows", registers(binary.asm["cubin"]), "registers")
+        for shape, planes in (((5, 33, 7, 9), False), ((1, 2049), True), ((3, 1, 9, 9), True)):
+            plan = plan_of(shape, planes, 8, tensors, 132)
+            for absent in (BARE, WITH_RESIDUAL, NO_SUMS) if name == "normalize" else (BARE, WITH_RESIDUAL):
+                compiled(name, plan, absent, "*fp64", tl.float64)
+    for absent in (set(), {"count", "steps"}):
+        plan = Plan((33, 1, 1, 0, 1, 33), (1, 1), {"BLOCK_C": 1024, "num_warps": 4, "maxnreg": MOST_REGISTERS})
+        compiled("update_running", plan, absent)
+
+
+if __name__ == "__main__":
+    main()

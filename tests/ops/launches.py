@@ -1,0 +1,98 @@
+"""Counts what would be launched on a GPU: the package's kernels, and every operator that is more than bookkeeping."""
+
+from collections import Counter
+from contextlib import contextmanager
+from unittest import mock
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from syncbn import distributed, exchange
+from syncbn.ops import native, triton_passes
+
+# Allocate, or give memory another name.
+_BOOKKEEPING = {
+    "alias",
+    "as_strided",
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "permute",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "unbind",
+    "unsqueeze",
+    "view",
+}
+
+
+@contextmanager
+def passes_for_gpus():
+    """Takes every tensor for one on a GPU: kernels process it, and nobody may read its numbers."""
+    with (
+        mock.patch.object(native, "takes", lambda x: False),
+        mock.patch.object(triton_passes, "takes", lambda x: x.is_floating_point()),
+        mock.patch.object(distributed, "may_be_read", lambda numbers: False),
+        mock.patch.object(exchange, "may_be_read", lambda numbers: False),
+    ):
+        yield
+
+
+class Launches(TorchDispatchMode):
+    """Counts inside the `with` block, backward included."""
+
+    def __init__(self):
+        super().__init__()
+        self.counted = Counter()
+        self.in_kernel = False
+
+    def __enter__(self):
+        kernels = triton_passes._kernels
+        self.patch = mock.patch.object(triton_passes, "_kernels", lambda: _Counted(kernels(), self))
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.stop()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func.overloadpacket).split(".")[-1].rstrip("_")
+        if name not in _BOOKKEEPING and not self.in_kernel:
+            self.counted[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def take(self):
+        """The counts so far, which start again."""
+        counted, self.counted = self.counted, Counter()
+        return counted
+
+
+class _Counted:
+    """A module of kernels whose launches are counted, and not what the interpreter does for them."""
+
+    def __init__(self, kernels, launches):
+        self.kernels, self.launches = kernels, launches
+
+    def __getattr__(self, name):
+        return _Launcher(getattr(self.kernels, name), name, self.launches)
+
+
+class _Launcher:
+    def __init__(self, kernel, name, launches):
+        self.kernel, self.name, self.launches = kernel, name, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.launches.counted[self.name] += 1
+            self.launches.in_kernel = True
+            try:
+                self.kernel[grid](*args, **kwargs)
+            finally:
+                self.launches.in_kernel = False
+
+        return launch

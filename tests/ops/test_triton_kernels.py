@@ -1,0 +1,98 @@
+"""The GPU kernels without a GPU: run by Triton's interpreter, and compiled for one."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from syncbn.ops import triton_passes
+from syncbn.ops.triton_plan import BYTES_UNDER_WAY, COUNTERS, LONGEST_SUM, plan_of
+
+HERE = Path(__file__).parent
+NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run_in_process_of_its_own(*command, **variables):
+    """Triton reads whether to interpret when it is imported, which another test may have done."""
+    path = os.pathsep.join([str(HERE.parent), str(HERE), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=HERE.parents[1]
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@NEEDS_TRITON
+@pytest.mark.timeout(900)  # some 40 s of one core, of which a busy machine may give little
+def test_kernels_under_the_interpreter():
+    command = ("-m", "pytest", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py"))
+    run_in_process_of_its_own(*command, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@NEEDS_TRITON
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """To machine code of compute capability 9.0, with as many registers as the plan reckons with."""
+    run_in_process_of_its_own(str(HERE / "compile_kernels.py"), TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+
+
+def test_an_environment_variable_leaves_the_kernels_unused():
+    code = "import torch; from syncbn.ops import triton_passes; assert not triton_passes._usable(torch.device('cuda'))"
+    run_in_process_of_its_own("-c", code, SYNCBN_TRITON="0")
+
+
+def test_tensors_elsewhere_are_left_to_other_passes():
+    assert not triton_passes.takes(torch.ones(2, 2))
+    assert not triton_passes.takes(torch.ones(2, 2, device="meta"))
+
+
+# ---- how an activation is divided ----------------------------------------------------------------
+
+ACTIVATIONS = [
+    (256, 64, 112, 112),
+    (32, 64, 112, 112),
+    (32, 192, 28, 28),
+    (256, 1024, 7, 7),
+    (32, 352, 7, 7),
+    (32, 96, 14, 14),
+    (1, 2049),
+    (70000, 3),
+    (2, 2049, 1, 1),
+    (1, 1, 4096, 4096),
+    (0, 16, 7, 7),
+    (64, 17, 33, 31),
+    (512, 1024, 75, 75),
+]
+
+
+@pytest.mark.parametrize("planes", [False, True], ids=["rows", "planes"])
+@pytest.mark.parametrize("element_size", [2, 4, 8])
+@pytest.mark.parametrize("tensors", [1, 2])
+@pytest.mark.parametrize("shape", ACTIVATIONS, ids=str)
+def test_a_plan_fills_the_gpu(shape, planes, element_size, tensors):
+    multiprocessors = 132
+    plan = plan_of(shape, planes, element_size, tensors, multiprocessors)
+    C, outer, inner, outer_stride, channel_stride, inner_stride = plan.layout
+    block_c, block_i = plan.tile["BLOCK_C"], plan.tile["BLOCK_I"]
+    elements = torch.Size(shape).numel()
+    assert C * outer * inner == elements
+    if elements:  # the last element of all
+        last = (outer - 1) * outer_stride + (C - 1) * channel_stride + (inner - 1) * inner_stride
+        assert last == elements - 1
+    assert plan.grid[0] * block_c >= C
+    assert block_c & (block_c - 1) == block_i & (block_i - 1) == 0
+    assert block_c * block_i * element_size * tensors <= BYTES_UNDER_WAY / 2
+    chunks = outer * max(1, -(-inner // block_i))
+    assert 1 <= plan.splits <= chunks
+    assert -(-chunks // plan.splits) <= LONGEST_SUM
+    programs = plan.grid[0] * plan.splits
+    assert plan.splits == 1 or plan.grid[0] <= COUNTERS
+    if elements >= multiprocessors * 2048:  # enough for everyone
+        assert programs >= 0.75 * multiprocessors
+
+
+def test_plans_of_the_passes_of_one_direction_are_one():
+    assert plan_of((4, 64, 28, 28), False, 2, 1, 132) is plan_of(torch.Size((4, 64, 28, 28)), False, 2, 1, 132)
