@@ -39,6 +39,12 @@ def test_what_is_tried():
     assert len(set(names)) == 8 and "norm=none" in names and "shuffle_window=0" in names
 
 
+def test_shuffling_is_tried_both_ways_whatever_the_recipe_says():
+    for window in (0, 4, 16):
+        trials = all_trials({"data.shuffle_window": window}, [0.03], in_shards=True)[-2:]
+        assert [trial.changes["data.shuffle_window"] for trial in trials] == [window or 16, 0]
+
+
 def test_what_trains():
     assert trains([outcome("batch", 1, 0.3), outcome("batch", 1, 0.2, seed=1)], num_classes=10)
     assert not trains([outcome("batch", 1, 0.15)], num_classes=10)

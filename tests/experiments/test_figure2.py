@@ -88,8 +88,16 @@ def test_the_curve_of_an_interrupted_run_is_put_together(tmp_path):
     found = validation_curve(tmp_path)
     assert found.steps.tolist() == [2, 4, 6, 8] and found.top1.tolist() == [0.25, 0.5, 0.75, 0.5]
     assert found.diverged_after is None
-    write_log(tmp_path, 10, "8,inf,\n9,nan,\n9,,0.1\n")
+    (tmp_path / "finished").write_text("the loss is not finite in step 8 at the learning rate 3; ...")
     assert validation_curve(tmp_path).diverged_after == 8
+
+
+def test_a_reference_that_diverged_is_matched_by_none(tmp_path):
+    inception, _, x5, *_ = MODELS
+    found = [Result(inception, 0, curve(diverged_after=7)), Result(x5, 0, curve(0.2, 0.5))]
+    assert [(row.steps_to_match, row.ratio) for row in compare(found)] == [(None, None)] * 2
+    report = write_report(tmp_path, found, 32, {"options": []})
+    assert "| Inception | not reached; diverged with 1 of 1 seeds | - |" in report
 
 
 def claim(folder: Path, rate: float) -> None:

@@ -46,8 +46,8 @@ def test_onnx_under_onnxruntime(tmp_path, capsys):
         expected = outputs_of(network, images(n))
         assert (torch.from_numpy(actual) - expected).abs().max() < 1e-4 * max(1.0, expected.abs().max())
         assert torch.equal(torch.from_numpy(actual).argmax(1), expected.argmax(1))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "out.card.json", "out.onnx"]
-    card = parse_card((tmp_path / "out.card.json").read_text(), "the card")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "out.onnx", "out.onnx.card.json"]
+    card = parse_card((tmp_path / "out.onnx.card.json").read_text(), "the card")
     assert card == read_weights(weights).card and card.preprocessing.colour_order == "BGR"
 
 
@@ -90,8 +90,24 @@ def test_a_graph_that_takes_pixels(variant, tmp_path):
     expected = outputs_of(network, torch.from_numpy(by_hand.transpose(2, 0, 1).copy()).float()[None])
     actual = outputs_of(load_torchscript(tmp_path / "out.pt"), torch.from_numpy(rgb.transpose(2, 0, 1).copy())[None])
     assert (actual - expected).abs().max() < 1e-4 * max(1.0, expected.abs().max())
-    card = parse_card((tmp_path / "out.card.json").read_text(), "the card")
+    card = parse_card((tmp_path / "out.pt.card.json").read_text(), "the card")
     assert (card.preprocessing.mean, card.preprocessing.std) == ((0.0,) * 3, (1.0,) * 3)
+
+
+def test_an_export_beside_the_original_does_not_change_what_that_is_fed(tmp_path):
+    weights, _ = make_file(tmp_path, "cadene")
+    original = tmp_path / "bn.pth"
+    export(weights, "--format=cadene", "--output", original)
+    before = read_weights(original).card
+    export(original, "--format=torchscript", "--preprocessing=true")
+    assert read_weights(original).card == before
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
+    weights, _ = make_file(tmp_path, "paper")
+    with pytest.raises(SystemExit):
+        export(weights, "--format=cadene", "--output", tmp_path / "nowhere" / "a.pth")
+    assert "there is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("variant", "format"), [("cadene", "cadene"), ("slim", "slim"), ("paper", "safetensors")])

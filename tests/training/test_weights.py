@@ -79,7 +79,7 @@ def test_the_weights_bring_their_network_and_their_preprocessing(photos, capsys,
     main(["validate", *again])
     with_file = capsys.readouterr().out.strip().splitlines()[-1]
     Path("cadene.pth").unlink()  # and its card; a checkpoint needs neither
-    Path("cadene.card.json").unlink()
+    Path("cadene.pth.card.json").unlink()
     sys.argv[:] = ["syncbn"]
     main(["validate", *again, "--model.weights=null"])
     assert capsys.readouterr().out.strip().splitlines()[-1] == with_file

@@ -15,8 +15,12 @@ import yaml
 from syncbn.data.sources import EMBEDDED, open_training_set
 from syncbn.experiments.ablations_report import Outcome, write_report
 from syncbn.experiments.recipe_runs import claimed_folder, train, validation_curve
+from syncbn.training.command import expand_data_shorthand
 
 RATE = "model.learning_rate_per_32_images"
+WINDOW = "data.shuffle_window"
+DEFAULT_WINDOW = 16
+"""Of the DataModule."""
 LEARNING_RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 DROPOUT = 0.4
 """GoogLeNet's, which the paper's Inception and BN-Baseline have."""
@@ -64,6 +68,7 @@ def ablations(
         raise ValueError(f"seeds={seeds} must be at least 1")
     if not learning_rates or min(learning_rates) <= 0:
         raise ValueError(f"learning_rates={learning_rates} must be positive numbers, at least one")
+    options = expand_data_shorthand(options)
     configured = _read_config(recipe, options)
     images = open_training_set(configured.get("data.root", EMBEDDED))
     trials = all_trials(configured, learning_rates, in_shards=images.layout is not None)
@@ -93,16 +98,14 @@ def all_trials(configured: dict[str, Any], learning_rates: Sequence[float], in_s
     dropout = [Trial("dropout", f"{p:.0%}", {"model.dropout": p}) for p in (0.0, DROPOUT)]
     weights = (("as configured", decay), ("a fifth", decay / 5), ("none", 0.0))
     l2 = [Trial("L2", f"{label} ({weight:g})", {"model.weight_decay": weight}) for label, weight in weights]
-    shuffling = [Trial("shuffling within shards", "yes", {}), Trial("shuffling within shards", "no", NO_SHUFFLING)]
+    windows = (("yes", configured.get(WINDOW) or DEFAULT_WINDOW), ("no", 0))
+    shuffling = [Trial("shuffling within shards", label, {WINDOW: shards}) for label, shards in windows]
     return [*rates, *dropout, *l2, *(shuffling if in_shards else [])]
-
-
-NO_SHUFFLING = {"data.shuffle_window": 0}
 
 
 def run_name(trial: Trial, configured: dict[str, Any]) -> str:
     """Of the trial's run: what it changes. Trials that leave the config as it is share one run."""
-    defaults = {"model.norm": "batch", "model.dropout": 0.0}
+    defaults = {"model.norm": "batch", "model.dropout": 0.0, WINDOW: DEFAULT_WINDOW}
     changes = {k: v for k, v in trial.changes.items() if v != configured.get(k, defaults.get(k))}
     return "_".join(f"{key.rpartition('.')[2]}={value}" for key, value in changes.items()) or "as_configured"
 

@@ -51,7 +51,7 @@ def compare(results: Sequence[Result]) -> list[Row]:
     reference: dict[int, ValidationCurve] = {}
     for result in results:
         inception = reference.setdefault(result.seed, result.curve)
-        steps = result.curve.steps_to(inception.best)
+        steps = result.curve.steps_to(inception.best) if inception.best else None
         own = inception.steps_to(inception.best)
         rows.append(Row(result, steps, own / steps if own and steps else None))
     return rows
@@ -175,6 +175,9 @@ def _line(model: Model, rows: Sequence[Row], paper_reference: float | None) -> s
         missing = f"; not reached by {unmatched} of {len(rows)} seeds" if unmatched else ""
         steps = _spread([row.steps_to_match for row in rows if row.steps_to_match], "{:,.0f}") + missing
         ratio = _spread([row.ratio for row in rows if row.ratio], "{:.1f}")
+    diverged = sum(row.result.curve.diverged_after is not None for row in rows)
+    if diverged:
+        steps += f"; diverged with {diverged} of {len(rows)} seeds"
     best = _spread([100 * row.result.curve.best for row in rows], "{:.1f} %")
     paper_steps = "-" if model.paper_steps is None else f"{model.paper_steps / 1e6:.1f} M"
     paper_ratio = "-" if not (model.paper_steps and paper_reference) else f"{paper_reference / model.paper_steps:.1f}"
@@ -183,6 +186,8 @@ def _line(model: Model, rows: Sequence[Row], paper_reference: float | None) -> s
 
 
 def _spread(values: Sequence[float], form: str) -> str:
+    if not values:
+        return "-"
     mean = form.format(sum(values) / len(values))
     return f"{mean} ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else mean
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,9 @@ import numpy as np
 from syncbn.training.curves import read_series
 
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+FINISHED = "finished"
+"""The file in a run's folder that says it has ended; in it the error, where the run diverged."""
+
 NOT_FINITE = "not finite"
 """What the trainer's error of a loss that is no number says."""
 
@@ -28,7 +32,7 @@ class ValidationCurve:
     Attributes:
         steps: Optimiser steps taken, int64, shape (N,), rising.
         top1: Single-crop accuracy after them, in 0..1, float64, shape (N,).
-        diverged_after: The first step that was logged with a training loss that is not finite; None if there is none.
+        diverged_after: The first step, from 0, whose training loss or layers are not finite; None if there is none.
     """
 
     steps: np.ndarray
@@ -99,7 +103,7 @@ def train(runs_folder: Path, name: str, options: Sequence[str], lock: IO[str]) -
         ValueError: The training stopped with an error; the message is its last line.
     """
     folder = runs_folder / name
-    finished = folder / "finished"
+    finished = folder / FINISHED
     if finished.is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,12 +114,13 @@ def train(runs_folder: Path, name: str, options: Sequence[str], lock: IO[str]) -
     log = folder / "fit.log"
     with log.open("a") as output:
         status = _run(words, output, lock)
+    message = ""
     if status:
         lines = log.read_text().strip().splitlines()
         message = lines[-1].removeprefix("syncbn: error: ") if lines else f"exit status {status}"
         if NOT_FINITE not in message:
             raise ValueError(f"the training {name} stopped: {message} (see {log})")
-    finished.touch()
+    finished.write_text(message)
     return folder
 
 
@@ -152,14 +157,14 @@ def _run(words: list[str], output: IO[str], lock: IO[str]) -> int:
 def validation_curve(folder: Path) -> ValidationCurve:
     """The curve of a run, put together from its versions: where two have a step, the later one counts."""
     accuracies: dict[int, float] = {}
-    diverged_after = None
+    finished = folder / FINISHED
     for version in versions(folder):
         log = version / "metrics.csv"
         if not log.is_file():
             continue
         accuracies |= dict(zip(*read_series(log, "val_top1"), strict=True))
-        infinite = [step for step, loss in zip(*read_series(log, "train_loss"), strict=True) if not np.isfinite(loss)]
-        diverged_after = infinite[0] if infinite else None
     # Lightning logs an evaluation with the number of the last step, counted from 0.
     steps = np.array(sorted(accuracies), dtype=np.int64)
+    stopped = re.search(r"\bstep (\d+)", finished.read_text()) if finished.is_file() else None
+    diverged_after = int(stopped[1]) if stopped else None
     return ValidationCurve(steps + 1, np.array([accuracies[step] for step in steps.tolist()]), diverged_after)

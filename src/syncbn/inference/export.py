@@ -15,7 +15,7 @@ from syncbn.data.fashion_mnist import fashion_mnist
 from syncbn.data.samplers import SampleKey
 from syncbn.inference.graphs import GRAPHS, PixelInput, Runner
 from syncbn.inference.images import find_images, prepare_images
-from syncbn.models.weights import ModelCard, build_network, card_path, read_weights, write_weights
+from syncbn.models.weights import ModelCard, build_network, card_path, read_weights, require_folder, write_weights
 from syncbn.nn import fold_batch_norm, revert_sync_batchnorm
 from syncbn.preprocessing import Preprocessing
 
@@ -48,7 +48,7 @@ def export(
 
     Graphs take any number of images at a time: normalised float32 of shape (N, C, H, W), and return logits. What is
     written is read again and compared with the original on images; where it differs, nothing is left behind. A model
-    card (NAME.card.json) beside the file says how images are prepared and names the classes.
+    card (FILE.card.json) beside the file says how images are prepared and names the classes.
 
     Args:
         weights: A checkpoint of `syncbn fit`, what `syncbn import` wrote, or whatever that reads.
@@ -76,6 +76,7 @@ def export(
     output = default_output(weights, format) if output is None else output
     if output.exists() and weights.exists() and output.samefile(weights):
         raise ValueError(f"{output} is the file of weights itself: name another with --output")
+    require_folder(output)
     if is_graph:
         norms = len([layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)])
         kept = fold is False

@@ -193,7 +193,8 @@ def _tracking_norms(module: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def _newest_checkpoint(trainer: Trainer) -> Path | None:
-    """What this run saved last; best_model_path is no help, since Lightning sets it before it saves."""
+    """What this run saved last, or went on from. Not best_model_path, which Lightning sets before it saves."""
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     paths = [Path(callback._last_checkpoint_saved) for callback in callbacks if callback._last_checkpoint_saved]
-    return max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
+    begun_from = Path(trainer.ckpt_path) if trainer.ckpt_path else None
+    return max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime, default=begun_from)

@@ -13,7 +13,7 @@ CARD = ModelCard("cadene", {"variant": "cadene"}, 2, ("grün", "日"), PREPROCES
 def test_there_and_back(tmp_path):
     assert parse_card(CARD.to_json(), "here") == CARD
     card_path(tmp_path / "a.pth").write_text(CARD.to_json(), encoding="utf-8")
-    assert card_path(tmp_path / "a.pth").name == "a.card.json"
+    assert card_path(tmp_path / "a.pth").name == "a.pth.card.json"
     assert read_card_beside(tmp_path / "a.pth") == CARD
     assert read_card_beside(tmp_path / "b.pth") is None
 

@@ -202,6 +202,6 @@ def test_a_tensorflow_checkpoint_without_tensorflow(tmp_path, monkeypatch):
 def test_a_card_that_lies(change, expected, state, tmp_path):
     torch.save(state, tmp_path / "a.pth")
     card = read_weights(tmp_path / "a.pth").card
-    (tmp_path / "a.card.json").write_text(dataclasses.replace(card, **change).to_json())
+    (tmp_path / "a.pth.card.json").write_text(dataclasses.replace(card, **change).to_json())
     with pytest.raises(WeightsError, match=expected):
         load_network(tmp_path / "a.pth")

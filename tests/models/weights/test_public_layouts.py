@@ -1,6 +1,9 @@
 """Weights of the public layouts give the outputs of the public networks, and go back as they came."""
 
+import dataclasses
 import logging
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 from reference_networks import cadene_network, slim_network
 
 from syncbn.models import inception_bn
-from syncbn.models.weights import WeightsError, build_network, read_weights, write_weights
+from syncbn.models.weights import WeightsError, build_network, card_path, load_network, read_weights, write_weights
 
 TOLERANCE = 1e-5
 
@@ -156,10 +159,34 @@ def test_slim_outputs(slim, size, tmp_path):
     assert (weights.card.num_classes, weights.unmatched) == (11, ())
 
 
-def test_slim_without_its_background(slim, tmp_path, caplog):
-    network = inception_bn(10, weights=save_slim(slim, tmp_path / "slim.npz")).eval()
-    assert "11 classes, the background first: taken without it" in caplog.text
+def test_slim_without_its_background(tmp_path, caplog):
+    slim = slim_network(num_classes=1001)
+    network = inception_bn(1000, weights=save_slim(slim, tmp_path / "slim.npz")).eval()
+    assert "1001 classes, the background first: taken without it" in caplog.text
     assert largest_difference(network, lambda images: slim(images)[:, 1:], noise()) < TOLERANCE
+
+
+@pytest.mark.parametrize("first", ["background", "tench"])
+def test_another_class_too_many_is_dropped_only_if_it_is_the_background(slim, tmp_path, caplog, first):
+    path = save_slim(slim, tmp_path / "slim.npz")
+    inception_bn(10, weights=path)
+    assert "a new one of 10 classes" in caplog.text
+    caplog.clear()
+    card = dataclasses.replace(read_weights(path).card, classes=(first, *map(str, range(10))))
+    card_path(Path(path)).write_text(card.to_json())
+    inception_bn(10, weights=path)
+    assert ("taken without it" in caplog.text) == (first == "background")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("running_var", math.nan), ("running_var", -1.0), ("weight", math.inf)]
+)
+def test_numbers_that_are_none_are_refused(tmp_path, name, value):
+    network = inception_bn(3, width_multiplier=0.125)
+    network.inception_3a.branch_3x3.reduce.bn.state_dict()[name][0] = value
+    torch.save(network.state_dict(), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=rf"inception_3a.branch_3x3.reduce.bn.{name} holds"):
+        load_network(tmp_path / "a.pth")
 
 
 def test_slim_as_the_object_detection_api_has_it(tmp_path, caplog):

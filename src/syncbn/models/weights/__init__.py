@@ -4,7 +4,7 @@ from syncbn.models.weights.card import ModelCard, card_path, parse_card, read_ca
 from syncbn.models.weights.files import WeightsError
 from syncbn.models.weights.loading import build_network, load_into, load_network, network_with_weights
 from syncbn.models.weights.reading import Weights, read_weights
-from syncbn.models.weights.writing import write_weights
+from syncbn.models.weights.writing import require_folder, write_weights
 
 __all__ = [
     "ModelCard",
@@ -18,5 +18,6 @@ __all__ = [
     "parse_card",
     "read_card_beside",
     "read_weights",
+    "require_folder",
     "write_weights",
 ]

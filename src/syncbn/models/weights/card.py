@@ -79,8 +79,8 @@ def _check(card: ModelCard) -> None:
 
 
 def card_path(weights: Path) -> Path:
-    """The file beside the weights that holds their card where they cannot: ``model.onnx`` has ``model.card.json``."""
-    return weights.with_suffix(".card.json")
+    """The file beside the weights that holds their card where they cannot: ``a.onnx`` has ``a.onnx.card.json``."""
+    return weights.with_name(f"{weights.name}.card.json")
 
 
 def read_card_beside(weights: Path) -> ModelCard | None:

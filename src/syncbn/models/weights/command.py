@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from syncbn.models.weights.card import ModelCard
-from syncbn.models.weights.loading import network_with_weights
+from syncbn.models.weights.loading import BACKGROUND, network_with_weights
 from syncbn.models.weights.reading import Weights, read_weights
-from syncbn.models.weights.writing import write_weights
+from syncbn.models.weights.writing import require_folder, write_weights
 from syncbn.preprocessing import Preprocessing
 
 
@@ -41,6 +41,7 @@ def import_weights(
     output = file.with_suffix(".safetensors") if output is None else output
     if output.exists() and output.samefile(file):
         raise ValueError(f"--output {output} is the file itself: name another")
+    require_folder(output)
     weights = read_weights(file)
     card = _complete(weights.card, image_size, resize, mean, std)
     if classes is not None:
@@ -71,7 +72,7 @@ def _name_classes(card: ModelCard, path: Path) -> ModelCard:
     """The card with the names of a file; slim's background is named where the file has one name too few."""
     names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if card.layout == "slim" and card.num_classes == len(names) + 1:
-        names.insert(0, "background")
+        names.insert(0, BACKGROUND)
     if len(names) != card.num_classes:
         raise ValueError(f"--classes {path} names {len(names)} classes, the network has {card.num_classes}")
     return replace(card, classes=tuple(names))

@@ -17,6 +17,7 @@ from syncbn.models.weights.reading import Weights, read_weights
 logger = logging.getLogger("syncbn.weights")
 
 HEAD = ("classifier.weight", "classifier.bias")
+BACKGROUND = "background"
 
 
 def build_network(weights: Weights) -> InceptionBN:
@@ -26,7 +27,11 @@ def build_network(weights: Weights) -> InceptionBN:
         ValueError: The file has no classifier, or its tensors do not make a network.
     """
     if weights.card.num_classes is None:
-        raise WeightsError(weights.path, "it has no classifier: fine-tune it first, with `syncbn fit --model.weights`")
+        raise WeightsError(
+            weights.path,
+            "it has no classifier, which this needs (an embedding, or features alone): `syncbn fit --model.weights`"
+            " trains one",
+        )
     return network_with_weights(weights, weights.card.num_classes, {}).eval()
 
 
@@ -104,12 +109,18 @@ def _fit_head(tensors: dict[str, Tensor], state: dict[str, Tensor], weights: Wei
     found = len(head[0])
     if found == wanted:
         return []
-    if weights.card.layout == "slim" and found == wanted + 1:
+    names = weights.card.classes
+    if found == wanted + 1 and (names[0] == BACKGROUND if names else _is_imagenet_of_slim(weights, found)):
         tensors.update({name: tensor[1:] for name, tensor in zip(HEAD, head, strict=True)})
         return [f"{found} classes, the background first: taken without it"]
     for name in HEAD:
         del tensors[name]
     return [f"the classifier is of {found} classes: a new one of {wanted} classes"]
+
+
+def _is_imagenet_of_slim(weights: Weights, classes: int) -> bool:
+    """Whether the first class of a file without names is the background."""
+    return weights.card.layout == "slim" and classes == 1001
 
 
 def _differences(tensors: dict[str, Tensor], state: dict[str, Tensor], network: InceptionBN) -> list[str]:
@@ -122,6 +133,10 @@ def _differences(tensors: dict[str, Tensor], state: dict[str, Tensor], network: 
                 found.append(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(target.shape)}")
             elif tensor.is_floating_point() != target.is_floating_point():
                 found.append(f"{name} is {tensor.dtype}, not {target.dtype}")
+            elif not tensor.isfinite().all():
+                found.append(f"{name} holds numbers that are not finite")
+            elif name.endswith(".running_var") and tensor.min() < 0:
+                found.append(f"{name} holds a negative variance")
         elif not _may_be_missing(name, network):
             found.append(f"{name} is missing")
     return found + [f"{name} is left over" for name in tensors if name not in state]

@@ -21,6 +21,16 @@ SUFFIXES = {"safetensors": ".safetensors", "cadene": ".pth", "slim": ".npz"}
 """Formats of weights, and how their files end."""
 
 
+def require_folder(output: Path) -> None:
+    """Make sure that a file can be put where it shall be.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}: make it, or name another")
+
+
 def write_weights(network: InceptionBN, card: ModelCard, path: Path, format: str) -> None:
     """Write the weights of a network, and its card in or beside the file.
 
