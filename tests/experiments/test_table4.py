@@ -1,5 +1,6 @@
 """``syncbn paper table4``: its rows against the trainer's own validation, and what it refuses."""
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from lightning.pytorch import Trainer, seed_everything
 from shard_cases import make_shards
 from syncbn.cli import main
 from syncbn.data import ImageDataModule
-from syncbn.experiments.table4 import PAPER, markdown, table4
+from syncbn.experiments.table4 import PAPER, common_card, markdown, table4
+from syncbn.models.weights import read_weights
+from syncbn.models.weights.card import CARD_KEY
 from syncbn.training import ImageClassifier
 from syncbn.training.evaluation import load_ensemble
 
@@ -91,3 +94,15 @@ def test_checkpoints_that_do_not_belong_together_are_refused_in_one_line(shards,
         with pytest.raises(ValueError, match=message) as raised:
             table4(shards, checkpoints, image_size=IMAGE_SIZE, resize=RESIZE, devices=1, accelerator="cpu")
         assert "\n" not in str(raised.value)
+
+
+def test_images_are_those_that_the_networks_were_trained_on(shards, tmp_path, capsys):
+    paths = [save(tmp_path / f"{size}.ckpt", 0) for size in (40, 48)]
+    for path, size in zip(paths, (40, 48), strict=True):
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint[CARD_KEY] = dataclasses.replace(read_weights(path).card, image_size=size, resize=50).to_json()
+        torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"48.ckpt was trained with image_size=48, .*40.ckpt with 40"):
+        common_card(paths)
+    table4(shards, paths[:1], devices=1, accelerator="cpu")
+    assert "| 40.ckpt | 40 | 1 | 1 |" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from syncbn.data import ImageDataModule
+from syncbn.models.weights import ModelCard, read_weights
 from syncbn.training import ImageClassifier
 from syncbn.training.command import TRAINER_DEFAULTS, quieten
 from syncbn.training.evaluation import Evaluated, check_same_task, load_ensemble, load_member
@@ -48,8 +49,8 @@ def table4(
     data: str,
     checkpoints: list[str],
     output: Path | None = None,
-    image_size: int = 224,
-    resize: int = 256,
+    image_size: int | None = None,
+    resize: int | None = None,
     batch_size: int = 256,
     num_workers: int = 0,
     devices: int | str = "auto",
@@ -61,16 +62,16 @@ def table4(
         data: Any data of `syncbn fit`; their validation images are used.
         checkpoints: Of `syncbn fit` or `syncbn statistics`, all of one variant.
         output: Where to write the Markdown too.
-        image_size: Side of a crop in pixels; that of the training.
-        resize: Pixels of the shorter side, to which an image is resized for a single crop.
+        image_size: Side of a crop in pixels. Without it, that of the checkpoints' training.
+        resize: Pixels of the shorter side, to which an image is resized for a single crop; likewise.
         batch_size: Crops evaluated at a time, over all processes.
         num_workers: Processes of each rank that prepare images.
         devices: How many processes: CPU cores, or GPUs where there are any.
         accelerator: Lightning's name of what to run on.
 
     Raises:
-        ValueError: There is no checkpoint, one cannot be read, they are of different variants or classes, or the data
-            have others.
+        ValueError: There is no checkpoint, one cannot be read, they are of different variants, classes, sizes or
+            preprocessing, or the data have other classes.
     """
     if not checkpoints:
         raise ValueError("table4 needs checkpoints: '[a.ckpt, ...]'")
@@ -82,11 +83,12 @@ def table4(
     trainer = Trainer(
         accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False, **TRAINER_DEFAULTS
     )
+    card = common_card(checkpoints)
+    image_size = image_size or card.image_size or 224
     images: dict[int, ImageDataModule] = {}
-    for crops, side in ((1, resize), (MULTICROP, None)):
-        variant = first.hparams["variant"]
+    for crops, side in ((1, resize or card.resize), (MULTICROP, None)):
         images[crops] = ImageDataModule(
-            batch_size, data, image_size, None, side, crops, variant, num_workers=num_workers
+            batch_size, data, image_size, None, side, crops, card.preprocessing, num_workers=num_workers
         )
     check_same_task(f"--checkpoints: {checkpoints[0]}", first.hparams, of_data(images[1], first.hparams))
     rows = []
@@ -100,6 +102,24 @@ def table4(
         print(table)
         if output is not None:
             output.write_text(table)
+
+
+def common_card(checkpoints: Sequence[str]) -> ModelCard:
+    """The model card of the first checkpoint, whose images suit all of them.
+
+    Raises:
+        ValueError: They do not.
+    """
+    cards = [read_weights(path).card for path in checkpoints]
+    for path, card in zip(checkpoints, cards, strict=True):
+        for name in ("image_size", "resize", "preprocessing"):
+            own, common = getattr(card, name), getattr(cards[0], name)
+            if own != common:
+                raise ValueError(
+                    f"--checkpoints: {path} was trained with {name}={own}, {checkpoints[0]} with {common}:"
+                    " an ensemble is of networks that see the same images"
+                )
+    return cards[0]
 
 
 def of_data(data: ImageDataModule, hparams: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,8 +38,10 @@ class PopulationStatistics(Callback):
             ValueError: The network has no BatchNorm, or an epoch has fewer batches.
         """
         pl_module.setup("fit")  # forms the groups of ranks that normalise together
+        pl_module.train()  # but for layers whose statistics are fixed, which keep them
         with torch.inference_mode(False), trainer.precision_plugin.forward_context():
             estimate_population_statistics(pl_module, training_images(trainer), self.num_batches, self.estimator)
+        pl_module.eval()
 
 
 def training_images(trainer: Trainer) -> Iterator[Tensor]:

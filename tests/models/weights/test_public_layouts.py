@@ -178,9 +178,7 @@ def test_another_class_too_many_is_dropped_only_if_it_is_the_background(slim, tm
     assert ("taken without it" in caplog.text) == (first == "background")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("running_var", math.nan), ("running_var", -1.0), ("weight", math.inf)]
-)
+@pytest.mark.parametrize(("name", "value"), [("running_var", math.nan), ("running_var", -1.0), ("weight", math.inf)])
 def test_numbers_that_are_none_are_refused(tmp_path, name, value):
     network = inception_bn(3, width_multiplier=0.125)
     network.inception_3a.branch_3x3.reduce.bn.state_dict()[name][0] = value
