@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from syncbn.data import EvaluationCrops, ImageDataModule
+from syncbn.preprocessing import find_preprocessing
 from syncbn.training import Ensemble, ImageClassifier
 from syncbn.training.command import SyncBNCLI
 from syncbn.training.evaluation import load_ensemble
@@ -126,4 +127,4 @@ def test_the_command_averages_checkpoints(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="exclude each other"):
         SyncBNCLI()
     monkeypatch.setattr("sys.argv", ["syncbn", "test", *words[:-1], "--model.variant=slim"])
-    assert SyncBNCLI().datamodule.preprocessing == "slim"
+    assert find_preprocessing(SyncBNCLI().datamodule.preprocessing) == find_preprocessing("slim")
