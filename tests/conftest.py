@@ -1,5 +1,23 @@
-"""Shared by all tests: one thread, so that ranks do not fight for cores."""
+"""Shared by all tests: one thread, so that ranks do not fight for cores; a folder to run commands in."""
 
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder of the test's own to run in; words and environment are put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["syncbn"])
+    before = dict(os.environ)
+    os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning would set as many threads as there are cores
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -26,22 +26,11 @@ QUICK = [
 ]
 
 pytestmark = [
+    pytest.mark.usefixtures("own_folder"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Every test runs in a folder of its own, and leaves words and environment as they were."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["syncbn"])
-    before = dict(os.environ)
-    os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning would set as many threads as there are cores
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def run_command(*words: str, module: bool = False) -> subprocess.CompletedProcess[str]:

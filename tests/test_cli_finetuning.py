@@ -1,7 +1,6 @@
 """``syncbn fit`` with the configs of configs/finetune, on made-up photos: new classes, a retrieval, mistakes."""
 
 import csv
-import os
 import re
 import sys
 from pathlib import Path
@@ -21,22 +20,12 @@ SMALL = [
 ]
 
 pytestmark = [
+    pytest.mark.usefixtures("own_folder"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Found .* in eval mode"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["syncbn"])
-    before = dict(os.environ)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def photos(folder: Path, split: str, classes: dict[str, int], images: int) -> None:

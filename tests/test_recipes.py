@@ -2,7 +2,6 @@
 
 import csv
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +106,6 @@ def test_the_learning_rate_falls_by_images_at_any_batch_size():
     for batch_size in (32, 1024):
         classifier = ImageClassifier(batch_size, 10, 3, 1_281_167, **(model | {"width_multiplier": 0.125}))
         assert classifier.learning_rate_factor(1_708_223) == pytest.approx(0.96)
-
-
-@pytest.fixture
-def own_folder(tmp_path, monkeypatch):
-    """A folder to run in; words and environment are put back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["syncbn"])
-    before = dict(os.environ)
-    os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning would set as many threads as there are cores
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

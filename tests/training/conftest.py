@@ -1,8 +1,12 @@
-"""Warnings of Lightning's that are its own business, and the environment of commands that tests start."""
+"""Warnings of Lightning's that are its own business, and how tests start commands and workers."""
 
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -31,3 +35,18 @@ def untouched_environment() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(before)
     sys.argv[:] = words
+
+
+def result_of_worker(worker: Path, ranks: int, folder: Path) -> Any:
+    """What a script that trains on so many ranks writes as JSON to a file in the folder."""
+    output = folder / f"{ranks}.json"
+    finished = subprocess.run(
+        [sys.executable, str(worker), str(ranks), str(output)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(output.read_text())

@@ -1,13 +1,11 @@
 """Fine-tuning on two ranks is fine-tuning on one: losses, weights, statistics, metrics and reports."""
 
 import csv
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from training.conftest import result_of_worker
 
 WORKER = Path(__file__).with_name("finetuning_worker.py")
 POLICIES = ["weighted", "partial", "estimate", "gradual", "embedding"]
@@ -21,20 +19,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(folder):
     """The results of the worker on 1 and 2 ranks."""
-    results = {}
-    for ranks in (1, 2):
-        output = folder / f"{ranks}.json"
-        finished = subprocess.run(
-            [sys.executable, str(WORKER), str(ranks), str(output)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert finished.returncode == 0, finished.stderr
-        results[ranks] = json.loads(output.read_text())
-    return results
+    return {ranks: result_of_worker(WORKER, ranks, folder) for ranks in (1, 2)}
 
 
 @pytest.mark.parametrize("policy", POLICIES)

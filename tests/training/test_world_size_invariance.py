@@ -1,12 +1,10 @@
 """The promise that everything serves: the same training run on any number of ranks."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from training.conftest import result_of_worker
 
 WORKER = Path(__file__).with_name("invariance_worker.py")
 LOSS_TOLERANCE = {"64-true": 1e-10, "32-true": 1e-4}
@@ -19,20 +17,7 @@ steps single and double precision themselves differ by 1e-4."""
 def runs(tmp_path_factory):
     """The results of the worker on 1, 2 and 4 ranks, one after another: the machine may have two cores."""
     folder = tmp_path_factory.mktemp("runs")
-    results = {}
-    for ranks in (1, 2, 4):
-        output = folder / f"{ranks}.json"
-        finished = subprocess.run(
-            [sys.executable, str(WORKER), str(ranks), str(output)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert finished.returncode == 0, finished.stderr
-        results[ranks] = json.loads(output.read_text())
-    return results
+    return {ranks: result_of_worker(WORKER, ranks, folder) for ranks in (1, 2, 4)}
 
 
 @pytest.mark.parametrize("precision", ["64-true", "32-true"])
