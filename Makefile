@@ -3,12 +3,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
+PACKAGE := .venv/package
 INSTALLED := .venv/installed
 
 .PHONY: train test lint format benchmark docs clean
 
 # Two processes: on the CPU, or on GPUs where there are two. One GPU can hold one of them only.
-train: $(INSTALLED)
+train: $(PACKAGE)
 	$(BIN)/syncbn fit --config configs/fashion_mnist.yaml \
 	  $$($(BIN)/python -c 'import torch; torch.cuda.device_count() == 1 and print("--trainer.devices 1")')
 
@@ -24,17 +25,21 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(INSTALLED)
+benchmark: $(PACKAGE)
 	$(BIN)/syncbn benchmark
 
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -W -b html docs docs/_build
 
 # torch first, by itself: with torch there, nothing that follows looks for another build of it.
-$(INSTALLED): pyproject.toml constraints.txt setup.py src/syncbn/ops/native.cpp
+$(PACKAGE): pyproject.toml constraints.txt setup.py src/syncbn/ops/native.cpp
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), f"Python 3.10 to 3.13 is needed, not {sys.version}"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet --quiet -c constraints.txt -e .
+	touch $@
+
+$(INSTALLED): $(PACKAGE)
 	$(BIN)/pip install --quiet --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
