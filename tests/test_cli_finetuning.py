@@ -75,9 +75,8 @@ def test_new_classes(config, data, weights, capsys):
         assert (folder / f"confusion_{stage}.png").is_file() and (folder / f"classes_{stage}.csv").is_file()
     weights.unlink()  # what was trained stands by itself
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    words = ["--config", str(folder / "config.yaml"), "--ckpt_path", str(checkpoint), "--model.weights", "null"]
     sys.argv[:] = ["syncbn"]
-    main(["test", *words])
+    main(["test", "--config", str(folder / "config.yaml"), "--ckpt_path", str(checkpoint)])
     assert "with last.ckpt" in capsys.readouterr().out
     assert Path("confusion_test.csv").is_file()
 
@@ -91,6 +90,14 @@ def test_retrieval_among_classes_never_trained_on(tmp_path, weights, capsys):
     with (Path(lines[-1]) / "metrics.csv").open(newline="") as rows:
         recalls = [row["val_recall_at_1"] for row in csv.DictReader(rows) if row["val_recall_at_1"]]
     assert len(recalls) == 1 and (float(recalls[0]) * 12) % 1 == pytest.approx(0, abs=1e-4)
+    checkpoint = Path(lines[-1]) / "checkpoints" / "last.ckpt"
+    sys.argv[:] = ["syncbn"]
+    with pytest.raises(SystemExit) as exited:
+        main(["predict", str(checkpoint), str(tmp_path / "animals" / "val"), "--format=npz", "--output=a.npz"])
+    with np.load("a.npz", allow_pickle=False) as archive:
+        assert exited.value.code == 0 and archive["embeddings"].shape == (12, 8)
+    main(["export", str(checkpoint), "--format=safetensors", "--output=embedding.safetensors"])
+    assert "of numbers up to" in capsys.readouterr().out
 
 
 MISTAKES = {

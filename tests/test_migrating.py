@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from ranks import run_ranks
 
 PAGE = Path(__file__).parents[1] / "docs" / "migrating.md"
 C = 3
@@ -202,3 +204,37 @@ def test_every_row_has_a_check():
 def test_a_row(before, after, names):
     code = code_of(after).removeprefix("net = ")
     CHECKS[name_of(before)](eval(code, names), names)
+
+
+def claims_of_two_ranks(rank: int) -> dict[str, Any]:
+    """What the rows say of several ranks: of 3 images in all, this one has 3 or none, then 1 or 2."""
+    torch.manual_seed(0)
+    whole = torch.randn(3, C, 4, 4) * 3 + 1
+    results: dict[str, Any] = {"group": dist.get_world_size(syncbn.new_group(1))}
+    for name, shares in {"none": (slice(0, 3), slice(3, 3)), "unequal": (slice(0, 1), slice(1, 3))}.items():
+        net = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(C)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.13 renames broadcast_buffers
+            ddp = DistributedDataParallel(net, broadcast_buffers=False)
+        images = whole[shares[rank]]
+        output = ddp(images)
+        output.square().sum().backward()
+        results[name] = (output.detach(), net[0].running_mean, net[0].running_var)
+    alone = syncbn.SyncBatchNorm(C, process_group=syncbn.new_group(1))
+    results["alone"] = bool(torch.allclose(alone(whole[: rank + 1]), normalised(whole[: rank + 1]), atol=1e-5))
+    return results
+
+
+def test_what_the_rows_say_of_several_ranks():
+    torch.manual_seed(0)
+    whole = torch.randn(3, C, 4, 4) * 3 + 1
+    reference = nn.BatchNorm2d(C)
+    expected = reference(whole).detach()
+    ranks = run_ranks(claims_of_two_ranks, 2, timeout=180)
+    for name in ("none", "unequal"):
+        outputs, means, variances = zip(*(rank[name] for rank in ranks), strict=True)
+        torch.testing.assert_close(torch.cat(outputs), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(means[0], means[1]) and torch.equal(variances[0], variances[1])
+        torch.testing.assert_close(means[0], reference.running_mean)
+        torch.testing.assert_close(variances[0], reference.running_var)
+    assert all(rank["group"] == 1 and rank["alone"] for rank in ranks)

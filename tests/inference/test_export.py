@@ -1,16 +1,21 @@
 """``syncbn export``: graphs and weights that compute what the network computes."""
 
 import contextlib
+import shutil
 import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from weights_of_noise import make_card, make_file, make_network, photos
+from torch import nn
+from weights_of_noise import make_card, make_embedding_file, make_file, make_network, photos
 
 from syncbn.cli import main
 from syncbn.inference.export import Comparison
+from syncbn.inference.graphs import GRAPHS
+from syncbn.models import inception_bn
 from syncbn.models.weights import build_network, parse_card, read_weights, write_weights
 
 
@@ -59,7 +64,8 @@ def load_exported(path):
     return torch.export.load(path).module()
 
 
-GRAPHS = {"torchscript": (".torchscript.pt", load_torchscript), "exported": (".pt2", load_exported)}
+GRAPHS_OF_TORCH = {"torchscript": load_torchscript, "exported": load_exported}
+SUFFIXES = {"torchscript": ".torchscript.pt", "exported": ".pt2"}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -69,8 +75,7 @@ def test_torchs_own_graphs(format, fold, tmp_path, capsys):
     export(weights, f"--format={format}", f"--fold={fold}", "--images", str(photos(1)[0].parent / "n020*"))
     output = capsys.readouterr().out
     assert f"68 BatchNorm layers {'folded' if fold else 'kept'}" in output and "top-1 classes agree" in output
-    suffix, load = GRAPHS[format]
-    graph = load(weights.with_suffix(suffix))
+    graph = GRAPHS_OF_TORCH[format](weights.with_suffix(SUFFIXES[format]))
     for n in (1, 5):
         assert (outputs_of(graph, images(n)) - outputs_of(network, images(n))).abs().max() < 1e-4
 
@@ -110,12 +115,15 @@ def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
     assert "there is no folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("variant", "format"), [("cadene", "cadene"), ("slim", "slim"), ("paper", "safetensors")])
-def test_weights_keep_every_bit(variant, format, tmp_path, capsys):
+KEEPING = [("cadene", "cadene", []), ("slim", "slim", []), ("paper", "safetensors", ["--fold=false"])]
+
+
+@pytest.mark.parametrize(("variant", "format", "words"), KEEPING)
+def test_weights_keep_every_bit(variant, format, words, tmp_path, capsys):
     weights, network = make_file(tmp_path, variant)
     output = tmp_path / "again" / {"cadene": "a.pth", "slim": "a.npz", "safetensors": "a.safetensors"}[format]
     output.parent.mkdir()
-    export(weights, f"--format={format}", "--output", output)
+    export(weights, f"--format={format}", "--output", output, *words)
     assert "16 of 16 top-1 classes agree" in capsys.readouterr().out
     again = read_weights(output)
     assert again.layout.name == {"safetensors": "syncbn"}.get(format, format)
@@ -137,9 +145,77 @@ def test_a_grey_network(tmp_path):
     assert (outputs_of(graph, images(3, 1)) - outputs_of(network, images(3, 1))).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(("variant", "norms"), [("paper", 69), ("cadene", 69), ("slim", 68)])
+def test_safetensors_are_folded_and_load_like_any_weights(variant, norms, tmp_path, capsys):
+    weights, network = make_file(tmp_path, variant)
+    folded = tmp_path / "folded.safetensors"
+    export(weights, "--format=safetensors", "--output", folded)
+    assert f"{norms} BatchNorm layers folded" in capsys.readouterr().out
+    content = read_weights(folded)
+    assert not [name for name in content.tensors if ".bn." in name or "running" in name]
+    again = inception_bn(weights=folded, num_classes=10).eval()
+    assert not [layer for layer in again.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    expected = outputs_of(network, images(5))
+    assert (outputs_of(again, images(5)) - expected).abs().max() < 1e-4 * max(1.0, expected.abs().max())
+    before = read_weights(weights).card
+    assert content.card == replace(before, architecture=before.architecture | {"norm": "none"})
+    (path,) = photos(1)
+    sys.argv[:] = ["syncbn"]
+    with pytest.raises(SystemExit) as exited:
+        main(["predict", str(folded), str(path), "--format=csv", "--top_k=1"])
+    assert exited.value.code == 0 and ",name " in capsys.readouterr().out
+
+
+def test_what_differs_from_position_to_position_is_not_folded(tmp_path, capsys):
+    weights, _ = make_file(tmp_path, per_activation_head=64)
+    with pytest.raises(SystemExit):
+        export(weights, "--format=safetensors", "--output", tmp_path / "a.safetensors")
+    assert "per_activation_head: its BatchNorm differs from position to position" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("format", ["onnx", "torchscript", "exported", "safetensors", "cadene"])
+def test_an_embedding(format, tmp_path, capsys):
+    weights, network = make_embedding_file(tmp_path)
+    output = tmp_path / f"out.{format}"
+    if format == "onnx":
+        pytest.importorskip("onnxruntime", reason="the extra syncbn[export] is not installed")
+    export(weights, f"--format={format}", "--output", output)
+    text = capsys.readouterr().out
+    assert "of numbers up to" in text and "top-1" not in text
+    if format in GRAPHS_OF_TORCH:
+        run = GRAPHS_OF_TORCH[format](output)
+    elif format == "onnx":
+        run = GRAPHS["onnx"].load(output)
+        import onnx
+
+        assert [given.name for given in onnx.load(output).graph.output] == ["embeddings"]
+    else:
+        run = build_network(read_weights(output))
+    embedded = outputs_of(run, images(3))
+    assert embedded.shape == (3, 6) and torch.allclose(embedded.norm(dim=1), torch.ones(3))
+    assert (embedded - outputs_of(network, images(3))).abs().max() < 1e-5
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path, capsys):
+    weights, _ = make_file(tmp_path)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(photos(1)[0], folder / "a.jpg")
+    (folder / "b.jpg").write_bytes(b"no image")
+    export(weights, "--format=safetensors", f"--images={folder}", "--output", tmp_path / "a.safetensors")
+    out, err = capsys.readouterr()
+    assert "compared on 1 images" in out
+    assert f"left out of the comparison: cannot decode the image {folder}/b.jpg" in err
+    (folder / "a.jpg").unlink()
+    with pytest.raises(SystemExit):
+        export(weights, "--format=safetensors", f"--images={folder}", "--output", tmp_path / "b.safetensors")
+    assert "no image there can be read, such as: cannot decode" in capsys.readouterr().err
+
+
 MISTAKES = {
     "a layout that cannot say it": (["--format=cadene"], "the layout cadene has separable_stem=False"),
-    "weights that are folded": (["--format=safetensors", "--fold=true"], "--fold true has no meaning"),
+    "a layout that has BatchNorm": (["--format=slim", "--fold=true"], "--fold true has no meaning"),
     "weights that take pixels": (["--format=slim", "--preprocessing=true"], "--preprocessing true has no meaning"),
     "the file itself": (["--format=safetensors"], "is the file of weights itself"),
     "images that are not there": (["--format=exported", "--images=nowhere"], "'nowhere' names no image"),
@@ -175,6 +251,16 @@ def test_the_largest_difference_counts_in_relation_to_the_logits():
         assert comparison.images == 6
         with pytest.raises(ValueError, match="does not compute") if refused else contextlib.nullcontext():
             comparison.check()
+
+
+def test_another_class_is_refused_however_small_the_difference():
+    comparison = Comparison()
+    comparison.add(torch.tensor([[1.0, 0.0], [1.0, 1.0 - 1e-6]]), torch.tensor([[1.0, 0.0], [1.0 - 1e-6, 1.0]]))
+    with pytest.raises(ValueError, match="gives 1 of 2 images another top-1 class"):
+        comparison.check()
+    of_embeddings = Comparison(classifies=False)
+    of_embeddings.add(torch.tensor([[0.6, 0.6 - 1e-6]]), torch.tensor([[0.6 - 1e-6, 0.6]]))
+    of_embeddings.check()
 
 
 def test_onnx_without_its_packages(tmp_path, capsys, monkeypatch):

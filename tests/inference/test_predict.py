@@ -5,9 +5,10 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
-from weights_of_noise import by_hand, make_card, make_file, make_network, photos
+from weights_of_noise import by_hand, make_card, make_embedding_file, make_file, make_network, photos
 
 from syncbn.cli import main
 from syncbn.inference.images import find_images
@@ -99,12 +100,53 @@ def test_a_grey_network_and_one_without_names(tmp_path, capsys):
     assert ",class " in capsys.readouterr().out.splitlines()[1]
 
 
+def test_an_embedding_gives_its_numbers(tmp_path, capsys):
+    paths = photos(3)
+    weights, network = make_embedding_file(tmp_path)
+    with torch.no_grad():
+        expected = network(torch.stack([by_hand(path, "cadene") for path in paths]))
+    assert predict(weights, *paths, f"--output={tmp_path / 'a.csv'}") == 0
+    with (tmp_path / "a.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert predict(weights, *paths, "--format=jsonl") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (tmp_path / "b.jpg").write_bytes(b"no image")
+    assert predict(weights, *paths, tmp_path / "b.jpg", "--format=npz", f"--output={tmp_path / 'a.npz'}") == 2
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
+        images, embeddings = archive["images"], torch.from_numpy(archive["embeddings"])
+    names = [str(path) for path in paths]
+    assert [row["image"] for row in rows] == [line["image"] for line in lines] == images.tolist() == names
+    assert embeddings.dtype == torch.float32 and (embeddings - expected).abs().max() < 0.02
+    of_csv = torch.tensor([[float(row[str(number)]) for number in range(6)] for row in rows])
+    assert torch.equal(of_csv, embeddings) and torch.equal(torch.tensor([line["embedding"] for line in lines]), of_csv)
+
+
+EMBEDDING_MISTAKES = {
+    "classes": (["--top_k=2"], "--top_k 2 has no meaning with these weights, which give embeddings"),
+    "several crops": (["--crops=10"], "--crops 10 has no meaning"),
+    "a table": (
+        ["--format=table"],
+        "--format table cannot hold embeddings, which these weights give: take csv",
+    ),
+    "an archive on the screen": (["--format=npz"], "--format npz is not for the screen: name a file with --output"),
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), EMBEDDING_MISTAKES.values(), ids=EMBEDDING_MISTAKES.keys())
+def test_what_an_embedding_cannot_do(words, expected, tmp_path, capsys):
+    weights, _ = make_embedding_file(tmp_path)
+    (tmp_path / "a.jpg").touch()
+    assert predict(weights, tmp_path / "a.jpg", *words) == 1
+    assert expected in capsys.readouterr().err
+
+
 MISTAKES = {
     "no such image": (["nowhere.jpg"], "'nowhere.jpg' names no image"),
     "a pattern without a match": (["*.gif"], "'*.gif' names no image"),
     "a folder without images": (["."], "'.' holds no images"),
     "no class at all": (["model.safetensors", "--top_k=0"], "--top_k 0 must be at least 1"),
     "other crops": (["model.safetensors", "--crops=3"], "evaluation_crops=3 must be 1, 10 or 144"),
+    "classes in an archive": (["model.safetensors", "--format=npz"], "--format npz cannot hold classes"),
     "a format that does not exist": (["model.safetensors", "--format=xml"], "format"),
     "a device that is not there": (["model.safetensors", "--device=cuda:77"], "--device cuda:77 is not there"),
     "no images": ([], "images"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from syncbn.models import inception_bn
+from syncbn.models.embedding import put_embedding_head
 from syncbn.models.weights import ModelCard, write_weights
 from syncbn.preprocessing import find_preprocessing
 
@@ -56,6 +57,16 @@ def make_file(folder, variant="paper", name="model.safetensors", **arguments):
     network = make_network(variant=variant, **arguments)
     write_weights(network, make_card(network, variant), folder / name, "safetensors")
     return folder / name, network
+
+
+def make_embedding_file(folder):
+    """A file of weights of an embedding of 6 numbers, in Cadene's variant; returns it and its network."""
+    network = make_network(variant="cadene")
+    put_embedding_head(network, 6)
+    network.eval()
+    card = make_card(network, "cadene", num_classes=None, classes=None, embedding_dimension=6)
+    write_weights(network, card, folder / "embedding.safetensors", "safetensors")
+    return folder / "embedding.safetensors", network
 
 
 def by_hand(path, variant, size=64, resize=72):

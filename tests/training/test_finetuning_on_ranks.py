@@ -50,6 +50,7 @@ def test_every_image_is_in_the_report_once(runs, folder):
 
 def test_recall_is_of_the_whole_set(runs):
     recall = runs[2]["embedding"]["validation"]
+    assert recall.pop("val_images") == 33
     assert set(recall) == {f"val_recall_at_{k}" for k in (1, 2, 4, 8)}
     assert all(value * 33 == pytest.approx(round(value * 33)) for value in recall.values())
     assert 0 < recall["val_recall_at_1"] <= recall["val_recall_at_8"] <= 1

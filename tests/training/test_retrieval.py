@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torchmetrics.retrieval import RetrievalHitRate
 
 from syncbn.models import inception_bn
-from syncbn.models.embedding import embed, put_embedding_head
+from syncbn.models.embedding import embed, put_proxy_head
 from syncbn.training import ImageClassifier, RecallAtK, retrieval
 
 
@@ -41,7 +41,7 @@ def test_of_one_image_and_of_none():
 
 def network():
     net = inception_bn(10, width_multiplier=0.125, stem="small")
-    put_embedding_head(net, 3, 6, 0.05)
+    put_proxy_head(net, 3, 6, 0.05)
     return net.eval()
 
 
@@ -60,7 +60,7 @@ def test_embeddings_have_norm_one_and_logits_are_cosines_over_the_temperature():
 @pytest.mark.parametrize(("dimension", "temperature"), [(0, 0.05), (4, 0.0)])
 def test_arguments_out_of_range(dimension, temperature):
     with pytest.raises(ValueError, match="embedding_"):
-        put_embedding_head(inception_bn(10, width_multiplier=0.125), 3, dimension, temperature)
+        put_proxy_head(inception_bn(10, width_multiplier=0.125), 3, dimension, temperature)
 
 
 def test_the_state_of_a_classifier_fits_but_for_the_head():

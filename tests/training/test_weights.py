@@ -10,7 +10,7 @@ import torch
 
 from syncbn.cli import main
 from syncbn.models import inception_bn
-from syncbn.models.weights import ModelCard, build_network, read_weights, write_weights
+from syncbn.models.weights import ModelCard, build_network, files, read_weights, write_weights
 from syncbn.preprocessing import PREPROCESSING, Preprocessing
 from syncbn.training.classifier import ImageClassifier
 
@@ -81,7 +81,7 @@ def test_the_weights_bring_their_network_and_their_preprocessing(photos, capsys,
     Path("cadene.pth").unlink()  # and its card; a checkpoint needs neither
     Path("cadene.pth.card.json").unlink()
     sys.argv[:] = ["syncbn"]
-    main(["validate", *again, "--model.weights=null"])
+    main(["validate", *again])
     assert capsys.readouterr().out.strip().splitlines()[-1] == with_file
     ImageClassifier.load_from_checkpoint(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     sys.argv[:] = ["syncbn"]
@@ -142,6 +142,49 @@ def test_weights_with_options_of_their_own_are_rebuilt_without_their_file(photos
     again = ImageClassifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     assert again.network.variant == network.variant
     assert again.hparams["momentum"] == 0.9 and again.hparams["variant_options"]["momentum"] == 0.3
+
+
+def save_classifier(path, classes):
+    """Weights of a network of ours, in whose head every number is 7."""
+    network = inception_bn(3, width_multiplier=0.125, stem="small")
+    torch.nn.init.constant_(network.classifier.weight, 7.0)
+    card = ModelCard("syncbn", network.arguments, 3, classes, Preprocessing("RGB", (1.0,) * 3, (2.0,) * 3), 32, None)
+    write_weights(network, card, path, "safetensors")
+
+
+HEADS = {
+    "the same classes": (CLASSES, "auto", True, ""),
+    "others of the same number": (("ant", "bee", "dog"), "auto", False, "('dog' where the data have 'cat')"),
+    "the same in another order": (CLASSES[::-1], "auto", False, "other classes"),
+    "others that are to be kept": (("ant", "bee", "dog"), "keep", True, ""),
+    "the same that are to be new": (CLASSES, "new", False, "a new classifier, as model.head=new asks"),
+    "without names": (None, "auto", True, "which the file does not name, is taken over"),
+}
+
+
+@pytest.mark.parametrize(("named", "head", "kept", "said"), HEADS.values(), ids=HEADS.keys())
+def test_the_head_of_other_classes_is_not_taken_over(named, head, kept, said, caplog):
+    save_classifier(Path("a.safetensors"), named)
+    model = ImageClassifier(4, 3, 3, 12, weights="a.safetensors", head=head, classes=CLASSES)
+    assert bool((model.network.classifier.weight == 7).all()) is kept
+    assert said in caplog.text and bool(caplog.text) is bool(said)
+
+
+def test_the_names_of_the_data_decide_in_a_run_which_reads_the_file_once(photos, caplog, monkeypatch):
+    save_classifier(Path("a.safetensors"), ("ant", "bee", "dog"))
+    reads = []
+    monkeypatch.setattr(
+        "syncbn.models.weights.reading.read_file", lambda path: reads.append(path) or files.read_file(path)
+    )
+    fit(photos, "--model.weights=a.safetensors")
+    assert "('dog' where the data have 'cat'): a new one; model.head=keep takes it over" in caplog.text
+    assert len(reads) == 1
+
+
+def test_a_head_that_is_not_there_cannot_be_kept():
+    save_cadene(Path("cadene.pth"))
+    with pytest.raises(ValueError, match=r"its classifier is of 5 classes, the data have 3: leave model.head=keep out"):
+        ImageClassifier(4, 3, 3, 12, weights="cadene.pth", head="keep", classes=CLASSES)
 
 
 MISTAKES = {

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,13 @@ BATCH = 32
 """Images at a time."""
 
 LARGEST_DIFFERENCE = 1e-4
-"""Of the logits, where these are at most 1; of larger ones, their share."""
+"""Of the outputs, where these are at most 1; of larger ones, their share."""
+
+FOLDED_BY_DEFAULT = ("onnx", "torchscript", "exported", "safetensors")
+"""What is for inference; the public layouts have BatchNorm."""
+
+OF_BATCH_NORM = ("stem_norm", "conv_bias", "gamma", "eps", "momentum")
+"""Arguments of `inception_bn` that have no meaning without it."""
 
 
 def export(
@@ -46,17 +53,20 @@ def export(
 ) -> None:
     """Write a trained network for other programs: as a graph, with BatchNorm folded, or as weights of a public layout.
 
-    Graphs take any number of images at a time: normalised float32 of shape (N, C, H, W), and return logits. What is
-    written is read again and compared with the original on images; where it differs, nothing is left behind. A model
-    card (FILE.card.json) beside the file says how images are prepared and names the classes.
+    Graphs take any number of images at a time: normalised float32 of shape (N, C, H, W), and return logits, or
+    embeddings of a network that was trained to embed. What is written is read again and compared with the original on
+    images; where it differs, or gives an image another class, nothing is left behind. A model card (FILE.card.json
+    beside the file, in a safetensors file its metadata) says how images are prepared and names the classes.
 
     Args:
         weights: A checkpoint of `syncbn fit`, what `syncbn import` wrote, or whatever that reads.
-        format: Graphs: "onnx", "torchscript" or "exported" (torch.export). Weights: "safetensors" (ours), "cadene"
-            (bninception, .pth) or "slim" (inception_v2, .npz).
+        format: Graphs: "onnx", "torchscript" or "exported" (torch.export). Weights: "safetensors" (ours; folded, it is
+            an `inception_bn` with norm="none" and loads like any other), "cadene" (bninception, .pth) or "slim"
+            (inception_v2, .npz).
         output: File to write. Without it the name of the weights with the suffix of the format, beside them.
-        fold: Whether each BatchNorm becomes part of the convolution before it: true without it, of graphs; the
-            formats of weights keep theirs.
+        fold: Whether each BatchNorm becomes part of the convolution before it: true without it, but for the public
+            layouts, which keep theirs. What is folded cannot be trained with BatchNorm any more; `syncbn import` makes
+            a safetensors file that can.
         preprocessing: Whether a graph normalises by itself: it then takes RGB pixels, uint8 of 0..255.
         images: File, folder or pattern of the images to compare on, all of them. Without it, 16 that come with the
             package.
@@ -66,23 +76,27 @@ def export(
             package that the format needs is missing.
         OSError: A file cannot be read or written.
     """
-    is_graph = format in GRAPHS
-    if not is_graph and (fold or preprocessing):
-        name = "fold" if fold else "preprocessing"
-        raise ValueError(f"--{name} true has no meaning with --format {format}, which holds weights: leave it out")
+    if preprocessing and format not in GRAPHS:
+        raise ValueError(
+            f"--preprocessing true has no meaning with --format {format}, which holds weights: leave it out"
+        )
+    if fold and format not in FOLDED_BY_DEFAULT:
+        raise ValueError(
+            f"--fold true has no meaning with --format {format}, whose readers want BatchNorm: leave it out"
+        )
     content = read_weights(weights)
     network = build_network(content)
-    batches = pixel_batches(content.card, images)
+    check_images = CheckImages(content.card, images)
     output = default_output(weights, format) if output is None else output
     if output.exists() and weights.exists() and output.samefile(weights):
         raise ValueError(f"{output} is the file of weights itself: name another with --output")
     require_folder(output)
-    if is_graph:
-        norms = len([layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)])
-        kept = fold is False
-        print(f"{norms} BatchNorm layers {'kept' if kept else 'folded into the convolutions before them'}")
-    job = ExportJob(network, content.card, format, fold is not False, preprocessing)
-    with_temporary(output, lambda temporary: job.write_and_check(temporary, batches))
+    folds = format in FOLDED_BY_DEFAULT if fold is None else fold
+    norms = len([layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)])
+    print(f"{norms} BatchNorm layers {'folded into the convolutions before them' if folds else 'kept'}")
+    job = ExportJob(network, content.card, format, folds, preprocessing)
+    with_temporary(output, lambda temporary: job.write_and_check(temporary, check_images.batches()))
+    check_images.report()
     print(output)
 
 
@@ -94,7 +108,7 @@ class ExportJob:
         network: The original.
         card: Of the network.
         format: One of `SUFFIXES`.
-        fold: Whether a graph is of the folded network.
+        fold: Whether what is written is the folded network.
         preprocessing: Whether a graph takes pixels.
     """
 
@@ -117,7 +131,7 @@ class ExportJob:
         """
         normalise = PixelInput(nn.Identity(), self.card.preprocessing)
         run: Runner | None = None
-        comparison = Comparison()
+        comparison = Comparison(self.card.embedding_dimension is None)
         for pixels in batches:
             given = pixels if self.preprocessing else normalise(pixels)
             if run is None:
@@ -130,14 +144,20 @@ class ExportJob:
     def _write(self, path: Path, example: Tensor) -> Runner:
         """Write the file, and return what is read from it."""
         if self.format not in GRAPHS:
-            write_weights(self.network, self.card, path, self.format)
+            network, card = (self.network, self.card) if not self.fold else folded(self.network, self.card)
+            write_weights(network, card, path, self.format)
             return build_network(read_weights(path))
         graph = GRAPHS[self.format]
         inference = fold_batch_norm(self.network) if self.fold else revert_sync_batchnorm(self.network)
         inference = PixelInput(inference, self.card.preprocessing) if self.preprocessing else inference
-        graph.write(inference.eval(), example, path)
+        graph.write(inference.eval(), example, path, self.output_name)
         card_path(path).write_text(self._card_of_graph().to_json())
         return graph.load(path)
+
+    @property
+    def output_name(self) -> str:
+        """What a graph gives."""
+        return "logits" if self.card.embedding_dimension is None else "embeddings"
 
     def _card_of_graph(self) -> ModelCard:
         """The card, by which pixels stay as they are where the graph normalises."""
@@ -147,24 +167,41 @@ class ExportJob:
         return replace(self.card, preprocessing=Preprocessing("RGB", (0.0,) * channels, (1.0,) * channels))
 
 
+def folded(network: Any, card: ModelCard) -> tuple[Any, ModelCard]:
+    """The folded network and its card: an Inception without normalisation, whose convolutions have biases.
+
+    Raises:
+        ValueError: A layer cannot be folded.
+    """
+    if "per_activation_head" in card.architecture:
+        raise ValueError(
+            "per_activation_head: its BatchNorm differs from position to position, which no convolution can express:"
+            " give --fold false"
+        )
+    kept = {name: value for name, value in card.architecture.items() if name not in OF_BATCH_NORM}
+    return fold_batch_norm(network), replace(card, architecture=kept | {"norm": "none"})
+
+
 @dataclass
 class Comparison:
     """How far two networks agree, over all images so far.
 
     Attributes:
+        classifies: Whether the outputs are logits, of which the largest counts; else embeddings.
         images: How many there were.
-        difference: The largest of a logit.
-        size: The largest logit, without its sign.
+        difference: The largest of an output.
+        size: The largest output, without its sign.
         agreeing: Images whose most probable class is the same.
     """
 
+    classifies: bool = True
     images: int = 0
     difference: float = 0.0
     size: float = 0.0
     agreeing: int = 0
 
     def add(self, expected: Tensor, actual: Tensor) -> None:
-        """Compare logits (N, classes) of both."""
+        """Compare outputs (N, classes or numbers) of both."""
         difference = (expected - actual).abs().max().nan_to_num(math.inf).item()
         self.images += len(expected)
         self.difference = max(self.difference, difference)
@@ -173,44 +210,75 @@ class Comparison:
 
     def words(self) -> str:
         """The comparison in words."""
-        return (
-            f"compared on {self.images:,} images: largest difference {self.difference:.2g} of logits up to"
-            f" {self.size:.3g}, {self.agreeing:,} of {self.images:,} top-1 classes agree"
-        )
+        what = "logits" if self.classifies else "numbers"
+        words = f"compared on {self.images:,} images: largest difference {self.difference:.2g} of {what} up to"
+        if not self.classifies:
+            return f"{words} {self.size:.3g}"
+        return f"{words} {self.size:.3g}, {self.agreeing:,} of {self.images:,} top-1 classes agree"
 
     def check(self) -> None:
-        """Refuse networks that differ by more than rounding.
+        """Refuse networks that differ by more than rounding, or that give an image another class.
 
         Raises:
             ValueError: They do.
         """
         if not self.difference <= LARGEST_DIFFERENCE * max(1.0, self.size):
             raise ValueError("what was written does not compute what the original does: it was removed again")
+        if self.classifies and self.agreeing < self.images:
+            raise ValueError(
+                f"what was written gives {self.images - self.agreeing:,} of {self.images:,} images another top-1 class"
+                " than the original does: it was removed again"
+            )
 
 
-def pixel_batches(card: ModelCard, images: str | None) -> Iterator[Tensor]:
-    """Images to compare on, cut and resized as the network wants them: each uint8, shape (N, C, H, W).
+class CheckImages:
+    """Images to compare on, cut and resized as the network wants them.
+
+    Args:
+        card: Of the network.
+        images: File, folder or pattern; None takes some that come with the package.
 
     Raises:
-        ValueError: There are none that can be read, or the card does not say what the network is fed.
+        ValueError: There are no such images, or the card does not say what the network is fed.
     """
-    if images is None:
-        prepared = prepare_images([], card)
+
+    def __init__(self, card: ModelCard, images: str | None) -> None:
+        self.source = images
+        self.paths = [] if images is None else find_images([images])
+        self.prepared = prepare_images(self.paths, card)
+        self.left_out: list[str] = []
+
+    def batches(self) -> Iterator[Tensor]:
+        """The images: uint8, shape (N, C, H, W).
+
+        Raises:
+            ValueError: None of them can be read.
+        """
+        empty = True
+        for pixels in self._embedded() if self.source is None else self._named():
+            if len(pixels):
+                empty = False
+                yield torch.from_numpy(pixels).movedim(-1, 1).contiguous()
+        if empty:
+            raise ValueError(f"--images {self.source}: no image there can be read, such as: {self.left_out[0]}")
+
+    def report(self) -> None:
+        """Name the images that could not be read."""
+        for message in self.left_out:
+            print(f"syncbn: left out of the comparison: {message}", file=sys.stderr)
+
+    def _embedded(self) -> Iterator[np.ndarray]:
         some = fashion_mnist("test").images[:EMBEDDED_IMAGES, :, :, None]
-        cut = np.concatenate([prepared.crops(np.repeat(image, prepared.dataset.channels, 2)) for image in some])
-        parts: Iterable[np.ndarray] = [cut[:1], cut[1:]]
-    else:
-        paths = find_images([images])
-        prepared = prepare_images(paths, card)
-        keys = [SampleKey(0, index) for index in range(len(paths))]
-        parts = (prepared.pixels(keys[start : start + BATCH])[0][:, 0] for start in range(0, len(keys), BATCH))
-    empty = True
-    for part in parts:
-        if len(part):
-            empty = False
-            yield torch.from_numpy(part).movedim(-1, 1).contiguous()
-    if empty:
-        raise ValueError(f"--images {images}: no image there can be read")
+        channels = self.prepared.dataset.channels
+        cut = np.concatenate([self.prepared.crops(np.repeat(image, channels, 2)) for image in some])
+        yield from (cut[:1], cut[1:])
+
+    def _named(self) -> Iterator[np.ndarray]:
+        keys = [SampleKey(0, index) for index in range(len(self.paths))]
+        for start in range(0, len(keys), BATCH):
+            pixels, _, left_out = self.prepared.pixels(keys[start : start + BATCH])
+            self.left_out += left_out
+            yield pixels[:, 0]
 
 
 def default_output(weights: Path, format: Format) -> Path:

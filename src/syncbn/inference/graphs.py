@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from syncbn.preprocessing import Preprocessing
 
 Runner = Callable[[Tensor], Tensor]
-"""Images, shape (N, C, H, W), to logits, shape (N, num_classes)."""
+"""Images, shape (N, C, H, W), to logits, shape (N, num_classes), or to embeddings, shape (N, dimension)."""
 
 
 class PixelInput(nn.Module):
@@ -46,13 +46,14 @@ class Graph(ABC):
     """One format of graphs."""
 
     @abstractmethod
-    def write(self, network: nn.Module, images: Tensor, path: Path) -> None:
+    def write(self, network: nn.Module, images: Tensor, path: Path, output: str = "logits") -> None:
         """Write a network.
 
         Args:
             network: In eval mode.
             images: An example of its input with N = 2; N stays free.
             path: The file.
+            output: What the network gives, "logits" or "embeddings", in formats that name it.
         """
 
     @abstractmethod
@@ -63,8 +64,8 @@ class Graph(ABC):
 class Onnx(Graph):
     """ONNX, of one file; runs under onnxruntime and others."""
 
-    def write(self, network: nn.Module, images: Tensor, path: Path) -> None:
-        """Write by torch.onnx: input ``images``, output ``logits``, dimension ``batch`` free."""
+    def write(self, network: nn.Module, images: Tensor, path: Path, output: str = "logits") -> None:
+        """Write by torch.onnx: input ``images``, dimension ``batch`` free."""
         require_packages("onnx", "onnxscript", "onnxruntime")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
         with warnings.catch_warnings():
@@ -74,7 +75,7 @@ class Onnx(Graph):
                 (images,),
                 path,
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 dynamo=True,
                 external_data=False,
@@ -94,7 +95,7 @@ class Onnx(Graph):
 class TorchScript(Graph):
     """TorchScript, for libtorch and old servers: torch itself recommends torch.export."""
 
-    def write(self, network: nn.Module, images: Tensor, path: Path) -> None:
+    def write(self, network: nn.Module, images: Tensor, path: Path, output: str = "logits") -> None:
         """Trace and freeze."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecation, and checks of the input's shape that become constants
@@ -111,7 +112,7 @@ class TorchScript(Graph):
 class Exported(Graph):
     """torch.export's program, for torch.export.load, AOTInductor and ExecuTorch."""
 
-    def write(self, network: nn.Module, images: Tensor, path: Path) -> None:
+    def write(self, network: nn.Module, images: Tensor, path: Path, output: str = "logits") -> None:
         """Export with dimension ``batch`` free."""
         program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         with path.open("wb") as file:  # by its name it would insist on a suffix

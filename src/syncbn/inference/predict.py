@@ -1,19 +1,12 @@
-"""``syncbn predict WEIGHTS IMAGES...``: what is on photos, by any file of weights that can be imported."""
+"""``syncbn predict WEIGHTS IMAGES...``: what is on photos, or where they lie in an embedding, by any weights."""
 
-import csv
-import json
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
@@ -21,39 +14,25 @@ from syncbn.data.batches import BatchedImages, ImageBatch, keep_batch
 from syncbn.data.datamodule import use_one_thread
 from syncbn.data.samplers import SampleKey
 from syncbn.inference.images import find_images, prepare_images
+from syncbn.inference.writers import Embedding, Format, Prediction, choose_writer, opened_writer
 from syncbn.models.weights import ModelCard, build_network, read_weights
 from syncbn.nn import fold_batch_norm
 
-Format = Literal["table", "csv", "jsonl"]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The most probable classes of one image.
-
-    Attributes:
-        image: Its path.
-        labels: Of the classes, the most probable first.
-        probabilities: Of these classes.
-    """
-
-    image: Path
-    labels: tuple[int, ...]
-    probabilities: tuple[float, ...]
+TOP_K = 5
 
 
 def predict(
     weights: Path,
     images: list[str],
-    top_k: int = 5,
-    format: Format = "table",
+    top_k: int | None = None,
+    format: Format | None = None,
     output: Path | None = None,
     batch_size: int = 32,
     crops: int = 1,
     num_workers: int = 0,
     device: str = "auto",
 ) -> int:
-    """Say what is on images: the most probable classes and their probabilities.
+    """Say what is on images: the most probable classes and their probabilities; or their embeddings, for retrieval.
 
     The weights bring their network, the names of the classes and what images they want. Images that cannot be read are
     named and left out; the exit status is then 2. The test set of a config, on any number of ranks and with several
@@ -62,8 +41,10 @@ def predict(
     Args:
         weights: A checkpoint of `syncbn fit`, what `syncbn import` wrote, or whatever that reads.
         images: Files, folders or quoted patterns ('photos/**/*.jpg').
-        top_k: How many classes of each image.
-        format: "table" to read; "csv", a line for each image and class; "jsonl", a line of JSON for each image.
+        top_k: How many classes of each image; 5 without it.
+        format: Of classes: "table" to read; "csv", a line for each image and class; "jsonl", a line of JSON for each
+            image. Of embeddings: "csv", a line for each image; "jsonl"; "npz", NumPy's archive with the paths as
+            ``images`` and the numbers as ``embeddings``. Without it the first of these.
         output: File to write instead of the screen.
         batch_size: Images at a time; fewer with several crops.
         crops: Parts of an image over which the probabilities are averaged: 1, its centre; 10; or 144, GoogLeNet's.
@@ -77,24 +58,44 @@ def predict(
         ValueError: The weights cannot be read, there are no such images, or an argument is out of range.
     """
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
     paths = find_images(images)
     content = read_weights(weights)
+    check_embedding(content.card, top_k, crops)
+    kind = choose_writer(format, output, content.card)
     where = choose_device(device)
     network = fold_batch_norm(build_network(content)).to(where)
     prepared = prepare_images(paths, content.card, crops)
     left_out = 0
-    with opened(output) as stream, make_writer(format, stream, content.card) as writer:
+    with opened_writer(kind, output, content.card) as writer:
         for batch in load_batches(prepared, max(1, batch_size // crops), num_workers):
-            for prediction in predict_batch(network, batch, paths, top_k, where):
-                writer.write(prediction)
+            if content.card.embedding_dimension is None:
+                items: list[Any] = predict_batch(network, batch, paths, top_k or TOP_K, where)
+            else:
+                items = embed_batch(network, batch, paths, where)
+            for item in items:
+                writer.write(item)
             for message in batch.left_out:
                 left_out += 1
                 print(f"syncbn: left out: {message}", file=sys.stderr)
     if left_out:
         print(f"syncbn: {left_out} of {len(paths)} images were left out", file=sys.stderr)
     return 2 if left_out else 0
+
+
+def check_embedding(card: ModelCard, top_k: int | None, crops: int) -> None:
+    """Refuse what has a meaning for classes alone.
+
+    Raises:
+        ValueError: The weights give embeddings, and an option of classes is given.
+    """
+    if card.embedding_dimension is None:
+        return
+    if top_k is not None:
+        raise ValueError(f"--top_k {top_k} has no meaning with these weights, which give embeddings: leave it out")
+    if crops != 1:
+        raise ValueError(f"--crops {crops} has no meaning with these weights, which give embeddings: leave it out")
 
 
 def choose_device(name: str) -> torch.device:
@@ -146,108 +147,13 @@ def predict_batch(
     ]
 
 
-# ---- what is written -----------------------------------------------------------------------------
-
-
-class Writer(ABC):
-    """Writes predictions as they come.
-
-    Args:
-        stream: Where to.
-        card: With the names of the classes.
-    """
-
-    def __init__(self, stream: TextIO, card: ModelCard) -> None:
-        self.stream = stream
-        self.classes = card.classes
-
-    def name(self, label: int) -> str:
-        """Of a class."""
-        return f"class {label}" if self.classes is None else self.classes[label]
-
-    @abstractmethod
-    def write(self, prediction: Prediction) -> None:
-        """Write one image's."""
-
-    def finish(self) -> None:
-        """Write what is left to write."""
-        self.stream.flush()
-
-
-class TableWriter(Writer):
-    """A table to read, once all are there."""
-
-    def __init__(self, stream: TextIO, card: ModelCard) -> None:
-        super().__init__(stream, card)
-        self.table = Table("image", "class")
-        self.table.add_column("probability", justify="right")
-
-    def write(self, prediction: Prediction) -> None:
-        """Add a row for each class."""
-        image = str(prediction.image)
-        for label, probability in zip(prediction.labels, prediction.probabilities, strict=True):
-            self.table.add_row(image, self.name(label), f"{100 * probability:.2f} %")
-            image = ""
-        self.table.add_section()
-
-    def finish(self) -> None:
-        """Print the table, on a screen as wide as it is, in a file as wide as needed."""
-        console = Console(file=self.stream, markup=False, highlight=False)
-        if not console.is_terminal:
-            console.width = 100_000
-            console.width = console.measure(self.table).maximum
-        console.print(self.table)
-
-
-class CsvWriter(Writer):
-    """A line for each image and class: image, rank from 1, label, class, probability."""
-
-    def __init__(self, stream: TextIO, card: ModelCard) -> None:
-        super().__init__(stream, card)
-        self.lines = csv.writer(stream)
-        self.lines.writerow(["image", "rank", "label", "class", "probability"])
-
-    def write(self, prediction: Prediction) -> None:
-        """Write the image's lines."""
-        for rank, (label, probability) in enumerate(
-            zip(prediction.labels, prediction.probabilities, strict=True), start=1
-        ):
-            self.lines.writerow([prediction.image, rank, label, self.name(label), f"{probability:.6g}"])
-
-
-class JsonLinesWriter(Writer):
-    """A line of JSON for each image."""
-
-    def write(self, prediction: Prediction) -> None:
-        """Write the image's line."""
-        classes = [
-            {"label": label, "class": self.name(label), "probability": probability}
-            for label, probability in zip(prediction.labels, prediction.probabilities, strict=True)
-        ]
-        print(
-            json.dumps({"image": str(prediction.image), "predictions": classes}, ensure_ascii=False), file=self.stream
-        )
-
-
-WRITERS: dict[str, type[Writer]] = {"table": TableWriter, "csv": CsvWriter, "jsonl": JsonLinesWriter}
-
-
-@contextmanager
-def opened(output: Path | None) -> Iterator[TextIO]:
-    """The file to write, or the screen."""
-    if output is None:
-        yield sys.stdout
-        return
-    with output.open("w", newline="") as stream:
-        yield stream
-
-
-@contextmanager
-def make_writer(format: Format, stream: TextIO, card: ModelCard) -> Iterator[Writer]:
-    """A writer that finishes what it wrote."""
-    writer = WRITERS[format](stream, card)
-    yield writer
-    writer.finish()
+@torch.inference_mode()
+def embed_batch(network: nn.Module, batch: ImageBatch, paths: Sequence[Path], device: torch.device) -> list[Embedding]:
+    """The embeddings of a batch."""
+    if not len(batch.images):
+        return []
+    rows = network(batch.images.to(device)).cpu().numpy()
+    return [Embedding(paths[index], row) for index, row in zip(batch.indices.tolist(), rows, strict=True)]
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -40,6 +40,8 @@ from syncbn.models.variants import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from syncbn.models.weights import Weights
+
 
 @dataclass(frozen=True)
 class Row:
@@ -320,7 +322,7 @@ def inception_bn(
     padding: str | None = None,
     eps: float | None = None,
     momentum: float | None = None,
-    weights: str | Path | None = None,
+    weights: str | Path | Weights | None = None,
 ) -> InceptionBN:
     """Build Inception-BN (Ioffe & Szegedy 2015, Figure 5), freshly initialised or with weights of a file.
 
@@ -359,8 +361,9 @@ def inception_bn(
         eps: BN's epsilon.
         momentum: BN's momentum in PyTorch's sense.
         weights: file of weights: Cadene's bninception, TF-slim's inception_v2 (TensorFlow's checkpoint or .npz), or
-            our own (.ckpt, .safetensors, .pth). Arguments left at their defaults then follow the file, variant and
-            width among them; ``num_classes`` always counts: the classifier is new where the file has another number.
+            our own (.ckpt, .safetensors, .pth); or what `syncbn.models.weights.read_weights` read of one. Arguments
+            left at their defaults then follow the file, variant and width among them; ``num_classes`` always counts:
+            the classifier is new where the file has another number.
 
     Returns:
         The network; images (N, in_channels, H, W) -> logits (N, num_classes).
@@ -371,9 +374,10 @@ def inception_bn(
     """
     arguments = _changed_arguments(locals())
     if weights is not None:
-        from syncbn.models.weights import network_with_weights, read_weights  # which import this module
+        from syncbn.models.weights import Weights, network_with_weights, read_weights  # which import this module
 
-        return network_with_weights(read_weights(weights), num_classes, arguments)
+        content = weights if isinstance(weights, Weights) else read_weights(weights)
+        return network_with_weights(content, num_classes, arguments)
     resolved = resolve_variant(
         variant,
         norm,

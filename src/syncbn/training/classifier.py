@@ -13,14 +13,22 @@ from syncbn.data.datamodule import ImageDataModule
 from syncbn.data.samplers import batches_per_epoch, images_of_global_batch
 from syncbn.distributed import new_group, sum_over_world
 from syncbn.models import inception_bn
-from syncbn.models.embedding import embed, put_embedding_head
+from syncbn.models.embedding import embed, put_proxy_head
+from syncbn.models.weights import HeadPolicy
 from syncbn.models.weights.card import CARD_KEY
 from syncbn.nn import SyncBatchNorm, estimate_population_statistics
 from syncbn.training.batch_arithmetic import BatchArithmetic, scale_learning_rate
 from syncbn.training.class_weights import balanced_weights, given_weights
 from syncbn.training.evaluation import Evaluated, log_of_mean
 from syncbn.training.freezing import BatchNormPolicy, freeze_network
-from syncbn.training.model_card import checked_variant_options, make_card, options_of_weights
+from syncbn.training.model_card import (
+    checked_variant_options,
+    forget_weights,
+    make_card,
+    options_of_weights,
+    take_embedding,
+    weights_to_start_from,
+)
 from syncbn.training.parameter_groups import parameter_groups, scale_groups
 from syncbn.training.retrieval import RecallAtK
 from syncbn.training.schedules import exponential_schedule
@@ -81,6 +89,10 @@ class ImageClassifier(Evaluated):
         embedding_dimension: Train an embedding for retrieval: average plus maximum over the positions, a linear map to
             this many numbers, L2 norm 1, by the normalised softmax loss. Null for a classifier.
         embedding_temperature: Of the normalised softmax loss.
+        head: What is done with the classifier of ``weights``. "auto" takes it over where its classes are called as the
+            data's; of a file without names, where their number is the same. "new" draws a new one, "keep" takes it
+            over whatever its classes are called.
+        classes: Names of the classes, in the order of their labels.
 
     Raises:
         ValueError: An argument is out of range, a pattern matches nothing, or arguments contradict each other.
@@ -128,13 +140,17 @@ class ImageClassifier(Evaluated):
         embedding_temperature: float = 0.05,
         variant_options: dict[str, Any] | None = None,
         preprocessing: dict[str, Any] | None = None,
+        head: HeadPolicy = "auto",
+        classes: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__(num_classes)
         if norm == "none" and normalization_batch_size is not None:
             raise ValueError(
                 f"normalization_batch_size={normalization_batch_size} has no meaning with norm='none': leave it out"
             )
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["classes"])  # which the model card holds
+        embeds = embedding_dimension is not None
+        start = None if weights is None else weights_to_start_from(weights, classes, head, embeds)
         self.network = inception_bn(
             num_classes,
             variant,
@@ -147,15 +163,18 @@ class ImageClassifier(Evaluated):
             per_activation_head=per_activation_head,
             init_scale=init_scale,
             in_channels=in_channels,
-            weights=weights,
+            weights=start,
             **checked_variant_options(variant_options),
         )
-        if weights is not None:  # a checkpoint of this run then needs the file no more
-            self.hparams.update(options_of_weights(self.network, weights))
+        if start is not None:  # a checkpoint of this run then needs the file no more
+            self.hparams.update(options_of_weights(self.network, start.card, preprocessing))
         self.recall = nn.ModuleDict()
         if embedding_dimension is not None:
-            put_embedding_head(self.network, num_classes, embedding_dimension, embedding_temperature)
+            put_proxy_head(self.network, num_classes, embedding_dimension, embedding_temperature)
+            if start is not None:
+                take_embedding(self.network, start, head)
             self.recall = nn.ModuleDict({stage: RecallAtK() for stage in ("val", "test")})
+        forget_weights()
         self.fixed_statistics = freeze_network(self.network, freeze or [], batch_norm)
         if channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -238,9 +257,9 @@ class ImageClassifier(Evaluated):
         return self.network(images)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add a classifier's model card, by which `syncbn predict` and others use the weights with no config."""
+        """Add the model card, by which `syncbn predict` and others use the weights with no config."""
         datamodule = getattr(self._trainer, "datamodule", None)  # self.trainer raises where there is none
-        if isinstance(datamodule, ImageDataModule) and not self.recall:
+        if isinstance(datamodule, ImageDataModule):
             checkpoint[CARD_KEY] = make_card(self.network, datamodule).to_json()
 
     def log_probabilities(self, images: Tensor) -> Tensor:
@@ -334,7 +353,9 @@ class ImageClassifier(Evaluated):
             ValueError: An embedding is trained, which has none.
         """
         if self.recall:
-            raise ValueError("an embedding has no class probabilities to predict; syncbn.models.embedding.embed embeds")
+            raise ValueError(
+                "an embedding has no class probabilities to predict: `syncbn predict CKPT IMAGES` gives its numbers"
+            )
         return super().predict_step(batch, batch_idx)
 
     def _evaluate(self, stage: str, batch: ImageBatch) -> Tensor | None:
@@ -348,6 +369,7 @@ class ImageClassifier(Evaluated):
         embeddings = embed(self.network, images) if len(images) else images.new_zeros(0, dimension)
         metric: Any = self.recall[stage]
         metric.update(embeddings, batch.labels)
+        self._metric(f"{stage}_images").update(len(images))
         return None
 
     def _log_evaluation(self, stage: str) -> None:
@@ -355,6 +377,7 @@ class ImageClassifier(Evaluated):
             super()._log_evaluation(stage)
             return
         metric: Any = self.recall[stage]
+        self.log(f"{stage}_images", self._metric(f"{stage}_images"))
         for neighbours, recall in metric.compute().items():
             # The same on all ranks; sync_dist says so to Lightning, which would warn.
             self.log(f"{stage}_recall_at_{neighbours}", recall.float(), prog_bar=neighbours == 1, sync_dist=True)

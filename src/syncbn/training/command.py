@@ -21,7 +21,7 @@ from syncbn.training.curves import CurvesPlot
 from syncbn.training.evaluation import check_same_task, load_ensemble
 from syncbn.training.finite import StopAtNonFinite
 from syncbn.training.left_out import LeftOutImages
-from syncbn.training.model_card import choose_preprocessing
+from syncbn.training.model_card import choose_preprocessing, words_without_weights
 from syncbn.training.population import StatisticsTrainer
 from syncbn.training.predictions import PredictionTable
 from syncbn.training.retrieval import NEIGHBOURS
@@ -116,6 +116,7 @@ class SyncBNCLI(LightningCLI):
         parser.link_arguments("data.drop_last", "model.drop_last")
         for source, target in (
             ("data.num_classes", "model.num_classes"),
+            ("data.classes", "model.classes"),
             ("data.channels", "model.in_channels"),
             ("data.training_images", "model.training_images"),
         ):
@@ -138,7 +139,7 @@ class SyncBNCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; ``--data PATH`` is short for ``--data.root PATH``."""
-        self.config = parser.parse_args(expand_data_shorthand(sys.argv[1:]))
+        self.config = parser.parse_args(words_without_weights(expand_data_shorthand(sys.argv[1:])))
         self._check_checkpoint()
 
     def _check_checkpoint(self) -> None:
@@ -265,7 +266,7 @@ class SyncBNCLI(LightningCLI):
             images = int(metrics[f"{prefix}_images"])
             print(f"{kind} accuracy {top1:.2f} % (top-5 {top5:.2f} %) on {images:,} images with {weights}")
         elif f"{prefix}_recall_at_1" in metrics:
-            images = len(self.datamodule.sets.test if prefix == "test" else self.datamodule.sets.validation)
+            images = int(metrics[f"{prefix}_images"])
             recalls = (f"@{k} {100 * float(metrics[f'{prefix}_recall_at_{k}']):.2f} %" for k in NEIGHBOURS)
             print(f"{kind} recall {', '.join(recalls)} on {images:,} images with {weights}")
 

@@ -60,7 +60,7 @@ class CadeneBNInception(nn.Module):
     def unit(self, name, x):
         return F.relu(getattr(self, f"{name}_bn")(getattr(self, name)(x)))
 
-    def forward(self, x):
+    def features(self, x):
         x = F.max_pool2d(self.unit("conv1_7x7_s2", x), 3, 2, ceil_mode=True)
         x = self.unit("conv2_3x3", self.unit("conv2_3x3_reduce", x))
         x = F.max_pool2d(x, 3, 2, ceil_mode=True)
@@ -77,7 +77,10 @@ class CadeneBNInception(nn.Module):
                 pooled = average if pool == "avg" else F.max_pool2d(x, 3, 1, 1, ceil_mode=True)
                 parts.append(self.unit(f"{name}_pool_proj", pooled))
             x = torch.cat(parts, 1)
-        return self.last_linear(x.mean((2, 3)))
+        return x
+
+    def forward(self, x):
+        return self.last_linear(self.features(x).mean((2, 3)))
 
 
 def cadene_network(num_classes=10, width=0.125, seed=0):

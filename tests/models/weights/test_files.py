@@ -52,7 +52,10 @@ def test_code_in_a_checkpoint_does_not_run(state, zipped, tmp_path):
 def test_code_in_a_bare_pickle_or_an_npz_does_not_run(tmp_path):
     mark = tmp_path / "it-ran"
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Bomb(mark)))
-    refusal(tmp_path / "evil.pkl")
+    text = refusal(tmp_path / "evil.pkl")
+    assert "a pickle that torch.save did not write" in text and "weights_only" not in text
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Bomb(mark), protocol=2))
+    assert "asks for the Python object posix.system" in refusal(tmp_path / "evil.pkl")
     np.savez(tmp_path / "evil.npz", a=np.array([Bomb(mark)], dtype=object))
     assert "Python objects" in refusal(tmp_path / "evil.npz")
     assert not mark.exists()

@@ -1,5 +1,6 @@
 """Weights of the public layouts give the outputs of the public networks, and go back as they came."""
 
+import copy
 import dataclasses
 import logging
 import math
@@ -92,11 +93,11 @@ def test_forms_of_cadene(cadene, form, zipped, tmp_path, caplog):
 
 
 def test_what_is_not_matched_is_named(cadene, tmp_path, caplog):
-    state = cadene.state_dict() | {"model.embedding.weight": torch.zeros(4, 4), "margin": 0.1}
+    state = cadene.state_dict() | {"model.whitening.weight": torch.zeros(4, 4), "margin": 0.1}
     weights = read_weights(save(state, tmp_path / "a.pth"))
-    assert weights.unmatched == ("margin", "model.embedding.weight")
+    assert weights.unmatched == ("margin", "model.whitening.weight")
     build_network(weights)
-    assert "margin, model.embedding.weight" in caplog.text
+    assert "margin, model.whitening.weight" in caplog.text
 
 
 def test_a_missing_tensor_a_wrong_shape_and_a_left_over_one_are_named(cadene, tmp_path):
@@ -106,9 +107,9 @@ def test_a_missing_tensor_a_wrong_shape_and_a_left_over_one_are_named(cadene, tm
     with pytest.raises(WeightsError) as raised:
         inception_bn(10, weights=save(state, tmp_path / "a.pth"), conv_bias=False)
     text = str(raised.value)
-    assert "inception_4c.branch_3x3.spatial.bn.running_mean is missing" in text
-    assert "inception_3a.branch_1x1.conv.weight has the shape (7, 8, 1, 1), not (8, 24, 1, 1)" in text
-    assert "stem.conv1.conv.bias is left over" in text and str(tmp_path / "a.pth") in text and "\n" not in text
+    assert "inception_4c_3x3_bn.running_mean is missing" in text
+    assert "inception_3a_1x1.weight has the shape (7, 8, 1, 1), not (8, 24, 1, 1)" in text
+    assert "conv1_7x7_s2.bias is left over" in text and str(tmp_path / "a.pth") in text and "\n" not in text
 
 
 def test_a_head_of_other_classes_or_none_is_new(cadene, tmp_path, caplog):
@@ -122,8 +123,41 @@ def test_a_head_of_other_classes_or_none_is_new(cadene, tmp_path, caplog):
     network = inception_bn(7, weights=path)
     assert "the file has no classifier: that of the network is new" in caplog.text
     assert torch.equal(network.stem.conv1.conv.weight, state["conv1_7x7_s2.weight"])
-    with pytest.raises(WeightsError, match="it has no classifier"):
+    with pytest.raises(WeightsError, match="it has no classifier and no embedding"):
         build_network(read_weights(path))
+
+
+class ProxyAnchorNetwork(torch.nn.Module):
+    """As Proxy-Anchor has it: average plus maximum, a linear map, L2 norm, and a classifier that is not used."""
+
+    def __init__(self, cadene):
+        super().__init__()
+        self.model = copy.deepcopy(cadene)
+        self.model.embedding = torch.nn.Linear(cadene.last_linear.in_features, 6)
+
+    def forward(self, images):
+        features = self.model.features(images)
+        embedded = self.model.embedding(features.mean((2, 3)) + features.amax((2, 3)))
+        return embedded / (embedded.pow(2).sum(1, keepdim=True) + 1e-12).sqrt()
+
+
+def test_an_embedding_of_proxy_anchor_there_and_back(cadene, tmp_path, caplog):
+    torch.manual_seed(0)
+    reference = ProxyAnchorNetwork(cadene)
+    path = save({"model_state_dict": reference.state_dict()}, tmp_path / "best.pth")
+    weights = read_weights(path)
+    network = build_network(weights)
+    assert (weights.card.embedding_dimension, weights.card.num_classes) == (6, None) and weights.unmatched == ()
+    with torch.no_grad():
+        assert (network(noise()) - reference(noise())).abs().max() < TOLERANCE
+    for format, output in (("cadene", tmp_path / "again.pth"), ("safetensors", tmp_path / "again.safetensors")):
+        write_weights(network, weights.card, output, format)
+        again = build_network(read_weights(output))
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in network.state_dict().items())
+    classes = inception_bn(10, weights=path)  # which the same file serves, by the classifier that it has, too
+    assert torch.equal(classes.classifier.weight, reference.model.last_linear.weight) and caplog.records == []
+    with pytest.raises(ValueError, match=r"the layout slim has no classifier.embedding.weight"):
+        write_weights(network, weights.card, tmp_path / "a.npz", "slim")
 
 
 def test_two_networks_in_one_file(cadene, tmp_path):
@@ -190,14 +224,15 @@ def test_numbers_that_are_none_are_refused(tmp_path, name, value):
 def test_slim_as_the_object_detection_api_has_it(tmp_path, caplog):
     reference = slim_network(detection=True, prefix="FeatureExtractor/InceptionV2/InceptionV2/")
     reference.variables["global_step"] = np.array(5)
-    reference.variables["FeatureExtractor/InceptionV2/InceptionV2/Conv2d_2b_1x1/weights/RMSProp"] = np.zeros(3)
+    prefix = "FeatureExtractor/InceptionV2/InceptionV2"
+    reference.variables |= {f"{prefix}/Conv2d_2{unit}/weights/RMSProp": np.zeros(3) for unit in ("b_1x1", "c_3x3")}
     network = inception_bn(10, weights=save_slim(reference, tmp_path / "ssd.npz")).eval()
     assert len([name for name, _ in network.named_modules() if name.endswith(".bn")]) == 69
     # In float64, since features of 2x2 positions, unlike logits, are no means over many.
     reference.variables = {name: array.astype(np.float64) for name, array in reference.variables.items()}
     features = network.double().forward_features
     assert largest_difference(features, reference, noise().double()) < TOLERANCE
-    assert "weights/RMSProp, global_step" in caplog.text and "no classifier" in caplog.text
+    assert "left out: RMSProp of 2 variables, global_step" in caplog.text and "no classifier" in caplog.text
 
 
 def test_slim_names_as_tensorflow_1_prints_them(slim, tmp_path):

@@ -16,6 +16,9 @@ BRANCHES = {
 }
 """Our units of a module, and how their names end there: inception_3a.branch_1x1 is inception_3a_1x1."""
 
+EMBEDDING = "embedding"
+"""What Proxy-Anchor calls the linear map after average and maximum, beside a classifier that it leaves unused."""
+
 HEADS = ("last_linear", "fc", "new_fc")
 """What the classifier is called: by Cadene, by TSM, and by TSN after its own is replaced."""
 
@@ -34,6 +37,7 @@ def entries() -> list[Entry]:
         table += [Entry(f"{unit}.conv.{part}", f"{name}.{part}") for part in ("weight", "bias")]
         table += [Entry(f"{unit}.bn.{part}", f"{name}_bn.{part}") for part in NORM_TENSORS]
     table += [Entry(f"classifier.{part}", f"{head}.{part}") for head in HEADS for part in ("weight", "bias")]
+    table += [Entry(f"classifier.embedding.{part}", f"{EMBEDDING}.{part}") for part in ("weight", "bias")]
     return table
 
 

@@ -25,6 +25,7 @@ class ModelCard:
         preprocessing: What the network is fed.
         image_size: Side of the square that it sees, in pixels; None where it is not known.
         resize: Of the shorter side before the centre is cut out, in pixels; None for ``image_size``.
+        embedding_dimension: Numbers of the embedding that is in the classifier's place; None where there is none.
     """
 
     layout: str
@@ -34,6 +35,7 @@ class ModelCard:
     preprocessing: Preprocessing
     image_size: int | None
     resize: int | None
+    embedding_dimension: int | None = None
 
     def to_json(self) -> str:
         """The card as JSON."""
@@ -66,7 +68,7 @@ def parse_card(text: str | bytes, source: str) -> ModelCard:
 
 def _check(card: ModelCard) -> None:
     expected: dict[str, type | tuple[type, ...]] = {"layout": str, "architecture": dict}
-    for name in ("num_classes", "image_size", "resize"):
+    for name in ("num_classes", "image_size", "resize", "embedding_dimension"):
         expected[name] = (int, type(None))
     for name, kind in expected.items():
         value = getattr(card, name)
@@ -74,6 +76,8 @@ def _check(card: ModelCard) -> None:
             raise ValueError(f"{name}={value!r} is out of range")
     if {"weights", "process_group", "num_classes"} & set(card.architecture):
         raise ValueError("architecture names more than a network")
+    if card.num_classes is not None and card.embedding_dimension is not None:
+        raise ValueError("it has both num_classes and embedding_dimension")
     if card.classes is not None and len(card.classes) != card.num_classes:
         raise ValueError(f"it names {len(card.classes)} classes, but num_classes={card.num_classes}")
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from syncbn.models.weights.card import ModelCard
-from syncbn.models.weights.loading import BACKGROUND, network_with_weights
+from syncbn.models.weights.heads import BACKGROUND
+from syncbn.models.weights.loading import network_with_weights
 from syncbn.models.weights.reading import Weights, read_weights
 from syncbn.models.weights.writing import require_folder, write_weights
 from syncbn.preprocessing import Preprocessing
@@ -46,7 +47,7 @@ def import_weights(
     card = _complete(weights.card, image_size, resize, mean, std)
     if classes is not None:
         card = _name_classes(card, classes)
-    network = network_with_weights(weights, card.num_classes or 1, {}).eval()
+    network = network_with_weights(weights, card.num_classes or 1, {}, card.embedding_dimension).eval()
     write_weights(network, card, output, "safetensors")
     for line in describe(weights, card):
         print(line)
@@ -88,9 +89,12 @@ def describe(weights: Weights, card: ModelCard) -> list[str]:
         if "running" not in name and "num_batches" not in name
     )
     network = ", ".join(f"{name}={value!r}" for name, value in card.architecture.items())
+    head = f"an embedding of {card.embedding_dimension} numbers"
+    if card.embedding_dimension is None:
+        head = f"{card.num_classes or 'no'} classes"
     lines = [
         f"layout {weights.layout.name}: {len(weights.tensors)} tensors, {parameters:,} parameters",
-        f"network: {network or 'defaults'}, {card.num_classes or 'no'} classes",
+        f"network: {network or 'defaults'}, {head}",
         f"fed with {fed.colour_order} of {card.image_size or 'unknown'} pixels, {numbers} (on 0..255)",
     ]
     if card.layout == "slim" and card.num_classes:

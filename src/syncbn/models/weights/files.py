@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -141,7 +143,9 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray |
 
 def _read_torch(path: Path) -> FileContent:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # of a pickle that is refused anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever unpickling junk may raise
         raise WeightsError(path, _why_unreadable(error)) from error
     if not isinstance(content, dict):
@@ -161,6 +165,12 @@ def _why_unreadable(error: Exception) -> str:
     if code:
         return (
             f"it asks for the Python object {code.group(1)}, and only tensors are loaded: save a state_dict() instead"
+        )
+    if isinstance(error, pickle.UnpicklingError):  # whose first lines advise to load it with code and all
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        return (
+            f"it is damaged, or a pickle that torch.save did not write ({reason or 'no tensors'}), and only tensors"
+            " are loaded: save a state_dict() by torch.save instead"
         )
     return f"it is truncated, damaged or no checkpoint ({_first_line(error)})"
 

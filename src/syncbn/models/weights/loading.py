@@ -4,44 +4,53 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from syncbn.models.embedding import put_embedding_head
 from syncbn.models.inception_bn import InceptionBN, inception_bn
 from syncbn.models.weights.files import WeightsError
+from syncbn.models.weights.heads import HEAD, fit_head
 from syncbn.models.weights.reading import Weights, read_weights
 
 logger = logging.getLogger("syncbn.weights")
 
-HEAD = ("classifier.weight", "classifier.bias")
-BACKGROUND = "background"
+OPTIMISER_SLOTS = (
+    *("Momentum", "ExponentialMovingAverage", "RMSProp", "RMSProp_1", "Adam", "Adam_1", "Adagrad"),
+    *("Adadelta", "Adadelta_1", "Ftrl", "Ftrl_1"),
+)
+"""What TensorFlow's optimisers and averages keep beside a variable, under the variable's name."""
 
 
 def build_network(weights: Weights) -> InceptionBN:
-    """The network of a file, as it is there, in eval mode.
+    """The network of a file, as it is there, in eval mode: it gives logits, or embeddings where these were trained.
 
     Raises:
-        ValueError: The file has no classifier, or its tensors do not make a network.
+        ValueError: The file has neither classifier nor embedding, or its tensors do not make a network.
     """
-    if weights.card.num_classes is None:
+    card = weights.card
+    if card.num_classes is None and card.embedding_dimension is None:
         raise WeightsError(
             weights.path,
-            "it has no classifier, which this needs (an embedding, or features alone): `syncbn fit --model.weights`"
-            " trains one",
+            "it has no classifier and no embedding, which this needs: `syncbn fit --model.weights` trains one",
         )
-    return network_with_weights(weights, weights.card.num_classes, {}).eval()
+    return network_with_weights(weights, card.num_classes or 1, {}, card.embedding_dimension).eval()
 
 
-def network_with_weights(weights: Weights, num_classes: int, changed: dict[str, Any]) -> InceptionBN:
+def network_with_weights(
+    weights: Weights, num_classes: int, changed: dict[str, Any], embedding_dimension: int | None = None
+) -> InceptionBN:
     """A network with the weights of a file.
 
     Args:
         weights: What was read.
         num_classes: Outputs of the network; where the file has as many, its classifier is taken.
         changed: Arguments of `inception_bn` that count instead of the file's.
+        embedding_dimension: Of an embedding in the classifier's place, which the file must have; None for a classifier.
 
     Raises:
         ValueError: The tensors do not fit the network that the arguments describe; every difference is named.
@@ -49,12 +58,19 @@ def network_with_weights(weights: Weights, num_classes: int, changed: dict[str, 
     arguments = weights.card.architecture | changed
     try:
         with torch.device("meta"):  # before memory is taken for a network of whatever size a card describes
-            skeleton = inception_bn(num_classes, **arguments)
+            skeleton = _new_network(num_classes, arguments, embedding_dimension)
     except (TypeError, ValueError) as error:
         raise WeightsError(weights.path, f"no network is so: {error}") from error
     _check_fit(skeleton, weights)
-    network = inception_bn(num_classes, **arguments)
+    network = _new_network(num_classes, arguments, embedding_dimension)
     load_into(network, weights)
+    return network
+
+
+def _new_network(num_classes: int, arguments: dict[str, Any], embedding_dimension: int | None) -> InceptionBN:
+    network = inception_bn(num_classes, **arguments)
+    if embedding_dimension is not None:
+        put_embedding_head(network, embedding_dimension)
     return network
 
 
@@ -84,10 +100,10 @@ def _check_fit(network: InceptionBN, weights: Weights) -> tuple[dict[str, Tensor
     """
     state = network.state_dict()
     tensors = dict(weights.tensors)
-    said = _fit_head(tensors, state, weights)
+    said = fit_head(tensors, state, weights)
     if weights.unmatched:
-        said.append(f"not of Inception-BN, left out: {', '.join(weights.unmatched)}")
-    differences = _differences(tensors, state, network)
+        said.append(f"not of Inception-BN, left out: {', '.join(_in_short(weights.unmatched))}")
+    differences = _differences(tensors, weights, network)
     if differences:
         described = ", ".join(f"{name}={value!r}" for name, value in weights.card.architecture.items())
         raise WeightsError(
@@ -98,48 +114,37 @@ def _check_fit(network: InceptionBN, weights: Weights) -> tuple[dict[str, Tensor
     return tensors, said
 
 
-def _fit_head(tensors: dict[str, Tensor], state: dict[str, Tensor], weights: Weights) -> list[str]:
-    """Adapt or leave out the classifier among the tensors, and say what was done."""
-    wanted = len(state[HEAD[0]])
-    head = [tensors[name] for name in HEAD if name in tensors]
-    if len(head) < 2:
-        for name in HEAD:
-            tensors.pop(name, None)
-        return ["the file has no classifier: that of the network is new"]
-    found = len(head[0])
-    if found == wanted:
-        return []
-    names = weights.card.classes
-    if found == wanted + 1 and (names[0] == BACKGROUND if names else _is_imagenet_of_slim(weights, found)):
-        tensors.update({name: tensor[1:] for name, tensor in zip(HEAD, head, strict=True)})
-        return [f"{found} classes, the background first: taken without it"]
-    for name in HEAD:
-        del tensors[name]
-    return [f"the classifier is of {found} classes: a new one of {wanted} classes"]
+def _in_short(keys: Iterable[str]) -> list[str]:
+    """The keys; of those of an optimiser, which stores several beside each variable, only their kinds."""
+    kinds: dict[str, int] = {}
+    others = []
+    for key in keys:
+        kind = key.removesuffix(":0").rpartition("/")[2]
+        if kind in OPTIMISER_SLOTS:
+            kinds[kind] = kinds.get(kind, 0) + 1
+        else:
+            others.append(key)
+    return [f"{kind} of {count} variables" for kind, count in kinds.items()] + others
 
 
-def _is_imagenet_of_slim(weights: Weights, classes: int) -> bool:
-    """Whether the first class of a file without names is the background."""
-    return weights.card.layout == "slim" and classes == 1001
-
-
-def _differences(tensors: dict[str, Tensor], state: dict[str, Tensor], network: InceptionBN) -> list[str]:
-    """What does not fit, in words."""
+def _differences(tensors: dict[str, Tensor], weights: Weights, network: InceptionBN) -> list[str]:
+    """What does not fit, in words, each tensor as the file calls it."""
     found = []
+    state = network.state_dict()
     for name, target in state.items():
-        tensor = tensors.get(name)
+        tensor, key = tensors.get(name), weights.key(name)
         if tensor is not None:
             if not _same_shape(tensor, target):
-                found.append(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(target.shape)}")
+                found.append(f"{key} has the shape {tuple(tensor.shape)}, not {tuple(target.shape)}")
             elif tensor.is_floating_point() != target.is_floating_point():
-                found.append(f"{name} is {tensor.dtype}, not {target.dtype}")
+                found.append(f"{key} is {tensor.dtype}, not {target.dtype}")
             elif not tensor.isfinite().all():
-                found.append(f"{name} holds numbers that are not finite")
+                found.append(f"{key} holds numbers that are not finite")
             elif name.endswith(".running_var") and tensor.min() < 0:
-                found.append(f"{name} holds a negative variance")
+                found.append(f"{key} holds a negative variance")
         elif not _may_be_missing(name, network):
-            found.append(f"{name} is missing")
-    return found + [f"{name} is left over" for name in tensors if name not in state]
+            found.append(f"{key} is missing")
+    return found + [f"{weights.key(name)} is left over" for name in tensors if name not in state]
 
 
 def _same_shape(tensor: Tensor, target: Tensor) -> bool:

@@ -12,6 +12,7 @@ def entries() -> list[Entry]:
             names += [f"{unit}.conv.{part}" for part in ("depthwise.weight", "pointwise.weight", "pointwise.bias")]
         names += [f"{unit}.bn.{part}" for part in NORM_TENSORS]
     names += ["classifier.weight", "classifier.bias"]
+    names += ["classifier.embedding.weight", "classifier.embedding.bias", "classifier.proxies"]
     return [Entry(name, name) for name in names]
 
 

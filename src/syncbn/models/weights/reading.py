@@ -45,6 +45,7 @@ class Weights:
         tensors: By our names, the axes in our order.
         unmatched: Keys of the file that are of no layer of Inception-BN.
         card: The network that they are of.
+        keys: The file's keys of the tensors, by our names.
     """
 
     path: Path
@@ -52,6 +53,15 @@ class Weights:
     tensors: dict[str, Tensor]
     unmatched: tuple[str, ...]
     card: ModelCard
+    keys: Mapping[str, str]
+
+    def key(self, name: str) -> str:
+        """What the file calls a tensor of our name, or would if it had it."""
+        if name in self.keys:
+            return self.keys[name]
+        theirs = {entry.ours: entry.theirs for entry in reversed(self.layout.entries)}
+        prefix = self.keys[ANCHOR].removesuffix(":0").removesuffix(theirs[ANCHOR])
+        return prefix + theirs.get(name, name)
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -65,16 +75,24 @@ def read_weights(path: str | Path) -> Weights:
     """
     path = Path(path).expanduser()
     content = read_file(path)
-    layout, tensors, unmatched = _match(path, content)
+    layout, tensors, keys = _match(path, content)
     card = _card_of(path, content) or _inferred_card(layout, tensors, content.metadata)
-    head = tensors.get("classifier.weight")
-    if head is not None and len(head) != card.num_classes:
+    _check_head(path, card, tensors)
+    unmatched = {*content.tensors, *content.others} - {*keys.values()}
+    return Weights(path, layout, tensors, tuple(sorted(unmatched)), card, keys)
+
+
+def _check_head(path: Path, card: ModelCard, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a card that is of another classifier or embedding than the file."""
+    head, embedding = tensors.get("classifier.weight"), tensors.get("classifier.embedding.weight")
+    if embedding is not None and card.embedding_dimension not in (None, len(embedding)):
+        raise WeightsError(path, f"its card is of {card.embedding_dimension} numbers, its embedding {len(embedding)}")
+    if head is not None and card.embedding_dimension is None and len(head) != card.num_classes:
         raise WeightsError(path, f"its card is of {card.num_classes} classes, its classifier of {len(head)}")
-    return Weights(path, layout, tensors, tuple(sorted((*unmatched, *content.others))), card)
 
 
-def _match(path: Path, content: FileContent) -> tuple[Layout, dict[str, Tensor], list[str]]:
-    """The layout of a file, its tensors by our names, and its keys that the layout does not know."""
+def _match(path: Path, content: FileContent) -> tuple[Layout, dict[str, Tensor], dict[str, str]]:
+    """The layout of a file, and its tensors and its keys by our names."""
     for layout in LAYOUTS:
         found = layout.by_foreign_name(content.tensors)
         if any(entry.ours == ANCHOR for entry in found.values()):
@@ -98,7 +116,7 @@ def _match(path: Path, content: FileContent) -> tuple[Layout, dict[str, Tensor],
             tensors[entry.ours] = entry.axes.to_ours(content.tensors[key])
         except (RuntimeError, IndexError) as error:
             raise WeightsError(path, f"{key} has the shape {tuple(content.tensors[key].shape)}, not that") from error
-    return layout, tensors, [key for key in content.tensors if key not in found]
+    return layout, tensors, key_of
 
 
 # ---- the card, or what can be said without one ---------------------------------------------------
@@ -117,15 +135,16 @@ def _inferred_card(layout: Layout, tensors: Mapping[str, Tensor], metadata: Mapp
     if layout is OWN and isinstance(options, Mapping):
         architecture = {name: options[name] for name in STORED_OPTIONS if options.get(name) is not None}
         architecture |= options.get("variant_options") or {}
-    head = tensors.get("classifier.weight")
+    head, embedding = tensors.get("classifier.weight"), tensors.get("classifier.embedding.weight")
     return ModelCard(
         layout=layout.name,
         architecture=architecture,
-        num_classes=None if head is None else len(head),
+        num_classes=None if head is None or embedding is not None else len(head),
         classes=None,
         preprocessing=_preprocessing_of(architecture.get("variant", "paper")),
         image_size=layout.image_size,
         resize=layout.resize,
+        embedding_dimension=None if embedding is None else len(embedding),
     )
 
 

@@ -66,9 +66,8 @@ def write_weights(network: InceptionBN, card: ModelCard, path: Path, format: str
 def _write_safetensors(state: dict[str, Tensor], card: ModelCard, path: Path) -> None:
     from safetensors.torch import save
 
-    present = {
-        name: tensor.contiguous() for name, tensor in state.items() if card.num_classes or "classifier" not in name
-    }
+    has_head = card.num_classes or card.embedding_dimension
+    present = {name: tensor.contiguous() for name, tensor in state.items() if has_head or "classifier" not in name}
     path.write_bytes(save(present, {CARD_KEY: card.to_json(), "format": "pt"}))
 
 
@@ -102,6 +101,10 @@ def check_expressible(network: InceptionBN, layout: Layout) -> None:
     Raises:
         ValueError: The message names the attribute, its value and what the layout has.
     """
+    known = {entry.ours for entry in layout.entries}
+    unknown = [name for name in network.state_dict() if name.startswith("classifier.") and name not in known]
+    if unknown:
+        raise ValueError(f"the layout {layout.name} has no {unknown[0]}: export it as safetensors, which holds any")
     attributes = {name: getattr(network.variant, name) for name in layout.required}
     required = dict(layout.required)
     standard = {"norm": "batch", "activation": "relu", "stem": "imagenet", "local_response_norm": False}
