@@ -1,6 +1,7 @@
 """The ``syncbn`` command: what it writes and prints, and what it says about mistakes."""
 
 import csv
+import json
 import os
 import re
 import signal
@@ -45,12 +46,26 @@ def run_command(*words: str, module: bool = False) -> subprocess.CompletedProces
     )
 
 
+def check_summary(line: str, folder: Path, *, ranks: int) -> None:
+    """Check the line of JSON, which the folder holds, too."""
+    summary = json.loads(line)
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert (summary["exit"], summary["steps"], summary["ranks"]) == ("finished", 3, ranks)
+    assert summary["run_folder"] == str(folder) and 0 <= summary["metrics"]["test_top1"] <= 1
+    assert summary["versions"]["torch"] == torch.__version__
+    parts = [part["mean"] for part in summary["parts_seconds"].values()]
+    assert sum(parts) == pytest.approx(summary["step_seconds"]["mean"], rel=0.3)  # ranks take part in the same steps
+    assert (summary["parts_seconds"]["collective_wait"]["mean"] > 0) == (ranks > 1)
+    assert 0.05 < summary["memory_gib"]["mean"] < 20
+
+
 def check_run_folder(output: str, *, ranks: int) -> Path:
     """Check the last lines of a fit and what its folder holds."""
     lines = output.strip().splitlines()
     folder = Path(lines[-1])
     assert folder.parent == Path("runs/fashion_mnist") and folder.is_dir()
-    assert re.match(r"test accuracy \d+\.\d\d % \(top-5 \d+\.\d\d %\) on 64 images with best-", lines[-2])
+    assert re.match(r"test accuracy \d+\.\d\d % \(top-5 \d+\.\d\d %\) on 64 images with best-", lines[-3])
+    check_summary(lines[-2], folder, ranks=ranks)
     assert any(f"global batch 32 = {ranks} rank" in line for line in lines)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["global_batch_size"] == 32 and config["model"]["width_multiplier"] == 0.125
@@ -59,6 +74,7 @@ def check_run_folder(output: str, *, ranks: int) -> Path:
     with (folder / "metrics.csv").open(newline="") as lines_of_log:
         rows = list(csv.DictReader(lines_of_log))
     assert [int(row["step"]) for row in rows if row["train_loss"]] == [0, 1, 2]
+    assert all(float(row["images_per_second"]) > 0 and row["backward_seconds"] for row in rows if row["train_loss"])
     assert sum(bool(row["val_top1"]) for row in rows) == 1
     assert cv2.imread(str(folder / "curves.png")) is not None
     assert list(folder.glob("events.out.tfevents.*"))

@@ -65,7 +65,7 @@ def fit(config: str, data: Path, weights: Path, *words: str) -> None:
 def test_new_classes(config, data, weights, capsys):
     fit(config, data, weights)
     lines = capsys.readouterr().out.strip().splitlines()
-    assert re.match(r"test accuracy \d+\.\d\d % .* on 8 images with best-", lines[-2])
+    assert re.match(r"test accuracy \d+\.\d\d % .* on 8 images with best-", lines[-3])
     folder = Path(lines[-1])
     for stage in ("val", "test"):
         with (folder / f"confusion_{stage}.csv").open(newline="") as rows:
@@ -86,7 +86,7 @@ def test_retrieval_among_classes_never_trained_on(tmp_path, weights, capsys):
     photos(tmp_path / "animals", "val", {"medium": 120, "black": 5, "white": 250}, 4)
     fit("retrieval", tmp_path / "animals", weights, "--model.embedding_dimension=8")
     lines = capsys.readouterr().out.strip().splitlines()
-    assert re.match(r"test recall @1 \d+\.\d\d %, @2 .* on 12 images with best-epoch=0-recall=", lines[-2])
+    assert re.match(r"test recall @1 \d+\.\d\d %, @2 .* on 12 images with best-epoch=0-recall=", lines[-3])
     with (Path(lines[-1]) / "metrics.csv").open(newline="") as rows:
         recalls = [row["val_recall_at_1"] for row in csv.DictReader(rows) if row["val_recall_at_1"]]
     assert len(recalls) == 1 and (float(recalls[0]) * 12) % 1 == pytest.approx(0, abs=1e-4)

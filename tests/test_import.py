@@ -24,6 +24,7 @@ ORDER = [
     "data",
     "inference",
     "training",
+    "doctor",
     "experiments",
     "benchmarks",
     "cli",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 VERBS: dict[str, str] = {
     "benchmark": "syncbn.benchmarks.command",
     "data": "syncbn.data.show",
+    "doctor": "syncbn.doctor.command",
     "export": "syncbn.inference.export",
     "import": "syncbn.models.weights.command",
     "paper": "syncbn.experiments.command",

@@ -7,7 +7,7 @@ the ranks were in the same layer.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -161,7 +161,7 @@ class Reduction:
         group, description, number, _ = self.ticket
         try:
             if self.work is not None:  # some backends return none
-                self.work.wait()
+                self._wait_observed()
         except RuntimeError as error:
             raise RuntimeError(
                 "the all-reduce of a BatchNorm layer failed: a rank died, hangs, or did not come here within the "
@@ -176,6 +176,33 @@ class Reduction:
         if found.tolist() != [id_sum, square_sum]:
             _agreement(group).fail(number, description)
         return self.message, None
+
+    def _wait_observed(self) -> None:
+        if _wait_observer is None or (self.message.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.work.wait()
+            return
+        _wait_observer.begin()
+        self.work.wait()
+        _wait_observer.end()
+
+
+class WaitObserver(Protocol):
+    """Told when a layer begins to wait for its message, and when it goes on: on a GPU in the order of its stream."""
+
+    def begin(self) -> None:
+        """The wait begins."""
+
+    def end(self) -> None:
+        """The message is there."""
+
+
+_wait_observer: WaitObserver | None = None
+
+
+def observe_waits(observer: WaitObserver | None) -> None:
+    """Tell `observer` of every wait for a message from now on, in place of another; None tells nobody."""
+    global _wait_observer
+    _wait_observer = observer
 
 
 def may_be_read(numbers: Tensor) -> bool:

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from syncbn.training.polyak import PolyakAveraging
     from syncbn.training.predictions import PredictionTable
     from syncbn.training.retrieval import RecallAtK
+    from syncbn.training.run_summary import RunSummary
     from syncbn.training.runs import RunRecord
     from syncbn.training.strategies import SynchronisedDDPStrategy
+    from syncbn.training.throughput import Throughput
     from syncbn.training.unfreezing import GradualUnfreezing
 
 MODULES = {
@@ -37,9 +39,11 @@ MODULES = {
     "PredictionTable": "predictions",
     "RecallAtK": "retrieval",
     "RunRecord": "runs",
+    "RunSummary": "run_summary",
     "StopAtNonFinite": "finite",
     "SyncBatchNormPlugin": "plugins",
     "SynchronisedDDPStrategy": "strategies",
+    "Throughput": "throughput",
 }
 
 __all__ = [
@@ -55,9 +59,11 @@ __all__ = [
     "PredictionTable",
     "RecallAtK",
     "RunRecord",
+    "RunSummary",
     "StopAtNonFinite",
     "SyncBatchNormPlugin",
     "SynchronisedDDPStrategy",
+    "Throughput",
 ]
 
 

@@ -25,8 +25,10 @@ from syncbn.training.model_card import choose_preprocessing, words_without_weigh
 from syncbn.training.population import StatisticsTrainer
 from syncbn.training.predictions import PredictionTable
 from syncbn.training.retrieval import NEIGHBOURS
+from syncbn.training.run_summary import RunSummary
 from syncbn.training.runs import RunRecord, run_folder, run_loggers
 from syncbn.training.strategies import SynchronisedDDPStrategy
+from syncbn.training.throughput import Throughput
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the DataModule divides batches itself
@@ -58,6 +60,7 @@ class SyncBNCLI(LightningCLI):
 
     def __init__(self) -> None:
         quieten()
+        self.run_summary = RunSummary()
         super().__init__(
             ImageClassifier,
             ImageDataModule,
@@ -178,7 +181,14 @@ class SyncBNCLI(LightningCLI):
         callbacks: list[Any] = []
         if self.subcommand == "fit" and not config.get("fast_dev_run"):
             kwargs["logger"] = self._loggers(config.get("logger"))
-            callbacks = [RunRecord(), CurvesPlot(), last_checkpoint(), StopAtNonFinite()]
+            callbacks = [
+                Throughput(),
+                self.run_summary,
+                RunRecord(),
+                CurvesPlot(),
+                last_checkpoint(),
+                StopAtNonFinite(),
+            ]
         elif self.subcommand != "fit":
             kwargs["logger"] = False
         if self.subcommand == "predict":
@@ -228,12 +238,14 @@ class SyncBNCLI(LightningCLI):
             raise
 
     def after_fit(self) -> None:
-        """Test the best checkpoint; print the accuracy and, last, the run folder."""
+        """Test the best checkpoint; print the accuracy, the summary and, last, the run folder."""
         if self._get(self.config, "test_after_fit"):
             best = self._get(self.config_init, "checkpoint").best_model_path or None
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
             self._print_accuracy("test", [best] if best else [])
         wait_for_other_ranks(self.trainer.strategy.launcher)
+        if self.run_summary in self.trainer.callbacks:  # type: ignore[attr-defined]  # not in a fast_dev_run
+            self.run_summary.finish(self.trainer)
         self._print_run_folder()
 
     def after_test(self) -> None:
@@ -292,6 +304,7 @@ def quieten() -> None:
         ".*does not have many workers.*",  # said whatever the images cost to prepare
         ".*Grad strides do not match bucket view strides.*",  # of 1x1 convolutions: there they do not matter
         "Found .* in eval mode at the start of training.*",  # of frozen BatchNorm layers: as was asked for
+        "The `srun` command is available on your system but is not used.*",  # syncbn doctor says where it is needed
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # Lightning's own business with torch
     ):
         warnings.filterwarnings("ignore", message)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
@@ -67,6 +68,18 @@ def run_folder(trainer: Trainer) -> Path | None:
     return next((Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
 
 
+def describe_run(trainer: Trainer) -> dict[str, Any]:
+    """The code, the libraries, the command and the size of a run."""
+    return {
+        "command": sys.argv,
+        "git_revision": git_revision(Path.cwd()),
+        "syncbn_git_revision": git_revision(Path(__file__).parent),
+        "versions": {name: version(name) for name in ("syncbn", "torch", "lightning")},
+        "ranks": trainer.world_size,
+        "device": str(trainer.strategy.root_device),
+    }
+
+
 class RunRecord(Callback):
     """Writes ``provenance.yaml`` into the run folder: the code, the libraries and the command of the run."""
 
@@ -76,12 +89,4 @@ class RunRecord(Callback):
         folder = run_folder(trainer)
         if folder is None:
             return
-        record = {
-            "command": sys.argv,
-            "git_revision": git_revision(Path.cwd()),
-            "syncbn_git_revision": git_revision(Path(__file__).parent),
-            "versions": {name: version(name) for name in ("syncbn", "torch", "lightning")},
-            "ranks": trainer.world_size,
-            "device": str(trainer.strategy.root_device),
-        }
-        (folder / "provenance.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+        (folder / "provenance.yaml").write_text(yaml.safe_dump(describe_run(trainer), sort_keys=False))

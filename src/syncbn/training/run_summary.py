@@ -1,0 +1,107 @@
+"""One line of JSON that says how a run went."""
+
+import json
+import math
+import statistics
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from syncbn.distributed import gather_objects
+from syncbn.training.runs import describe_run, run_folder
+from syncbn.training.throughput import Throughput, Totals, peak_memory
+
+FILE = "summary.json"
+
+
+class RunSummary(Callback):
+    """Writes ``summary.json`` into the run folder: accuracy, speed, memory, versions, and how the run ended.
+
+    It is written when training ends, when an exception ends it, and again by `finish`. Speed and memory are
+    what `Throughput` measured.
+    """
+
+    def __init__(self) -> None:
+        self._speed: dict[str, Any] = {}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect what the ranks measured, on all of them."""
+        for throughput in [c for c in trainer.callbacks if isinstance(c, Throughput)]:  # type: ignore[attr-defined]
+            mine = {"seconds": mean_seconds(throughput.totals), "memory": peak_memory()}
+            self._speed = speed_of_run(throughput.totals, gather_objects(mine))
+        self._write(trainer, self._summary(trainer, "trained"))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The run has ended otherwise; the line is printed, too."""
+        text = " ".join(str(exception).split())
+        cause = type(exception).__name__ + (f": {text}" if text else "")
+        if trainer.is_global_zero:
+            summary = self._summary(trainer, cause)
+            self._write(trainer, summary)
+            print(json.dumps(summary), flush=True)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Write the summary of a run that went through, and print it in one line."""
+        if trainer.is_global_zero:
+            summary = self._summary(trainer, "finished")
+            self._write(trainer, summary)
+            print(json.dumps(summary), flush=True)
+
+    def _summary(self, trainer: Trainer, exit_cause: str) -> dict[str, Any]:
+        metrics = {
+            name: round(float(value), 6)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(("val_", "test_"))
+        }
+        return {
+            "exit": exit_cause,
+            "run_folder": str(run_folder(trainer)),
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+            **self._speed,
+            **describe_run(trainer),
+        }
+
+    @staticmethod
+    def _write(trainer: Trainer, summary: dict[str, Any]) -> None:
+        folder = run_folder(trainer)
+        if trainer.is_global_zero and folder is not None and folder.is_dir():
+            (folder / FILE).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def mean_seconds(totals: Totals) -> dict[str, float]:
+    """Of each part of a step, over the steps counted."""
+    return {part: seconds / max(1, len(totals.durations)) for part, seconds in totals.seconds.items()}
+
+
+def speed_of_run(totals: Totals, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Speed and memory of a run.
+
+    Args:
+        totals: Of this rank.
+        ranks: Of each rank, mean "seconds" of the parts of its steps, and its peak "memory" in bytes.
+    """
+    durations = sorted(totals.durations)
+    if not durations:
+        return {}
+    images_per_second = totals.images / sum(durations)
+    step = {
+        "median": statistics.median(durations),
+        "p90": durations[math.ceil(0.9 * len(durations)) - 1],
+        "mean": statistics.fmean(durations),
+    }
+    return {
+        "images_per_second": round(images_per_second, 2),
+        "images_per_second_per_device": round(images_per_second / len(ranks), 2),
+        "step_seconds": {name: round(value, 6) for name, value in step.items()},
+        "parts_seconds": {part: over_ranks([rank["seconds"][part] for rank in ranks]) for part in totals.seconds},
+        "memory_gib": over_ranks([rank["memory"] / 2**30 for rank in ranks]),
+    }
+
+
+def over_ranks(values: list[float]) -> dict[str, float | int]:
+    """The mean of a value of each rank, the largest, and whose it is."""
+    largest = max(values)
+    return {"mean": round(statistics.fmean(values), 6), "max": round(largest, 6), "max_rank": values.index(largest)}
