@@ -16,6 +16,7 @@ IGNORED = (
     "ignore:.*isinstance.treespec, LeafSpec.:DeprecationWarning",
     "ignore:.*does not have many workers:UserWarning",
     "ignore:.*Grad strides do not match bucket view strides:UserWarning",
+    "ignore:The `srun` command is available on your system but is not used:UserWarning",
 )
 
 

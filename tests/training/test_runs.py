@@ -12,8 +12,8 @@ from syncbn.training.runs import claim_run_folder, git_revision
 
 def test_every_run_gets_a_folder_of_its_own(tmp_path):
     with ThreadPoolExecutor(8) as threads:
-        claimed = list(threads.map(lambda _: claim_run_folder(tmp_path, "name"), range(16)))
-    assert sorted(claimed) == list(range(16))
+        claimed = list(threads.map(lambda _: claim_run_folder(tmp_path / "name"), range(16)))
+    assert {folder.name for folder in claimed} == {f"version_{number}" for number in range(16)}
     assert len(list((tmp_path / "name").iterdir())) == 16
 
 

@@ -1,5 +1,6 @@
 """The DataModule: images of any known layout, the same global batches on any number of ranks."""
 
+import signal
 from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 def use_one_thread(worker: int) -> None:
     """Keep OpenCV in a worker from starting a thread for each core: the workers share the cores."""
     cv2.setNumThreads(0)
+
+
+def set_up_worker(worker: int) -> None:
+    """What a process that prepares batches begins with."""
+    use_one_thread(worker)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # sent to a whole job they ask the ranks to stop, which need their batch
 
 
 class ResumableDataLoader(DataLoader[ImageBatch]):
@@ -304,7 +312,7 @@ class ImageDataModule(LightningDataModule):
             "collate_fn": keep_batch,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": use_one_thread,
+            "worker_init_fn": set_up_worker,
             "pin_memory": on_gpu,
         }
 

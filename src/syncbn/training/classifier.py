@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from syncbn.training.model_card import (
     weights_to_start_from,
 )
 from syncbn.training.parameter_groups import parameter_groups, scale_groups
+from syncbn.training.rank_state import add_rank_state, take_rank_state
 from syncbn.training.retrieval import RecallAtK
 from syncbn.training.schedules import exponential_schedule
 
@@ -257,10 +259,20 @@ class ImageClassifier(Evaluated):
         return self.network(images)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the model card, by which `syncbn predict` and others use the weights with no config."""
+        """Add what differs between ranks, and the model card.
+
+        By that `syncbn predict` and others use the weights with no config.
+        """
         datamodule = getattr(self._trainer, "datamodule", None)  # self.trainer raises where there is none
         if isinstance(datamodule, ImageDataModule):
             checkpoint[CARD_KEY] = make_card(self.network, datamodule).to_json()
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            add_rank_state(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take what was not the same on all ranks, to go on training."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            take_rank_state(self, checkpoint, self.trainer.global_rank, self.trainer.world_size)
 
     def log_probabilities(self, images: Tensor) -> Tensor:
         """Logarithm of the mean over the crops of the class probabilities.

@@ -1,6 +1,7 @@
 """The command line of the trainer: Lightning's, with one batch knob and a folder for each run."""
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_only
 
 from syncbn.data import ImageDataModule
+from syncbn.training.checkpoint_files import AtomicCheckpointIO
+from syncbn.training.checkpointing import Checkpointing, RandomByStep
 from syncbn.training.classifier import ImageClassifier
 from syncbn.training.curves import CurvesPlot
 from syncbn.training.evaluation import check_same_task, load_ensemble
@@ -24,11 +29,25 @@ from syncbn.training.left_out import LeftOutImages
 from syncbn.training.model_card import choose_preprocessing, words_without_weights
 from syncbn.training.population import StatisticsTrainer
 from syncbn.training.predictions import PredictionTable
+from syncbn.training.resuming import (
+    KeptConfig,
+    RestartedJob,
+    ResumePoint,
+    check_config,
+    point_by_hand,
+    point_of_restart,
+    record_end,
+    record_start,
+    tell_ranks,
+)
 from syncbn.training.retrieval import NEIGHBOURS
+from syncbn.training.run_logs import run_loggers
 from syncbn.training.run_summary import RunSummary
-from syncbn.training.runs import RunRecord, run_folder, run_loggers
+from syncbn.training.runs import RunRecord, claim_run_folder, run_folder
+from syncbn.training.stopping import STOPPED, describe_lost_rank
 from syncbn.training.strategies import SynchronisedDDPStrategy
 from syncbn.training.throughput import Throughput
+from syncbn.training.watchdog import Watchdog
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the DataModule divides batches itself
@@ -42,6 +61,7 @@ CHECKPOINT_DEFAULTS: dict[str, Any] = {
     "mode": "max",
     "filename": "best-epoch={epoch}-val_top1={val_top1:.4f}",
     "auto_insert_metric_name": False,
+    "enable_version_counter": False,  # going on from before the best, it is written anew, under its name
 }
 
 
@@ -57,6 +77,7 @@ class SyncBNCLI(LightningCLI):
     """LightningCLI for `ImageClassifier` and `ImageDataModule`."""
 
     checkpoint_hparams: Mapping[str, Any] = {}  # of ckpt_path
+    resume_point: ResumePoint | None = None  # of rank 0
 
     def __init__(self) -> None:
         quieten()
@@ -68,6 +89,8 @@ class SyncBNCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
+            save_config_callback=KeptConfig,
+            save_config_kwargs={"save_to_log_dir": False},
         )
 
     @staticmethod
@@ -104,6 +127,8 @@ class SyncBNCLI(LightningCLI):
             help="Whether fit ends with the test of the best checkpoint.",
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpointing, "checkpointing")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()})
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments(
@@ -128,6 +153,13 @@ class SyncBNCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})  # a checkpoint may come from anywhere: run no code of it
+        if subcommand == "fit":
+            parser.add_argument(
+                "--resume",
+                type=str | None,
+                default=None,
+                help="Folder of a run to go on with, from its newest whole checkpoint. Restarts do so by themselves.",
+            )
         if subcommand not in ("fit", "statistics"):
             parser.add_argument(
                 "--checkpoints",
@@ -181,6 +213,8 @@ class SyncBNCLI(LightningCLI):
         callbacks: list[Any] = []
         if self.subcommand == "fit" and not config.get("fast_dev_run"):
             kwargs["logger"] = self._loggers(config.get("logger"))
+            kwargs["plugins"] = with_atomic_checkpoints(config.get("plugins"))
+            seed = self._get(self.config, "seed_everything")
             callbacks = [
                 Throughput(),
                 self.run_summary,
@@ -188,6 +222,7 @@ class SyncBNCLI(LightningCLI):
                 CurvesPlot(),
                 last_checkpoint(),
                 StopAtNonFinite(),
+                RandomByStep(seed),
             ]
         elif self.subcommand != "fit":
             kwargs["logger"] = False
@@ -203,14 +238,40 @@ class SyncBNCLI(LightningCLI):
         if configured is False:
             raise ValueError("trainer.logger=false: the run folder and the curves need the CSV log; leave it out")
         added = [] if configured in (None, True) else configured if isinstance(configured, list) else [configured]
-        return [*run_loggers(self._get(self.config, "runs_folder"), self._get(self.config, "name")), *added]
+        parent = Path(self._get(self.config, "runs_folder"), self._get(self.config, "name"))
+        is_rank_zero = getattr(rank_zero_only, "rank", 0) == 0
+        folder = self._choose_run_folder(parent) if is_rank_zero else parent / "version_0"
+        return [*run_loggers(folder, self.resume_point.step if self.resume_point else None), *added]
+
+    def _choose_run_folder(self, parent: Path) -> Path:
+        """On rank 0: the folder of the run, and whether and where it goes on."""
+        by_hand = self._get(self.config, "resume")
+        job = RestartedJob.from_environment(os.environ, sys.argv[1:])
+        self.resume_point = point_by_hand(by_hand) if by_hand else point_of_restart(parent, job)
+        if self.resume_point is None:
+            folder = claim_run_folder(parent)
+        else:
+            folder = self.resume_point.folder
+            check_config(folder, yaml.safe_load(self._config_as_saved()))
+            where = self.resume_point.checkpoint or "the beginning, there is no whole checkpoint yet"
+            print(f"syncbn: goes on in {folder} from {where}", file=sys.stderr, flush=True)
+        record_start(folder, job, self.resume_point)
+        return folder
+
+    def _config_as_saved(self) -> str:
+        return self._parser(self.subcommand).dump(self.config[self.config["subcommand"]], skip_none=False)
 
     def _run_subcommand(self, subcommand: str) -> None:
         launcher = self.trainer.strategy.launcher
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:
+            if isinstance(error, SystemExit) and error.code == STOPPED:
+                wait_for_other_ranks(launcher)
+                raise
             stop_other_ranks(launcher, error)
+            if isinstance(error, RuntimeError) and (lost := describe_lost_rank(error)):
+                raise ValueError(lost) from error
             if isinstance(error, RuntimeError) and "in loading state_dict" in str(error):
                 path = self._get(self.config, "ckpt_path")
                 _, first, *more = str(error).splitlines()
@@ -230,15 +291,19 @@ class SyncBNCLI(LightningCLI):
             print(f"{parameters:,} trainable parameters, device {self.trainer.strategy.root_device.type}", flush=True)
 
     def fit(self, **arguments: Any) -> None:
-        """Train; name the run folder also when interrupted."""
+        """Train, from the newest checkpoint where the run is gone on with; name the run folder also when stopped."""
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            arguments["ckpt_path"] = tell_ranks(self.trainer, self.resume_point) or arguments.get("ckpt_path")
         try:
             self.trainer.fit(**arguments)
-        except SystemExit:  # Lightning's answer to Ctrl-C
+        except SystemExit:  # Lightning's answer to Ctrl-C, and ours to other signals
             self._print_run_folder()
             raise
 
     def after_fit(self) -> None:
         """Test the best checkpoint; print the accuracy, the summary and, last, the run folder."""
+        if (folder := run_folder(self.trainer)) and self.trainer.is_global_zero:
+            record_end(folder, self.trainer.global_step)
         if self._get(self.config, "test_after_fit"):
             best = self._get(self.config_init, "checkpoint").best_model_path or None
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
@@ -296,6 +361,12 @@ def last_checkpoint() -> ModelCheckpoint:
     return ModelCheckpoint(filename="last", enable_version_counter=False)
 
 
+def with_atomic_checkpoints(plugins: Any) -> list[Any]:
+    """A trainer's plugins, and the one that writes checkpoints atomically."""
+    given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
+    return [*given, AtomicCheckpointIO()]
+
+
 def quieten() -> None:
     """Leave out what Lightning says at every start, and warnings that do not apply here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -305,6 +376,7 @@ def quieten() -> None:
         ".*Grad strides do not match bucket view strides.*",  # of 1x1 convolutions: there they do not matter
         "Found .* in eval mode at the start of training.*",  # of frozen BatchNorm layers: as was asked for
         "The `srun` command is available on your system but is not used.*",  # syncbn doctor says where it is needed
+        "Checkpoint directory .* exists and is not empty",  # of a run that is gone on with
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # Lightning's own business with torch
     ):
         warnings.filterwarnings("ignore", message)

@@ -9,16 +9,15 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 
-def claim_run_folder(runs_folder: Path, name: str) -> int:
-    """Create the first free ``runs_folder/name/version_N``, and return N.
+def claim_run_folder(parent: Path) -> Path:
+    """Create the first free ``parent/version_N``, and return it.
 
     Creating a folder is atomic: of two runs started at once, each gets its own.
     """
-    parent = runs_folder / name
     parent.mkdir(parents=True, exist_ok=True)
     number = 0
     while True:
@@ -28,20 +27,7 @@ def claim_run_folder(runs_folder: Path, name: str) -> int:
         except FileExistsError:
             number += 1
         else:
-            return number
-
-
-def run_loggers(runs_folder: str, name: str) -> list[Logger]:
-    """A CSV and a TensorBoard logger that write into one new folder.
-
-    Only rank 0 claims a folder and writes; Lightning tells the other ranks its path.
-    """
-    is_rank_zero = getattr(rank_zero_only, "rank", 0) == 0
-    claimed = claim_run_folder(Path(runs_folder), name) if is_rank_zero else 0
-    csv = CSVLogger(runs_folder, name, version=claimed, flush_logs_every_n_steps=10)
-    if is_rank_zero:
-        _ = csv.experiment  # now, while the folder is empty: later it would warn of what others wrote there
-    return [csv, TensorBoardLogger(runs_folder, name, version=claimed, default_hp_metric=False)]
+            return folder
 
 
 def git_revision(folder: Path) -> str:

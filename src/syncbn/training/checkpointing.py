@@ -1,0 +1,205 @@
+"""Checkpoints from which training goes on exactly: when they are written, and how signals stop a training."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from syncbn.data.augmentation import random_stream
+from syncbn.distributed import sum_over_world
+from syncbn.training.checkpoint_files import PARTIAL, by_step, publish, remove
+from syncbn.training.runs import run_folder
+from syncbn.training.stopping import StopSignals, exit_status, requeue_job, requeue_signal
+
+AGREEMENT_SECONDS = 1.0
+"""About so often the ranks ask each other whether one of them was told to stop."""
+
+DROPOUT_STREAM = 2
+"""Of `random_stream`, beside those of the augmentation and the order."""
+
+
+class Checkpointing(Callback):
+    """Writes ``checkpoints/step=N.ckpt`` into the run folder, and stops the training when a signal asks for it.
+
+    A checkpoint is written between two steps, when everything of the step before is over, its validation and its lines
+    in the logs included: at the start of every epoch but the first, at the intervals below, and before stopping. What
+    goes on from it repeats nothing and leaves nothing out.
+
+    On SIGTERM or SIGUSR1, to whichever rank, all ranks finish the step under way (or the validation), write a
+    checkpoint and exit with status 75. In a job of SLURM started by srun, SIGUSR1 also requeues the job.
+
+    Args:
+        every_n_steps: Optimiser steps from one checkpoint to the next. Null for none of that kind.
+        every_minutes: Minutes from one checkpoint to the next. Null for none of that kind.
+        keep_last: Checkpoints to keep, the newest ones.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self, every_n_steps: int | None = None, every_minutes: float | None = 10.0, keep_last: int = 3
+    ) -> None:
+        for name, value in {"every_n_steps": every_n_steps, "keep_last": keep_last}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"checkpointing.{name}={value} must be at least 1")
+        if every_minutes is not None and every_minutes <= 0:
+            raise ValueError(f"checkpointing.every_minutes={every_minutes} must be positive")
+        self.every_n_steps = every_n_steps
+        self.every_minutes = every_minutes
+        self.keep_last = keep_last
+        self._signals = StopSignals()
+        self._folder: Path | None = None
+        self._saved_step, self._saved_at = 0, 0.0
+        self._agreed_step, self._agreed_at, self._next_agreement = 0, 0.0, 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note signals from now on; learn the folder from rank 0."""
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._signals.install(trainer)
+        folder = run_folder(trainer) or Path(trainer.default_root_dir)
+        self._folder = Path(trainer.strategy.broadcast(str(folder))) / "checkpoints"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count; replace Lightning's handlers of signals, which would act in the middle of a step."""
+        if self._folder is None:
+            return
+        self._signals.install(trainer)
+        self._saved_step = self._agreed_step = self._next_agreement = trainer.global_step
+        self._saved_at = self._agreed_at = time.monotonic()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Between two steps: write a checkpoint if one is due, stop if a rank was told to.
+
+        Raises:
+            SystemExit: It stops.
+            ValueError: It stops, and the checkpoint could not be written.
+        """
+        if self._folder is None or batch_idx % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        told, requeue, due = self._agree(trainer) if step >= self._next_agreement else (False, False, False)
+        due |= batch_idx == 0 or (self.every_n_steps is not None and step % self.every_n_steps == 0)
+        if (told or due) and step > self._saved_step:
+            self._save(trainer, self._folder)
+        if told:
+            self._stop(trainer, requeue)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What comes after the training is stopped by a signal at once."""
+        self._signals.remove()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the keepers of the best checkpoints find them where the run folder is now."""
+        if trainer.state.fn == TrainerFn.FITTING and self._folder is not None:
+            for callback in trainer.checkpoint_callbacks:
+                state = checkpoint.get("callbacks", {}).get(callback.state_key)
+                if isinstance(callback, ModelCheckpoint) and state:
+                    move_paths(state, str(callback.dirpath))
+
+    def _agree(self, trainer: Trainer) -> tuple[bool, bool, bool]:
+        """Whether a rank was told to stop, whether to requeue the job, and whether it is time for a checkpoint.
+
+        One small message; the next one is about `AGREEMENT_SECONDS` later, counted in steps, since ranks agree on
+        those. Of the times only rank 0's count.
+        """
+        step, now = trainer.global_step, time.monotonic()
+        steps = step - self._agreed_step
+        received = self._signals.received
+        since, seconds = (now - self._saved_at, now - self._agreed_at) if trainer.is_global_zero else (0.0, 0.0)
+        requeue = received is not None and received == requeue_signal(trainer)
+        values = torch.tensor([received is not None, requeue, since, seconds], dtype=torch.float32)
+        told, requeued, since, seconds = sum_over_world(values.to(trainer.strategy.root_device)).tolist()
+        pace = seconds / steps if steps else AGREEMENT_SECONDS
+        self._agreed_step, self._agreed_at = step, now
+        self._next_agreement = step + max(1, min(1000, int(AGREEMENT_SECONDS / max(pace, 1e-6))))
+        due = self.every_minutes is not None and since >= 60 * self.every_minutes
+        return told > 0, requeued > 0, due
+
+    def _save(self, trainer: Trainer, folder: Path) -> None:
+        path = folder / f"step={trainer.global_step}.ckpt"
+        partial = path.with_name(f".{path.name}{PARTIAL}")
+        with between_steps(trainer):
+            trainer.save_checkpoint(partial)
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        if trainer.is_global_zero and partial.exists():  # it does not where the disk is full
+            publish(partial, path)
+            for old in by_step(folder)[self.keep_last :]:
+                remove(old)
+
+    def _stop(self, trainer: Trainer, requeue: bool) -> None:
+        failure = getattr(trainer.strategy.checkpoint_io, "failure", "")
+        if trainer.is_global_zero:
+            if not failure:
+                where = f"after {trainer.global_step} steps; a restart goes on there"
+                print(f"syncbn: stopped by a signal {where}", file=sys.stderr, flush=True)
+            if requeue:
+                requeue_job()
+        failure = trainer.strategy.broadcast(failure)  # before any rank ends, which may make the launcher kill rank 0
+        if failure:
+            raise ValueError(f"told to stop, but {failure}")
+        raise SystemExit(exit_status(trainer))
+
+
+@contextmanager
+def between_steps(trainer: Trainer) -> Iterator[None]:
+    """Make Lightning's counters those after a batch, and before it has taken the next one from the loader.
+
+    Where it would take the place for one at which validation is due, as at the start of an epoch, it goes on by leaving
+    that out, as it should, and counts a batch for its loggers, which it should not: that is allowed for.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    progress = loop.batch_progress
+    is_last, progress.is_last_batch = progress.is_last_batch, False
+    for counter in (progress.current, progress.total):
+        counter.ready -= 1
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    counted_again = int(loop._should_check_val_fx(fetcher))
+    loop._batches_that_stepped -= counted_again
+    try:
+        yield
+    finally:
+        loop._batches_that_stepped += counted_again
+        progress.is_last_batch = is_last
+        for counter in (progress.current, progress.total):
+            counter.ready += 1
+
+
+def move_paths(state: dict[str, Any], folder: str) -> None:
+    """Make the state of a ModelCheckpoint one of the same files in another folder."""
+    before = str(state.get("dirpath"))
+
+    def moved(path: str) -> str:
+        return str(Path(folder) / Path(path).name) if path and str(Path(path).parent) == before else path
+
+    for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[name] = moved(state.get(name, ""))
+    state["best_k_models"] = {moved(path): score for path, score in state.get("best_k_models", {}).items()}
+    state["dirpath"] = folder
+
+
+class RandomByStep(Callback):
+    """Makes what is drawn in a training step (dropout) a function of the seed, the step and the rank.
+
+    So there are no states of generators to keep, one for each rank and device, and none is lost in a restart.
+
+    Args:
+        seed: Of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seed torch's generators."""
+        stream = random_stream(self.seed, trainer.fit_loop.total_batch_idx, trainer.global_rank, DROPOUT_STREAM)
+        torch.manual_seed(int(stream.integers(2**63)))
