@@ -6,7 +6,7 @@ BIN := .venv/bin
 PACKAGE := .venv/package
 INSTALLED := .venv/installed
 
-.PHONY: train test lint format benchmark docs clean
+.PHONY: train test test-cluster lint format benchmark docs clean
 
 # Two processes: on the CPU, or on GPUs where there are two. One GPU can hold one of them only.
 train: $(PACKAGE)
@@ -15,6 +15,10 @@ train: $(PACKAGE)
 
 test: lint
 	$(BIN)/python -m pytest
+
+# As root, with Debian's slurmctld, slurmd, slurm-client, munge and iproute2; tests that miss something are skipped.
+test-cluster: $(INSTALLED)
+	$(BIN)/python -m pytest -m cluster tests/cluster
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

