@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from syncbn.data import Augmentation, ImageDataModule
-from syncbn.training import ImageClassifier, PolyakAveraging
+from syncbn.training import ImageClassifier, PolyakAveraging, checkpointing
 from syncbn.training.checkpoint_files import AtomicCheckpointIO, by_step, newest_whole
 from syncbn.training.checkpointing import Checkpointing, RandomByStep
 from syncbn.training.run_logs import read_log, run_loggers
@@ -136,7 +136,10 @@ def test_killed_anywhere_it_goes_on_bitwise(whole, tmp_path, hook, step, accumul
 
 
 @pytest.mark.parametrize(("hook", "step", "saved"), [(WHEN[1], 7, 8), (WHEN[3], 6, 6)])
-def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_bitwise(whole, tmp_path, hook, step, saved, capfd):
+def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_bitwise(
+    whole, tmp_path, hook, step, saved, capfd, monkeypatch
+):
+    monkeypatch.setattr(checkpointing, "AGREEMENT_SECONDS", 0)  # else it might train on for a second
     expected, log = whole[1]
     options = {"every_n_steps": None, "every_minutes": None}
     before = signal.getsignal(signal.SIGTERM)

@@ -35,6 +35,7 @@ from syncbn.training.resuming import (
     RestartedJob,
     ResumePoint,
     check_config,
+    dump_config,
     point_by_hand,
     point_of_restart,
     record_end,
@@ -254,14 +255,12 @@ class SyncBNCLI(LightningCLI):
             folder = claim_run_folder(parent)
         else:
             folder = self.resume_point.folder
-            check_config(folder, yaml.safe_load(self._config_as_saved()))
+            config = dump_config(self._parser(self.subcommand), self.config[self.config["subcommand"]])
+            check_config(folder, yaml.safe_load(config))
             where = self.resume_point.checkpoint or "the beginning, there is no whole checkpoint yet"
             print(f"syncbn: goes on in {folder} from {where}", file=sys.stderr, flush=True)
         record_start(folder, job, self.resume_point)
         return folder
-
-    def _config_as_saved(self) -> str:
-        return self._parser(self.subcommand).dump(self.config[self.config["subcommand"]], skip_none=False)
 
     def _run_subcommand(self, subcommand: str) -> None:
         launcher = self.trainer.strategy.launcher

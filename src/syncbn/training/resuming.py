@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, Namespace, SaveConfigCallback
 
 from syncbn.training.checkpoint_files import atomic_file, newest_whole, step_of
 from syncbn.training.runs import run_folder
@@ -197,7 +197,14 @@ class KeptConfig(SaveConfigCallback):
         folder = run_folder(trainer)
         if folder and not (folder / "config.yaml").is_file():
             with atomic_file(folder / "config.yaml") as file:
-                file.write(self.parser.dump(self.config, skip_none=False).encode())
+                file.write(dump_config(self.parser, self.config).encode())
+
+
+def dump_config(parser: LightningArgumentParser, config: Namespace) -> str:
+    """The config of a run as YAML, without what is of one start alone: ``syncbn test`` takes it, too."""
+    of_run = config.clone()
+    of_run.pop("resume", None)
+    return parser.dump(of_run, skip_none=False)
 
 
 def flatten(config: Any, path: tuple[str, ...]) -> Any:
