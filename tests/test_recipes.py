@@ -88,6 +88,14 @@ def test_the_large_batch_changes_what_its_header_says():
     }
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_expected_time_is_that_of_the_images(recipe):
+    """At 1,000 images a second."""
+    text = recipe.read_text()
+    images = yaml.safe_load(text)["trainer"]["max_epochs"] * 1_281_167
+    assert f"# Expected time: {images / 1e6:.0f} million images, so {images / 1000 / 3600:.0f} hours on" in text
+
+
 def test_members_of_the_ensemble_change_what_section_423_changes():
     found = [differences("bn_x30", f"ensemble/member_{number}") for number in range(1, 7)]
     assert len({tuple(sorted(change.items())) for change in found}) == 6

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from shard_cases import make_shards
 from syncbn.data import ImageDataModule
 
 
@@ -15,6 +16,16 @@ def test_it_describes_the_data_and_gives_batches():
     assert len(data.val_dataloader()) == 20 and len(data.test_dataloader()) == 40
     batch = next(iter(data.train_dataloader()))
     assert batch.images.shape == (50, 1, 28, 28) and batch.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("window", "words"),
+    [(0, "; 8 shards shuffled, each in its own order, of which each rank holds about 0.0 MB")]
+    + [(window, f"; samples shuffled within {min(window, 8)} of 8 shards, of which each rank") for window in (3, 16)],
+)
+def test_the_shuffling_of_shards_is_described(tmp_path, window, words):
+    shards = make_shards(tmp_path / "shards", train=(4,) * 8)
+    assert words in ImageDataModule(4, str(shards), image_size=16, shuffle_window=window).describe()
 
 
 def test_images_can_be_resized():

@@ -104,6 +104,12 @@ def test_without_a_good_mirror_every_failure_is_told_and_nothing_is_left(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file: name the folder that holds MNIST's four files"):
+        mnist.fetch_mnist(tmp_path / "file")
+
+
 def test_a_cut_off_download_is_no_file(tmp_path, content, monkeypatch):
     def interrupted(url: str, path: str) -> None:
         Path(path).write_bytes(b"half")

@@ -2,11 +2,9 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -109,6 +107,10 @@ def test_runs_with_other_settings_or_of_another_command_are_refused(tmp_path):
     with claimed_folder(tmp_path, {"rate": 1.0, "options": ["a"]}), pytest.raises(ValueError, match="is in use"):
         claim(tmp_path, 1.0)
     claim(tmp_path, 1.0)
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "runs"):
+        with pytest.raises(ValueError, match=rf"^{folder} cannot be made, since a file is in its place"):
+            claim(folder, 1.0)
     with pytest.raises(ValueError, match=r"holds runs with rate=1\.0, and this is rate=2\.0"):
         claim(tmp_path, 2.0)
 
@@ -170,23 +172,20 @@ def words(tmp_path_factory) -> list[str]:
 def test_a_killed_command_goes_on_where_it_was(words, tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs" / "seed_0"
     words = [*words, f"--output={tmp_path}", "--models=[inception, bn_x5]"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "syncbn", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    with process:
-        while not (run / "bn_x5" / "version_0" / "checkpoints" / "last.ckpt").is_file():
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-    assert (run / "inception" / "finished").is_file() and not (run / "bn_x5" / "finished").is_file()
-    kept = (run / "inception" / "version_0" / "metrics.csv").stat().st_mtime_ns
+    write_log(run / "inception", 0, "".join(f"{step},,0.25\n" for step in range(1, 16, 2)))
+    (run / "inception" / "finished").touch()
+    process = get_context("forkserver").Process(target=main, args=(words,))
+    process.start()
+    while not (run / "bn_x5" / "version_0" / "checkpoints" / "last.ckpt").is_file():
+        assert process.is_alive()
+        time.sleep(0.02)
+    process.terminate()
+    process.join()
+    assert not (run / "bn_x5" / "finished").is_file()
     monkeypatch.setattr(sys, "argv", ["syncbn"])
     main(words)
     assert "| BN-x5 |" in capsys.readouterr().out and (tmp_path / "figure2.png").is_file()
-    assert (run / "inception" / "version_0" / "metrics.csv").stat().st_mtime_ns == kept
+    assert sorted(path.name for path in (run / "inception").iterdir()) == ["finished", "version_0"]
     assert len(list((run / "bn_x5").glob("version_*"))) == 2
     for name in ("inception", "bn_x5"):
         assert validation_curve(run / name).steps.tolist() == [2 * number for number in range(1, 9)], name

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer, seed_everything
 from shard_cases import make_shards
 from syncbn.cli import main
 from syncbn.data import ImageDataModule
-from syncbn.experiments.table4 import PAPER, common_card, markdown, table4
+from syncbn.experiments.table4 import PAPER, common_card, markdown, short_name, some_of, table4
 from syncbn.models.weights import read_weights
 from syncbn.models.weights.card import CARD_KEY
 from syncbn.training import ImageClassifier
@@ -75,6 +75,31 @@ def test_rows_are_what_the_trainer_finds(shards, tmp_path, monkeypatch, capsys):
         assert row == [name, str(IMAGE_SIZE), str(crops), str(len(of)), f"{top1:.2f} %", f"{top5:.2f} %"]
     assert [row[0] for row in rows[len(expected) :]] == [row.model for row in PAPER]
     assert rows[-1] == ["paper: BN-Inception ensemble", "224", "144", "6", "20.10 %", "4.90 %"]
+
+
+def test_some_of_the_images(shards, tmp_path, capsys):
+    path = save(tmp_path / "one.ckpt", 0)
+    options = {"image_size": IMAGE_SIZE, "resize": RESIZE, "devices": 1, "accelerator": "cpu"}
+    table4(shards, [path], images=3, **options)
+    assert "error on 3 validation images of" in capsys.readouterr().out
+    sets = ImageDataModule(9, shards, IMAGE_SIZE, None).sets
+    assert some_of(sets, 3).validation.indices.tolist() == [0, 2, 4]
+    assert some_of(sets, 7) is sets is some_of(sets, None)
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere"):
+        table4(shards, [path], tmp_path / "nowhere" / "table.md", **options)
+    for images in (0, 8):
+        with pytest.raises(ValueError, match=rf"images={images} must lie in 1\.\.7, the validation images there are"):
+            table4(shards, [path], images=images, **options)
+
+
+def test_names_tell_checkpoints_apart():
+    paths = ["runs/a/version_0/last.ckpt", "runs/b/version_0/last.ckpt", "other.ckpt"]
+    assert [short_name(path, paths) for path in paths] == [
+        "a/version_0/last.ckpt",
+        "b/version_0/last.ckpt",
+        "other.ckpt",
+    ]
+    assert short_name(paths[0], paths[:1]) == "last.ckpt"
 
 
 def test_what_the_paper_does_not_state_is_a_dash():

@@ -14,6 +14,7 @@ import torch.distributed as dist
 IGNORED = (
     "ignore:.*isinstance.treespec, LeafSpec.:FutureWarning",
     "ignore:.*isinstance.treespec, LeafSpec.:DeprecationWarning",
+    "ignore:The .srun. command is available:UserWarning",  # wherever SLURM is installed
     "ignore:.*does not have many workers:UserWarning",
     "ignore:.*Grad strides do not match bucket view strides:UserWarning",
     "ignore:The `srun` command is available on your system but is not used:UserWarning",

@@ -121,7 +121,7 @@ def test_names_and_patterns():
     ("arguments", "message"),
     [
         ({"layers": ["nothing"]}, "there is no layer 'nothing'; there are: block_1, block_2, unused"),
-        ({"layers": ["unused"]}, "unused was not called by itself in step 0"),
+        ({"layers": ["unused"]}, "unused was not run in step 0$"),
         ({"layers": ["block_1"], "channel": 3}, r"channel=3, but the input of block_1 has channels 0\.\.2"),
         ({"layers": []}, "layers is empty"),
         ({"layers": ["block_1"], "every_n_steps": 0}, "every_n_steps=0 must be at least 1"),
@@ -149,18 +149,23 @@ def test_in_a_config_of_fit(tmp_path, monkeypatch, capsys):
         text = f"trainer: {{callbacks: [{{class_path: syncbn.training.CovariateShift, init_args: {arguments}}}]}}"
         Path("shift.yaml").write_text(text)
 
-    callback("network.inception_4?")
+    callback("network.inception_4?, network.inception_4a.branch_1x1.bn")
     main(words)
     with Path("runs/fashion_mnist/version_0/metrics.csv").open(newline="") as lines:
         rows = [row for row in csv.DictReader(lines) if row["input/network.inception_4e/p85"]]
     assert [row["step"] for row in rows] == ["0", "2"]
-    assert len([name for name in rows[0] if name.startswith("input/")]) == 5 * 5
-    callback("network.inception_6z")
-    sys.argv[:] = ["syncbn"]
-    with pytest.raises(SystemExit):
-        main(words)
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("syncbn: error: there is no layer 'network.inception_6z'; there are: network.stem, ")
+    assert len([name for name in rows[0] if name.startswith("input/")]) == 5 * 6
+    assert float(rows[0]["input/network.inception_4a.branch_1x1.bn/variance"]) > 0
+    for layer, message in {
+        "network.inception_6z": "there is no layer 'network.inception_6z'; there are: network.stem, ",
+        "network.inception_4a.branch_1x1": "CovariateShift: network.inception_4a.branch_1x1 was not run in step 0: name"
+        " a layer in it: network.inception_4a.branch_1x1.conv, network.inception_4a.branch_1x1.bn",
+    }.items():
+        callback(layer)
+        sys.argv[:] = ["syncbn"]
+        with pytest.raises(SystemExit):
+            main(words)
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"syncbn: error: {message}")
 
 
 SHARES = (slice(0, 5), slice(5, 5), slice(5, 24))

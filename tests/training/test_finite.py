@@ -73,6 +73,11 @@ def last(folder: Path) -> ModelCheckpoint:
             "network.inception_4a.branch_3x3.spatial.conv.weight",
             "the first layer whose output is not finite: network.inception_4a.branch_3x3.spatial.conv",
         ),
+        (  # which runs as one with other convolutions
+            "none",
+            "network.inception_4a.branch_3x3.reduce.conv.weight",
+            "the first layer whose output is not finite: network.inception_4a.branch_3x3.reduce.conv",
+        ),
         ("none", "network.classifier.bias", "the first layer whose output is not finite: network.classifier"),
     ],
 )

@@ -7,7 +7,7 @@ import cv2
 import pytest
 
 from syncbn.training.curves import plot_curves, read_series
-from syncbn.training.runs import claim_run_folder, git_revision
+from syncbn.training.runs import claim_run_folder, git_revision, source_revision
 
 
 def test_every_run_gets_a_folder_of_its_own(tmp_path):
@@ -32,6 +32,15 @@ def test_git_revision(tmp_path):
     assert git_revision(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "file").write_text("2")
     assert git_revision(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+
+    # A package that is only installed there has another revision.
+    package = tmp_path / ".venv" / "syncbn"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    assert source_revision(package) == "unknown"
+    git("add", "--force", ".venv")
+    git("commit", "-m", "second")
+    assert source_revision(package) == git("rev-parse", "HEAD") + "-dirty"
 
 
 @pytest.mark.parametrize("rows", ["", "9,,0.5,,\n", "9,0.1,0.5,,\n19,0.05,0.25,,\n19,,,0.4,0.9\n"])

@@ -175,10 +175,13 @@ class ImageDataModule(LightningDataModule):
         held = bytes_held(self.order, self.trainer.world_size if self.trainer else 1, workers)
         reader = "worker" if workers else "rank"
         shards = self.order.layout.num_shards
-        return (
-            f"{images}; samples shuffled within {min(self.shuffle_window, shards)} of {shards} shards,"
-            f" of which each {reader} holds about {held / 1e6:,.1f} MB"
+        window = min(self.shuffle_window, shards)
+        shuffled = (
+            f"samples shuffled within {window} of {shards} shards"
+            if window
+            else f"{shards} shards shuffled, each in its own order"
         )
+        return f"{images}; {shuffled}, of which each {reader} holds about {held / 1e6:,.1f} MB"
 
     def train_dataloader(self) -> "ResumableDataLoader | DaliLoader":
         """Shuffled, augmented training batches of this rank, from the trainer's present place onwards."""

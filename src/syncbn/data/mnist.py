@@ -50,8 +50,11 @@ def fetch_mnist(folder: Path, mirrors: Sequence[str] = MIRRORS) -> None:
         mirrors: Addresses of folders with the gzipped files; each file comes from the first that has it.
 
     Raises:
-        ValueError: No mirror gave the right content; the message says what was wrong with each.
+        ValueError: ``folder`` is a file; or no mirror gave the right content, and the message says what was wrong with
+            each.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name the folder that holds MNIST's four files")
     for (split, part), name in IDX_FILES.items():
         if find_idx_file(folder, split, part) is None:
             folder.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,7 @@ def ablations(
     recipe: Path = Path("configs/ablations.yaml"),
     learning_rates: list[float] = LEARNING_RATES,
     seeds: int = 1,
+    sections: list[str] | None = None,
     options: list[str] = [],  # noqa: B006 (never changed)
 ) -> None:
     """Train one config with one thing changed at a time: learning rate, BatchNorm, dropout, L2, shuffling.
@@ -58,6 +59,8 @@ def ablations(
         recipe: A config of `syncbn fit`: the data, the network and the budget of each training.
         learning_rates: For a batch of 32 images; each is tried with and without BatchNorm.
         seeds: How many: 0, 1 and so on decide the initial weights, the order of the images and the augmentation.
+        sections: Which to run, of learning rate, dropout, L2 and, for data in shards, shuffling within shards. Without
+            it, all.
         options: More of `syncbn fit`, for all trainings, as '["--data.root=SHARDS", "--trainer.devices=2"]'.
 
     Raises:
@@ -71,7 +74,7 @@ def ablations(
     options = expand_data_shorthand(options)
     configured = _read_config(recipe, options)
     images = open_training_set(configured.get("data.root", EMBEDDED))
-    trials = all_trials(configured, learning_rates, in_shards=images.layout is not None)
+    trials = of_sections(all_trials(configured, learning_rates, in_shards=images.layout is not None), sections)
     settings = {"config": json.loads(json.dumps(configured)), "options": options}
     outcomes: list[Outcome] = []
     with claimed_folder(output / "runs", settings) as lock:
@@ -101,6 +104,19 @@ def all_trials(configured: dict[str, Any], learning_rates: Sequence[float], in_s
     windows = (("yes", configured.get(WINDOW) or DEFAULT_WINDOW), ("no", 0))
     shuffling = [Trial("shuffling within shards", label, {WINDOW: shards}) for label, shards in windows]
     return [*rates, *dropout, *l2, *(shuffling if in_shards else [])]
+
+
+def of_sections(trials: list[Trial], sections: list[str] | None) -> list[Trial]:
+    """Those of some sections; of all of them without any named.
+
+    Raises:
+        ValueError: There is no such section.
+    """
+    known = list(dict.fromkeys(trial.section for trial in trials))
+    unknown = [section for section in sections or [] if section not in known]
+    if unknown or sections == []:
+        raise ValueError(f"sections={sections}: of these data and this recipe there are: {', '.join(known)}")
+    return [trial for trial in trials if sections is None or trial.section in sections]
 
 
 def run_name(trial: Trial, configured: dict[str, Any]) -> str:

@@ -1,18 +1,18 @@
 """What becomes of the ablations: a table, a plot, a report."""
 
 import csv
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from syncbn.experiments.markdown import markdown_table
+from syncbn.experiments.provenance import provenance, revisions_of
 from syncbn.experiments.recipe_runs import ValidationCurve
-from syncbn.training.runs import git_revision
 
 RATE_SECTION = "learning rate"
 
@@ -60,14 +60,14 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], config: dict[str, An
     """
     _write_table(outcomes, folder / "ablations.csv")
     _plot(outcomes, folder / "ablations.png")
-    text = _report(outcomes, config, num_classes)
+    text = _report(outcomes, config, num_classes, revisions_of([folder / "runs"]))
     (folder / "ablations.md").write_text(text)
     return text
 
 
 def trains(outcomes: Sequence[Outcome], num_classes: int) -> bool:
-    """Whether trainings of several seeds all ended, and on average with twice the accuracy of guessing, or more."""
-    return not any(o.diverged for o in outcomes) and float(np.mean([o.final for o in outcomes])) >= 2 / num_classes
+    """Whether the trainings of all seeds ended with twice the accuracy of guessing, or more."""
+    return not any(o.diverged for o in outcomes) and min(o.final for o in outcomes) >= 2 / num_classes
 
 
 def _write_table(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -80,22 +80,20 @@ def _write_table(outcomes: Sequence[Outcome], path: Path) -> None:
             writer.writerow([o.section, o.label, o.seed, *accuracies, steps, o.curve.diverged_after])
 
 
-def _report(outcomes: Sequence[Outcome], config: dict[str, Any], num_classes: int) -> str:
+def _report(outcomes: Sequence[Outcome], config: dict[str, Any], num_classes: int, revisions: Sequence[str]) -> str:
     seeds = len({o.seed for o in outcomes})
-    versions = ", ".join(f"{name} {version(name)}" for name in ("syncbn", "torch", "lightning"))
     rows = [[section, label, _accuracies(of_trial)] for (section, label), of_trial in _trials(outcomes).items()]
     return (
         "\n\n".join(
             [
                 "# What BatchNorm makes possible, and what it makes superfluous",
-                f"`{' '.join(['syncbn', *sys.argv[1:]])}`",
+                f"    syncbn {shlex.join(sys.argv[1:])}",
                 "![Ablations](ablations.png)",
                 f"Top-1 accuracy of the last evaluation, {seeds} seed{'s' if seeds > 1 else ''}; with BN except where"
                 " it says otherwise. One thing at a time differs from the config:"
-                f" {', '.join(f'{key} {value}' for key, value in config.items())}. {versions},"
-                f" git {git_revision(Path(__file__).parent)}.",
+                f" {', '.join(f'{key} {value}' for key, value in config.items())}. {provenance(revisions)}",
                 markdown_table(["what", "value", "accuracy"], rows),
-                *_ranges(outcomes, num_classes),
+                *(_ranges(outcomes, num_classes) if any(o.section == RATE_SECTION for o in outcomes) else []),
                 *(["One seed: differences of a few points are within chance."] if seeds == 1 else []),
             ]
         )
@@ -131,7 +129,8 @@ def _ranges(outcomes: Sequence[Outcome], num_classes: int) -> list[str]:
             if section == RATE_SECTION and of_trial[0].changes["model.norm"] == norm and trains(of_trial, num_classes)
         ]
         found = f"from {min(rates):g} to {max(rates):g}" if rates else "none of those tried"
-        lines.append(f"{network} BN these learning rates train (at least twice the accuracy of guessing): {found}.")
+        criterion = "at least twice the accuracy of guessing, with every seed"
+        lines.append(f"{network} BN these learning rates train ({criterion}): {found}.")
     return lines
 
 
@@ -140,36 +139,43 @@ def _plot(outcomes: Sequence[Outcome], picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    rates = [o for o in outcomes if o.section == RATE_SECTION]
+    others = [o for o in outcomes if o.section != RATE_SECTION]
+    drawings = [(draw, part) for draw, part in ((_draw_sweep, rates), (_draw_bars, others)) if part]
+    figure = Figure(figsize=(5.5 * len(drawings), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    sweep, bars = figure.subplots(1, 2)
-    _draw_sweep(sweep, [o for o in outcomes if o.section == RATE_SECTION])
-    others = {key: of_trial for key, of_trial in _trials(outcomes).items() if key[0] != RATE_SECTION}
-    names = [f"{section}: {label}" for section, label in others]
-    finals = [[100 * o.final for o in of_trial] for of_trial in others.values()]
-    bars.barh(names, [np.mean(values) for values in finals], color="C0", alpha=0.6)
-    for name, values in zip(names, finals, strict=True):
-        bars.plot(values, [name] * len(values), "k.", markersize=4)
-    bars.invert_yaxis()
-    bars.set_xlabel("final top-1 accuracy, %")
-    if finals:
-        bars.set_xlim(max(0, min(map(min, finals)) - 5), max(map(max, finals)) + 1)
-    bars.set_title("with BN, one thing changed")
+    for axes, (draw, part) in zip(figure.subplots(1, len(drawings), squeeze=False)[0], drawings, strict=True):
+        draw(axes, part)
     figure.savefig(picture, dpi=90)
 
 
+def _draw_bars(axes: Any, outcomes: Sequence[Outcome]) -> None:
+    """The mean accuracy of each trial, and a dot for each seed."""
+    for (section, label), of_trial in _trials(outcomes).items():
+        name, values = f"{section}: {label}", [100 * o.final for o in of_trial]
+        axes.barh(name, np.mean(values), color="C0", alpha=0.6)
+        axes.plot(values, [name] * len(values), "k.", markersize=4)
+    axes.invert_yaxis()
+    axes.set_xlabel("final top-1 accuracy, %")
+    axes.set_xlim(0, 100)
+    axes.set_title("with BN, one thing changed")
+
+
 def _draw_sweep(axes: Any, outcomes: Sequence[Outcome]) -> None:
-    """Accuracy against the learning rate; what diverged is a cross at 0."""
+    """Mean accuracy against the learning rate, from the lowest to the highest seed; what diverged is a cross at 0."""
     for norm, label, style in (("batch", "with BN", "C0o-"), ("none", "without BN", "C3s--")):
         of_network = [o for o in outcomes if o.changes["model.norm"] == norm]
         trials = _trials(of_network).values()
         rates = [of_trial[0].changes["model.learning_rate_per_32_images"] for of_trial in trials]
-        axes.semilogx(rates, [100 * np.mean([o.final for o in t]) for t in trials], style, label=label, markersize=4)
+        finals = [[100 * o.final for o in of_trial] for of_trial in trials]  # trials may have run with fewer seeds yet
+        axes.semilogx(rates, [np.mean(values) for values in finals], style, label=label, markersize=4)
+        axes.fill_between(rates, [*map(min, finals)], [*map(max, finals)], color=style[:2], alpha=0.2, linewidth=0)
         diverged = [o.changes["model.learning_rate_per_32_images"] for o in of_network if o.diverged]
-        axes.plot(diverged, [0] * len(diverged), "kx", markersize=9)
+        axes.plot(diverged, [0] * len(diverged), "kx", markersize=9, clip_on=False)
     axes.plot([], [], "kx", label="diverged")
     axes.set_xlabel("learning rate per 32 images")
     axes.set_ylabel("final top-1 accuracy, %")
+    axes.set_ylim(0, 100)
     axes.set_title("higher learning rates")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -14,7 +14,7 @@ from syncbn.data.samplers import split_global_batch
 from syncbn.experiments.figure1_report import write_report
 from syncbn.experiments.rank_processes import run_on_ranks
 from syncbn.experiments.recipe_runs import claimed_folder
-from syncbn.experiments.sigmoid_network import Curves, Digits, Run, Training, load_digits
+from syncbn.experiments.sigmoid_network import Curves, Digits, Run, Training, load_digits, revision_of
 
 SETTINGS = [(0.1, 0.1), (0.01, 0.1), (0.1, 0.01)]
 """Learning rate and standard deviation of the initial weights: the paper states neither, so there are several."""
@@ -52,8 +52,8 @@ def figure1(
         precision: Of training: "float32" or "float64".
 
     Raises:
-        ValueError: An argument is out of range, the data are broken or cannot be downloaded, a loss is no longer
-            finite, or the output folder is in use or holds runs with other settings.
+        ValueError: An argument is out of range, the data are broken or cannot be downloaded, or the output folder is
+            in use or holds runs with other settings.
     """
     _check(steps, seeds, settings, ranks, batch_size, evaluate_every)
     torch.set_num_threads(1)  # for so small a network more only wait for each other
@@ -80,7 +80,8 @@ def figure1(
     }
     with claimed_folder(output / "runs", common):
         results = _train_all(runs, train, test, output / "runs")
-    write_report(results, output, threshold)
+    revisions = [revision_of(output / "runs" / f"{run.name}.pt") for run in runs]
+    write_report(results, output, threshold, revisions)
     print((output / "figure1.md").read_text())
 
 

@@ -1,10 +1,10 @@
 """What becomes of Figure 1's runs: a picture, a table of every point, a report."""
 
 import csv
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -12,30 +12,32 @@ import torch
 
 from syncbn.experiments.figure1_plot import plot_figure1
 from syncbn.experiments.markdown import markdown_table
+from syncbn.experiments.provenance import provenance
 from syncbn.experiments.sigmoid_network import Curves, Run
 from syncbn.training.covariate_shift import PERCENTILES
-from syncbn.training.runs import git_revision
 
 STEPS_IN_TABLE = (1_000, 10_000, 50_000)
+DIVERGED = "diverged"
 NETWORKS = {False: "without BN", True: "with BN"}
 
 Results = Mapping[Run, Curves]
 
 
-def write_report(results: Results, folder: Path, threshold: int) -> None:
+def write_report(results: Results, folder: Path, threshold: int, revisions: Sequence[str]) -> None:
     """Write ``figure1.png``, ``figure1.csv`` and ``figure1.md``.
 
     Args:
         results: Of all runs of the experiment.
         folder: Where to.
         threshold: Of the pixels, for the report.
+        revisions: Of this package in each run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # A run on several ranks shows the sigmoid of the run on one that it is compared with.
     units = {run: typical_unit(results[replace(run, ranks=1)].percentiles.numpy()) for run in results}
     write_table(results, units, folder / "figure1.csv")
     plot_figure1(results, units, folder / "figure1.png")
-    (folder / "figure1.md").write_text(report(results, threshold))
+    (folder / "figure1.md").write_text(report(results, threshold, revisions))
 
 
 def unsteadiness(percentiles: np.ndarray) -> np.ndarray:
@@ -79,21 +81,20 @@ def write_table(results: Results, units: Mapping[Run, int], path: Path) -> None:
                 )
 
 
-def report(results: Results, threshold: int) -> str:
+def report(results: Results, threshold: int, revisions: Sequence[str]) -> str:
     """The report in Markdown."""
     first = next(iter(results))
     seeds = sorted({run.seed for run in results})
-    versions = ", ".join(f"{name} {version(name)}" for name in ("syncbn", "torch", "numpy"))
     parts = [
         "# Figure 1 of Ioffe & Szegedy 2015: MNIST with and without BatchNorm",
-        f"`{' '.join(['syncbn', *sys.argv[1:]])}`",
+        f"    syncbn {shlex.join(sys.argv[1:])}",
         "![Figure 1](figure1.png)",
         f"Binary images (pixels above {threshold}), three hidden layers of 100 sigmoid units, cross-entropy,"
         f" {first.steps:,} steps of {first.batch_size} images (section 4.1). Not stated in the paper and chosen here:"
         " plain SGD at a constant learning rate, the learning rate, the standard deviation (std) of the initial"
         " weights (the same weights with and without BatchNorm), the threshold; BatchNorm with eps 1e-5 and moving"
         f" averages of momentum 0.1 for evaluation. Seeds {', '.join(map(str, seeds))}; {first.precision}; CPU."
-        f" {versions}, git {git_revision(Path(__file__).parent)}.",
+        f" {provenance(revisions, ('torch', 'numpy'))}",
         "## Test accuracy",
         _accuracy_table(results),
         "## The claims",
@@ -104,6 +105,7 @@ def report(results: Results, threshold: int) -> str:
         " picture shows the sigmoid with the median of each run.",
     ]
     parts += [_rank_agreement(results, run) for run in results if run.ranks > 1]
+    parts += [_divergence(run, curves) for run, curves in results.items() if curves.diverged_at is not None]
     return "\n\n".join(parts) + "\n"
 
 
@@ -132,6 +134,10 @@ def _steps_of(results: Results) -> list[int]:
     return sorted({step for step in STEPS_IN_TABLE if step in evaluated} | {evaluated[-1]})
 
 
+def _divergence(run: Run, curves: Curves) -> str:
+    return f"{run.name} diverged: its loss was first found not finite after {curves.diverged_at:,} steps."
+
+
 def _accuracy_table(results: Results) -> str:
     steps = _steps_of(results)
     rows = []
@@ -155,15 +161,24 @@ def _claims_table(results: Results) -> str:
         row = [f"{setting[0]:g}", f"{setting[1]:g}"]
         for step in steps:
             ahead = [accuracy_at(b, step) - accuracy_at(a, step) for a, b in zip(plain, normalised, strict=True)]
-            row.append(f"{100 * np.mean(ahead):+.2f} points, ahead in {sum(a > 0 for a in ahead)} of {len(ahead)}")
-        row += [f"{_mean_unsteadiness(of_network):.2f}" for of_network in (plain, normalised)]
+            row.append(_ahead(ahead))
+        row += [_mean_unsteadiness(of_network) for of_network in (plain, normalised)]
         rows.append(row)
     ahead_at = [f"BN ahead at {step:,} steps, by seed" for step in steps]
     return markdown_table(["learning rate", "std", *ahead_at, "unsteadiness without BN", "with BN"], rows)
 
 
-def _mean_unsteadiness(of_seeds: Sequence[Curves]) -> float:
-    return float(np.mean([np.median(unsteadiness(curves.percentiles.numpy())) for curves in of_seeds]))
+def _ahead(points: Sequence[float]) -> str:
+    """How far one network is before the other, by seed; NaN where one of them diverged."""
+    if np.isnan(points).any():
+        return DIVERGED
+    return f"{100 * np.mean(points):+.2f} points, ahead in {sum(a > 0 for a in points)} of {len(points)}"
+
+
+def _mean_unsteadiness(of_seeds: Sequence[Curves]) -> str:
+    if any(curves.diverged_at is not None for curves in of_seeds):
+        return DIVERGED
+    return f"{np.mean([np.median(unsteadiness(curves.percentiles.numpy())) for curves in of_seeds]):.2f}"
 
 
 def _rank_agreement(results: Results, run: Run) -> str:
@@ -183,4 +198,4 @@ def _rank_agreement(results: Results, run: Run) -> str:
 
 
 def _percent(values: Sequence[float] | np.ndarray) -> list[str]:
-    return [f"{100 * value:.2f} %" for value in values]
+    return [DIVERGED if np.isnan(value) else f"{100 * value:.2f} %" for value in values]

@@ -1,18 +1,17 @@
 """What is published of Figure 2: the plot, the curves and the table as CSV, and a report in Markdown."""
 
 import csv
-import platform
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from syncbn.experiments.figure2_models import NEGATIVES, Model
+from syncbn.experiments.markdown import markdown_table
+from syncbn.experiments.provenance import provenance, revisions_of
 from syncbn.experiments.recipe_runs import ValidationCurve
-from syncbn.training.runs import git_revision
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def write_report(output: Path, results: Sequence[Result], batch_size: int, setti
     header = ("model", "seed", "steps_to_match", "ratio", "best_top1", "last_top1", "diverged_after_steps")
     _write_csv(output / "table.csv", (*header, "paper_steps", "paper_best"), map(_csv_row, rows))
     _plot(results, output / "figure2.png")
-    report = _markdown(rows, settings)
+    report = _markdown(rows, settings, revisions_of([output / "runs"]))
     (output / "figure2.md").write_text(report)
     return report
 
@@ -105,7 +104,7 @@ def _plot(results: Sequence[Result], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(10.5, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     models = list(dict.fromkeys(result.model for result in results))
@@ -126,38 +125,39 @@ def _plot(results: Sequence[Result], path: Path) -> None:
                 axes.axhline(result.curve.best, color=colormaps["tab10"](number), linewidth=0.8, linestyle="--")
     axes.set_xlabel("optimiser steps")
     axes.set_ylabel("validation accuracy (top-1, single crop)")
-    axes.set_title("Dashed: the best of Inception, which is to be matched")
+    axes.set_ylim(bottom=0)
+    seeds = "; a curve for each seed" if len({result.seed for result in results}) > 1 else ""
+    axes.set_title(f"Dashed: the best of Inception, which is to be matched{seeds}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
-def _markdown(rows: Sequence[Row], settings: dict[str, Any]) -> str:
+def _markdown(rows: Sequence[Row], settings: dict[str, Any], revisions: Sequence[str]) -> str:
     seeds = sorted({row.result.seed for row in rows})
-    lines = ["# Figure 2: single-crop validation accuracy against training steps", ""]
-    lines += [f"    syncbn {shlex.join(sys.argv[1:])}", "", *_provenance(), f"Seeds: {', '.join(map(str, seeds))}.", ""]
-    lines += ["Of all models, besides their configs: " + _in_words(settings), ""]
-    lines += ["| model | steps to match | ratio | paper: steps | paper: ratio | maximum | paper: maximum |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    header = ["model", "steps to match", "ratio", "paper: steps", "paper: ratio", "maximum", "paper: maximum"]
     paper_reference = rows[0].result.model.paper_steps
-    models = list(dict.fromkeys(row.result.model for row in rows))
-    for model in models:
-        if model not in NEGATIVES:
-            lines.append(_line(model, [row for row in rows if row.result.model == model], paper_reference))
-    lines += ["", _EXPLANATION, ""]
-    lines += [_negative(row.result) for row in rows if row.result.model in NEGATIVES]
-    return "\n".join(lines).rstrip() + "\n"
+    models = dict.fromkeys(row.result.model for row in rows if row.result.model not in NEGATIVES)
+    cells = [_cells(model, [row for row in rows if row.result.model == model], paper_reference) for model in models]
+    negatives = [_negative(row.result) for row in rows if row.result.model in NEGATIVES]
+    parts = [
+        "# Figure 2: single-crop validation accuracy against training steps",
+        f"    syncbn {shlex.join(sys.argv[1:])}",
+        "![Figure 2](figure2.png)",
+        provenance(revisions),
+        f"Seeds: {', '.join(map(str, seeds))}.",
+        "Of all models, besides their configs: " + _in_words(settings),
+        markdown_table(header, cells),
+        _EXPLANATION,
+        *(["\n".join(negatives)] if negatives else []),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 _EXPLANATION = (
     "Steps to match: to the first evaluation that finds the best accuracy of Inception with the same seed. Ratio:"
     " Inception's own steps to its best, divided by them. Of several seeds: the mean (smallest to largest)."
 )
-
-
-def _provenance() -> list[str]:
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("syncbn", "torch", "lightning"))
-    return [f"{libraries}, revision {git_revision(Path(__file__).parent)}, {platform.machine()}.", ""]
 
 
 def _in_words(settings: dict[str, Any]) -> str:
@@ -168,7 +168,8 @@ def _in_words(settings: dict[str, Any]) -> str:
     return ", ".join(words) + "." if words else "nothing."
 
 
-def _line(model: Model, rows: Sequence[Row], paper_reference: float | None) -> str:
+def _cells(model: Model, rows: Sequence[Row], paper_reference: float | None) -> list[str]:
+    """The model's row of the table."""
     unmatched = sum(row.steps_to_match is None for row in rows)
     steps, ratio = "not reached", "-"
     if unmatched < len(rows):
@@ -182,7 +183,7 @@ def _line(model: Model, rows: Sequence[Row], paper_reference: float | None) -> s
     paper_steps = "-" if model.paper_steps is None else f"{model.paper_steps / 1e6:.1f} M"
     paper_ratio = "-" if not (model.paper_steps and paper_reference) else f"{paper_reference / model.paper_steps:.1f}"
     paper_best = "-" if model.paper_best is None else f"{100 * model.paper_best:.1f} %"
-    return f"| {model.label} | {steps} | {ratio} | {paper_steps} | {paper_ratio} | {best} | {paper_best} |"
+    return [model.label, steps, ratio, paper_steps, paper_ratio, best, paper_best]
 
 
 def _spread(values: Sequence[float], form: str) -> str:

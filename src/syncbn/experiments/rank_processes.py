@@ -10,6 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from syncbn.experiments.recipe_runs import exit_on_sigterm
+
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -28,13 +30,15 @@ def run_on_ranks(function: Callable[..., None], ranks: int, *arguments: Any, pro
     reached = torch.zeros(1, dtype=torch.int64).share_memory_()
     # This process keeps the store, at a port that the system chooses: two experiments do not meet.
     store = dist.TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
+    mp.get_context("forkserver").set_forkserver_preload([function.__module__])  # imported once, not by each rank
     processes = mp.start_processes(
-        _rank_main, (ranks, store.port, reached, function, arguments), ranks, join=False, start_method="spawn"
+        _rank_main, (ranks, store.port, reached, function, arguments), ranks, join=False, start_method="forkserver"
     )
     assert processes is not None
     try:
-        while not processes.join(timeout=1):
-            progress(int(reached))
+        with exit_on_sigterm():
+            while not processes.join(timeout=1):
+                progress(int(reached))
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
         raise ValueError(f"rank {error.error_index} of {ranks}: {str(error).strip().splitlines()[-1]}") from error
     finally:

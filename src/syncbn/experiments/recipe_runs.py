@@ -62,9 +62,12 @@ def claimed_folder(folder: Path, settings: dict[str, Any]) -> Iterator[IO[str]]:
         The open file whose lock claims the folder; handed down to a training, it holds as long as that one runs.
 
     Raises:
-        ValueError: The folder is in use, or its runs have other settings.
+        ValueError: The folder is in use, its runs have other settings, or a file is in its place.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{folder} cannot be made, since a file is in its place: name another folder") from error
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,14 +147,23 @@ def _run(words: list[str], output: IO[str], lock: IO[str]) -> int:
         pass_fds=[lock.fileno()],
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
+    with exit_on_sigterm():
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Have SIGTERM raise SystemExit meanwhile, so that what was begun is ended in order."""
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        return process.wait()
+        yield
     finally:
         signal.signal(signal.SIGTERM, handler)
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
 
 
 def validation_curve(folder: Path) -> ValidationCurve:

@@ -4,6 +4,7 @@ The network is so small that a step costs less than the bookkeeping of a general
 here, over data in memory.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,8 +22,10 @@ from syncbn.data.order import epoch_order
 from syncbn.data.samplers import batches_per_epoch, part_of_range, split_global_batch
 from syncbn.data.sources import open_image_sets
 from syncbn.distributed import sum_over_world
+from syncbn.experiments.provenance import UNKNOWN
 from syncbn.nn import SyncBatchNorm
 from syncbn.training.covariate_shift import InputRecorder, distribution
+from syncbn.training.runs import source_revision
 from syncbn.training.strategies import BUFFER_OPTION
 
 HIDDEN_LAYERS, HIDDEN_UNITS, CLASSES = 3, 100, 10
@@ -71,6 +74,8 @@ class Curves:
         accuracy: Top-1, in 0..1: float64, shape (T,).
         loss: Cross-entropy: float64, shape (T,).
         percentiles: {15, 50, 85}th of the input to each sigmoid of the last hidden layer: float64, shape (T, 3, 100).
+
+    What was found when the loss was not finite any more, and after that, is NaN.
     """
 
     steps: Tensor
@@ -88,6 +93,12 @@ class Curves:
             torch.empty(0, dtype=double),
             torch.empty(0, 3, HIDDEN_UNITS, dtype=double),
         )
+
+    @property
+    def diverged_at(self) -> int | None:
+        """The first step at which the loss was found not to be finite; None if there is none."""
+        diverged = self.steps[self.loss.isnan()]
+        return int(diverged[0]) if len(diverged) else None
 
     def append(self, step: int, accuracy: float, loss: float, percentiles: Any) -> None:
         """Add an evaluation."""
@@ -168,6 +179,11 @@ def sigmoid_network(inputs: int, batch_norm: bool, weight_std: float, seed: int)
     return nn.Sequential(*layers)
 
 
+def revision_of(checkpoint: Path) -> str:
+    """The revision of this package that wrote the file of a run last."""
+    return torch.load(checkpoint, weights_only=True).get("revision", UNKNOWN)
+
+
 class Training:
     """One run, from its start or from its checkpoint, to its end.
 
@@ -199,8 +215,8 @@ class Training:
         Args:
             progress: Called now and then with the number of steps taken so far.
 
-        Raises:
-            ValueError: The loss is no longer finite.
+        Returns:
+            The curves, with NaN from where the loss is not finite any more.
         """
         options: dict[str, Any] = {BUFFER_OPTION: False}
         network = DistributedDataParallel(self.network, **options) if self.run.ranks > 1 else self.network
@@ -242,14 +258,22 @@ class Training:
         self.network.eval()
         with InputRecorder({"last": last_sigmoid}) as recorder:
             logits = self.network(self.test.images[part].to(self.dtype))
-            percentiles = distribution(recorder.inputs("last")[0]).percentiles
+            [inputs] = recorder.inputs("last")
         self.network.train()
         hits = (logits.argmax(1) == labels).sum().double()
         losses = F.cross_entropy(logits, labels, reduction="sum").double()
         accuracy, loss = (sum_over_world(torch.stack([hits, losses])) / images).tolist()
-        if not torch.tensor(loss).isfinite():
-            raise ValueError(f"{self.run.name}: the loss is {loss} at step {self.step}; take a lower learning rate")
-        self.curves.append(self.step, accuracy, loss, percentiles)
+        if math.isfinite(loss):
+            self.curves.append(self.step, accuracy, loss, distribution(inputs).percentiles)
+        else:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """End the run, and its curves with NaN: a loss that is not finite stays so."""
+        for step in range(self.step, self.run.steps + 1):
+            if step % self.run.evaluate_every == 0 or step == self.run.steps:
+                self.curves.append(step, math.nan, math.nan, torch.full((3, HIDDEN_UNITS), math.nan))
+        self.step = self.run.steps
 
     def _resume(self) -> None:
         if not self.checkpoint.is_file():
@@ -268,6 +292,7 @@ class Training:
             "step": self.step,
             "curves": vars(self.curves),
             "network": self.network.state_dict(),
+            "revision": source_revision(),
         }
         torch.save(state, unfinished)
         unfinished.replace(self.checkpoint)

@@ -1,13 +1,19 @@
 """Figure 4 of Ioffe & Szegedy 2015, a table: single crop, 144 crops, and an ensemble, on our checkpoints."""
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 from syncbn.data import ImageDataModule
+from syncbn.data.datasets import hold_out
+from syncbn.data.sources import ImageSets
+from syncbn.experiments.markdown import markdown_table
+from syncbn.experiments.provenance import provenance, revisions_of
 from syncbn.models.weights import ModelCard, read_weights
 from syncbn.training import ImageClassifier
 from syncbn.training.command import TRAINER_DEFAULTS, quieten
@@ -53,6 +59,7 @@ def table4(
     resize: int | None = None,
     batch_size: int = 256,
     num_workers: int = 0,
+    images: int | None = None,
     devices: int | str = "auto",
     accelerator: str = "auto",
 ) -> None:
@@ -66,15 +73,20 @@ def table4(
         resize: Pixels of the shorter side, to which an image is resized for a single crop; likewise.
         batch_size: Crops evaluated at a time, over all processes.
         num_workers: Processes of each rank that prepare images.
+        images: How many of the validation images to use, evenly spaced, since 144 crops take their time. Without it,
+            all.
         devices: How many processes: CPU cores, or GPUs where there are any.
         accelerator: Lightning's name of what to run on.
 
     Raises:
         ValueError: There is no checkpoint, one cannot be read, they are of different variants, classes, sizes or
-            preprocessing, or the data have other classes.
+            preprocessing, the data have other classes or fewer images than asked for, or there is no folder for the
+            output.
     """
     if not checkpoints:
         raise ValueError("table4 needs checkpoints: '[a.ckpt, ...]'")
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}")
     quieten()
     members = [load_member(path, ImageClassifier) for path in checkpoints]
     first = members[0]
@@ -85,23 +97,58 @@ def table4(
     )
     card = common_card(checkpoints)
     image_size = image_size or card.image_size or 224
-    images: dict[int, ImageDataModule] = {}
+    cut: dict[int, ImageDataModule] = {}
     for crops, side in ((1, resize or card.resize), (MULTICROP, None)):
-        images[crops] = ImageDataModule(
+        cut[crops] = ImageDataModule(
             batch_size, data, image_size, None, side, crops, card.preprocessing, num_workers=num_workers
         )
-    check_same_task(f"--checkpoints: {checkpoints[0]}", first.hparams, of_data(images[1], first.hparams))
-    rows = []
-    for path, member in zip(checkpoints, members, strict=True):
-        rows += [evaluate(trainer, member, images[crops], Path(path).name, 1) for crops in images]
-    if len(members) > 1:
-        ensemble = load_ensemble(checkpoints, first)
-        rows.append(evaluate(trainer, ensemble, images[MULTICROP], f"ensemble of {len(members)}", len(members)))
-    table = markdown([*rows, *PAPER], f"{len(images[1].sets.validation):,} validation images of {data}")
+        cut[crops].sets = some_of(cut[crops].sets, images)
+    check_same_task(f"--checkpoints: {checkpoints[0]}", first.hparams, of_data(cut[1], first.hparams))
+    rows = evaluate_all(trainer, dict(zip(checkpoints, members, strict=True)), cut)
+    trained_with = revisions_of([Path(path).parent.parent for path in checkpoints])  # the folders of their runs
+    table = markdown([*rows, *PAPER], f"{len(cut[1].sets.validation):,} validation images of {data}", trained_with)
     if trainer.is_global_zero:
         print(table)
         if output is not None:
             output.write_text(table)
+
+
+def evaluate_all(
+    trainer: Trainer, members: Mapping[str, ImageClassifier], cut: Mapping[int, ImageDataModule]
+) -> list[Row]:
+    """Each network with 1 and with 144 crops, and where there are several, all together with 144.
+
+    Args:
+        trainer: Evaluates.
+        members: The networks, by the paths of their checkpoints.
+        cut: The images, by how many crops they are cut into.
+    """
+    paths = list(members)
+    rows = []
+    for path, member in members.items():
+        rows += [evaluate(trainer, member, images, short_name(path, paths), 1) for images in cut.values()]
+    if len(members) > 1:
+        ensemble = load_ensemble(paths, members[paths[0]])
+        rows.append(evaluate(trainer, ensemble, cut[MULTICROP], f"ensemble of {len(members)}", len(members)))
+    return rows
+
+
+def some_of(sets: ImageSets, images: int | None) -> ImageSets:
+    """The same data with some of the validation images, evenly spaced over them; all of them without a number."""
+    available = len(sets.validation)
+    if images is None or images == available:
+        return sets
+    if not 1 <= images < available:
+        raise ValueError(f"images={images} must lie in 1..{available}, the validation images there are")
+    return replace(sets, validation=hold_out(sets.validation, images)[1])
+
+
+def short_name(path: str, paths: Sequence[str]) -> str:
+    """A checkpoint's file name, or as much of its path as tells it from the others."""
+    parts = Path(path).parts
+    others = [Path(other).parts for other in paths if other != path]
+    alike = max((i for other in others for i in range(1, len(parts)) if other[-i:] == parts[-i:]), default=0)
+    return str(Path(*parts[-alike - 1 :]))
 
 
 def common_card(checkpoints: Sequence[str]) -> ModelCard:
@@ -134,12 +181,24 @@ def evaluate(trainer: Trainer, model: Evaluated, data: ImageDataModule, name: st
     return Row(name, data.image_size, data.crops.count, models, *errors)
 
 
-def markdown(rows: Sequence[Row], images: str) -> str:
-    """The table; errors in per cent."""
-    lines = [f"Single-crop, multicrop and ensemble error on {images}; the paper's: on ImageNet's 50,000.", ""]
-    lines += ["| model | resolution | crops | models | top-1 error | top-5 error |", "|---|---|---|---|---|---|"]
+def markdown(rows: Sequence[Row], images: str, revisions: Sequence[str] = ()) -> str:
+    """The report.
+
+    Args:
+        rows: Of the table, which has errors in per cent.
+        images: What they were found on, in words.
+        revisions: Of this package, that the networks were trained with, as far as known.
+    """
+    cells = []
     for row in rows:
         top1 = "-" if row.top1_error is None else f"{100 * row.top1_error:.2f} %"
-        cells = (row.model, row.resolution, row.crops, row.models, top1, f"{100 * row.top5_error:.2f} %")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+        counts = [str(count) for count in (row.resolution, row.crops, row.models)]
+        cells.append([row.model, *counts, top1, f"{100 * row.top5_error:.2f} %"])
+    header = ["model", "resolution", "crops", "models", "top-1 error", "top-5 error"]
+    parts = [
+        f"Single-crop, multicrop and ensemble error on {images}; the paper's: on ImageNet's 50,000.",
+        f"    syncbn {shlex.join(sys.argv[1:])}",
+        provenance(revisions),
+        markdown_table(header, cells),
+    ]
+    return "\n\n".join(parts) + "\n"

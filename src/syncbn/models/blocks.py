@@ -6,7 +6,8 @@ From top to bottom: convolutions, the unit, how units run together, the branches
 
 A unit (:class:`ConvNorm`) only *stores* a convolution and its BatchNorm. The network decides how units run:
 siblings on the same input as one convolution (:func:`sibling_conv`), independent units in one message
-(:func:`start_norm_activation`). Forward hooks on a unit's ``conv`` or ``bn`` therefore need not fire.
+(:func:`start_norm_activation`). Forward hooks on a unit's ``conv`` or ``bn`` therefore need not fire; what
+:mod:`syncbn.models.observation` attaches to them does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from syncbn.models.observation import is_observed, show
 from syncbn.nn import BatchNorm, PerActivationBatchNorm, SyncBatchNorm, start_sync_batch_norm
 from syncbn.nn.fold import fold_into
 
@@ -230,18 +232,27 @@ class PendingActivations:
             y if y.shape == z.shape else y.view(z.shape)
             for y, z in zip(self._message.finish(), self._inputs, strict=True)
         ]
+        for siblings, z, y in zip(self._units, self._inputs, outputs, strict=True):
+            _show_norms(siblings, z, y)
         # Siblings have one activation, so one call serves them all.
         return [siblings[0].activate(y) for siblings, y in zip(self._units, outputs, strict=True)]
 
 
 def _apply_one_by_one(siblings: Sequence[ConvNorm], z: Tensor) -> Tensor:
     if all(isinstance(unit.bn, nn.Identity) for unit in siblings):
+        _show_norms(siblings, z, z)
         return siblings[0].activate(z)
     if len(siblings) == 1:
         return siblings[0].activate(siblings[0].bn(z))
-    parts = z.split([unit.out_channels for unit in siblings], dim=1)
-    outputs = [unit.activate(unit.bn(part)) for unit, part in zip(siblings, parts, strict=True)]
+    outputs = [unit.activate(unit.bn(part)) for unit, part in zip(siblings, split_siblings(siblings, z), strict=True)]
     return torch.cat(outputs, dim=1)
+
+
+def _show_norms(siblings: Sequence[ConvNorm], z: Tensor, y: Tensor) -> None:
+    """Show the norms of siblings that ran as one; z went in, y came out, each (N, sum of their channels, H, W)."""
+    if any(is_observed(unit.bn) for unit in siblings):
+        for unit, *parts in zip(siblings, split_siblings(siblings, z), split_siblings(siblings, y), strict=True):
+            show(unit.bn, *parts)
 
 
 def start_norm_activation(units: Sequence[Sequence[ConvNorm]], inputs: Sequence[Tensor]) -> PendingActivations:
@@ -265,7 +276,16 @@ def sibling_conv(units: Sequence[ConvNorm], input: Tensor) -> Tensor:
     convs = [unit.last_conv for unit in units]
     weight = torch.cat([conv.weight for conv in convs])
     biases = [conv.bias for conv in convs if conv.bias is not None]
-    return F.conv2d(input, weight, torch.cat(biases) if biases else None)
+    output = F.conv2d(input, weight, torch.cat(biases) if biases else None)
+    if any(map(is_observed, convs)):
+        for conv, part in zip(convs, split_siblings(units, output), strict=True):
+            show(conv, input, part)
+    return output
+
+
+def split_siblings(units: Sequence[ConvNorm], tensor: Tensor) -> tuple[Tensor, ...]:
+    """What belongs to each of several units whose channels lie side by side."""
+    return tensor.split([unit.out_channels for unit in units], dim=1)
 
 
 def max_pool_halving(input: Tensor, odd_padding: bool) -> Tensor:
@@ -334,8 +354,14 @@ class PoolBranch(nn.Module):
         # Averaging commutes with a 1x1 convolution and is cheaper after it, on fewer channels. The bias comes
         # last: the average would shrink it where it counts padding.
         conv = self.projection.last_conv
-        pooled = F.avg_pool2d(F.conv2d(input, conv.weight), 3, 1, 1, count_include_pad=self.count_padding)
-        return pooled if conv.bias is None else pooled + conv.bias.view(-1, 1, 1)
+        output = self._average(F.conv2d(input, conv.weight))
+        output = output if conv.bias is None else output + conv.bias.view(-1, 1, 1)
+        if is_observed(conv):
+            show(conv, self._average(input.detach()), output)
+        return output
+
+    def _average(self, input: Tensor) -> Tensor:
+        return F.avg_pool2d(input, 3, 1, 1, count_include_pad=self.count_padding)
 
 
 def init_convolutions(network: nn.Module, scale: float = 1.0) -> None:

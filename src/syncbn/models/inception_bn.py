@@ -27,6 +27,7 @@ from syncbn.models.blocks import (
     init_convolutions,
     max_pool_halving,
     sibling_conv,
+    split_siblings,
     start_norm_activation,
 )
 from syncbn.models.variants import (
@@ -131,7 +132,7 @@ class InceptionModule(nn.Module):
 
         first = start_norm_activation([siblings], [sibling_conv(siblings, input)])
         pooled = self.branch_pool(input)
-        parts = list(first.finish()[0].split([unit.out_channels for unit in siblings], dim=1))
+        parts = list(split_siblings(siblings, first.finish()[0]))
 
         units, inputs = [[double.spatial_1]], [double.spatial_1.conv(parts.pop())]
         if projection is not None:

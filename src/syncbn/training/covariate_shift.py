@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from syncbn.distributed import gather_objects
+from syncbn.models.observation import observe_inputs
 
 PERCENTILES = (15, 50, 85)
 """Those of Figure 1."""
@@ -65,9 +66,7 @@ class InputRecorder:
         """Attach to the modules."""
         self._inputs = {name: [] for name in self.modules}
         for name, module in self.modules.items():
-            kept = self._inputs[name]
-            hook = module.register_forward_pre_hook(lambda _, inputs, kept=kept: kept.append(inputs[0].detach()))
-            self._handles.append(hook)
+            self._handles += observe_inputs(module, self._inputs[name].append)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -89,7 +88,9 @@ class CovariateShift(Callback):
 
     Args:
         layers: Names of modules, as ``named_modules()`` of the LightningModule gives them, or patterns of such names
-            in which ``*`` and ``?`` stand for a part between two dots: ``network.inception_*``.
+            in which ``*`` and ``?`` stand for a part between two dots: ``network.inception_*``, or
+            ``network.inception_4a.branch_1x1.bn``. Within a module of `inception_bn` those are its ``conv`` and
+            ``bn``.
         every_n_steps: Optimiser steps from one measurement to the next; the first is that of step 0.
         channel: The feature map or activation that is measured, "one typical" as in Figure 1. Null takes the values
             of all channels as one distribution.
@@ -136,7 +137,7 @@ class CovariateShift(Callback):
         """Measure after the last batch of the step, and detach.
 
         Raises:
-            ValueError: A layer was not called, or has no such channel.
+            ValueError: A layer was not run, or has no such channel.
         """
         if self._measured_step is None or trainer.global_step == self._measured_step:
             return  # not measured, or gradients are still accumulated
@@ -158,14 +159,16 @@ class CovariateShift(Callback):
         self._recorder.__exit__()
         self._measured_step = None
 
+    def _remedy(self, name: str) -> str:
+        """What to name instead of a module that only holds layers, which the network runs itself."""
+        layers = [f"{name}.{n}" for n, m in self._recorder.modules[name].named_modules() if n and _is_leaf(m)]
+        return f": name a layer in it: {', '.join(layers)}" if layers else ""
+
     def _values(self, name: str) -> Tensor:
         """The values of a layer's inputs that are measured on this rank, shape (M, 1)."""
         inputs = self._recorder.inputs(name)
         if not inputs:
-            raise ValueError(
-                f"CovariateShift: {name} was not called by itself in step {self._measured_step}: inception_bn runs"
-                " layers side by side in groups; name the module around it"
-            )
+            raise ValueError(f"CovariateShift: {name} was not run in step {self._measured_step}{self._remedy(name)}")
         if self.channel is not None:
             channels = inputs[0].shape[1]
             if self.channel >= channels:
@@ -198,6 +201,10 @@ def find_modules(root: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modul
             raise ValueError(f"there is no layer {pattern!r}; {_alternatives(root, pattern)}")
         fitting |= found
     return {name: module for name, module in modules.items() if name in fitting}
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.distributed import all_ranks, gather_objects
+from syncbn.models.observation import Look, observe_outputs
 
 
 class Observation(NamedTuple):
@@ -76,7 +77,7 @@ class StopAtNonFinite(Callback):
         for name, module in pl_module.named_modules():
             if next(module.children(), None) is None and next(module.parameters(), None) is not None:
                 self._names.append(name)
-                self._handles.append(module.register_forward_hook(self._output_keeper(name)))
+                self._handles += observe_outputs(module, self._output_keeper(name, module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the step and its learning rate, which the schedule changes before the batch ends."""
@@ -129,11 +130,11 @@ class StopAtNonFinite(Callback):
         self._outputs.clear()
         self._observations.clear()
 
-    def _output_keeper(self, name: str) -> Any:
-        def keep(module: nn.Module, _: Any, output: Any) -> None:
-            if module.training and isinstance(output, Tensor):
+    def _output_keeper(self, name: str, module: nn.Module) -> Look:
+        def keep(output: Tensor) -> None:
+            if module.training:
                 # A sum holds every NaN and infinity of its terms, in one pass.
-                self._outputs[name] = output.detach().sum(dtype=torch.float32)
+                self._outputs[name] = output.sum(dtype=torch.float32)
 
         return keep
 
@@ -142,7 +143,7 @@ class StopAtNonFinite(Callback):
         if self._buffers:
             largest = torch.stack(torch._foreach_norm(self._buffers, float("inf")))
             return largest.view(-1, 2).sum(1).to(device, torch.float32)
-        missing = torch.zeros((), device=device)  # layers that run fused with others are not called
+        missing = torch.zeros((), device=device)  # of layers that are not called
         return torch.stack([self._outputs.get(name, missing) for name in self._names])
 
     def _look(self, trainer: Trainer) -> None:

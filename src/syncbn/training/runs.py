@@ -1,8 +1,10 @@
 """The folder of a run, and what is written into it besides logs and checkpoints."""
 
+import json
 import subprocess
 import sys
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,17 @@ def git_revision(folder: Path) -> str:
     return described.stdout.strip() or "unknown"
 
 
+def source_revision(package: Path = Path(__file__).parents[1]) -> str:
+    """Revision of this package's code: of the git checkout that it lies in, or was installed from; or "unknown"."""
+    # Installed into the checkout of something else, it is not that one's.
+    tracked = ["git", "-C", str(package), "ls-files", "--error-unmatch", "__init__.py"]
+    with suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(tracked, capture_output=True, timeout=10, check=True)
+        return git_revision(package)
+    origin = json.loads(distribution("syncbn").read_text("direct_url.json") or "{}")  # PEP 610: pip install git+...
+    return origin.get("vcs_info", {}).get("commit_id", "unknown")
+
+
 def run_folder(trainer: Trainer) -> Path | None:
     """The folder of the run, or None where the trainer writes no CSV log.
 
@@ -59,7 +72,7 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
     return {
         "command": sys.argv,
         "git_revision": git_revision(Path.cwd()),
-        "syncbn_git_revision": git_revision(Path(__file__).parent),
+        "syncbn_git_revision": source_revision(),
         "versions": {name: version(name) for name in ("syncbn", "torch", "lightning")},
         "ranks": trainer.world_size,
         "device": str(trainer.strategy.root_device),
