@@ -163,3 +163,12 @@ def test_a_tensor_that_is_negated_when_read(wrong):
         gradients.append((y, *torch.autograd.grad(y, (leaf, norm.weight), dy)))
     for found, expected in zip(*gradients, strict=True):
         assert_near(found, expected.double(), 1e-5)
+
+
+def test_running_statistics_in_float64_are_not_rounded_to_float32():
+    """M is a tensor where the host does not look at it: on a GPU, and in a graph of torch.compile."""
+    mean, var = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    running = ops.Running(torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64), None, 0.1)
+    aten.update_running(running, mean, var, torch.tensor(7.0, dtype=torch.float64))
+    torch.testing.assert_close(running.mean, 0.1 * mean, rtol=1e-14, atol=0)
+    torch.testing.assert_close(running.var, 0.9 + 0.1 * var * (7 / 6), rtol=1e-14, atol=0)

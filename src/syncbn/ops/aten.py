@@ -96,7 +96,8 @@ def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tenso
         running.steps.add_(seen)
     factor: float | Tensor
     if running.momentum is not None:
-        factor = seen * running.momentum
+        # In float64: a tensor of bool times a number would be rounded to float32.
+        factor = (seen.double() if isinstance(seen, Tensor) else seen) * running.momentum
     else:
         assert running.steps is not None
         factor = seen * running.steps.clamp(min=1).double().reciprocal()
