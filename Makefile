@@ -18,7 +18,7 @@ test: lint
 
 # As root, with Debian's slurmctld, slurmd, slurm-client, munge and iproute2; tests that miss something are skipped.
 test-cluster: $(INSTALLED)
-	$(BIN)/python -m pytest -m cluster tests/cluster
+	$(BIN)/python -m pytest -m 'cluster or slow'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -124,7 +124,6 @@ def run_here(words: list[str], output: object, lock: object) -> int:
     return 0
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:DeprecationWarning")

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from norm_cases import buffer_bytes, relative
 from torch import nn
 
+from graphs import counting_backend
 from ranks import run_ranks
 from syncbn import SyncBatchNorm, sync_batch_norm_group
 
@@ -74,18 +75,6 @@ def errors_of(compiled, net, name, rank, sizes):
     return [relative(a, b) for a, b in zip(found, true, strict=True)]
 
 
-def counting_backend(counts):
-    """Runs the traced graphs as they are, and notes the all-reduces in each: forward first, then backward."""
-    from functorch.compile import make_boxed_func
-    from torch._dynamo.backends.common import aot_autograd
-
-    def compiler(graph, example_inputs):
-        counts.append(sum("all_reduce" in str(node.target) for node in graph.graph.nodes))
-        return make_boxed_func(graph.forward)
-
-    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
-
-
 def traced(rank, name):
     net, counts = NETWORKS[name](), []
     compiled = torch.compile(net, fullgraph=True, backend=counting_backend(counts))
@@ -109,7 +98,6 @@ def compiled_by_inductor(rank):
     return errors_of(compiled, net, "grouped", rank, (4, 4)), buffer_bytes(net)
 
 
-@pytest.mark.slow
 def test_compiled_by_inductor():
     found = run_ranks(compiled_by_inductor, 2, timeout=280, group_timeout=200)
     for errors, buffers in found:

@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from syncbn.benchmarks import gpu, inference, layer, loader, measure, step
+from syncbn.benchmarks import collectives, gpu, inference, latency, layer, loader, measure, step
+from syncbn.benchmarks.cable import may_exist
 
-SECTIONS: dict[str, Any] = {"layer": layer, "step": step, "loader": loader, "inference": inference, "gpu": gpu}
+SECTIONS: dict[str, Any] = {
+    "layer": layer,
+    "step": step,
+    "collectives": collectives,
+    "latency": latency,
+    "loader": loader,
+    "inference": inference,
+    "gpu": gpu,
+}
 """Each module has a function `run`, whose parameters are options, and KEEP_MEMORY (see `measure`)."""
 
 
@@ -26,7 +35,8 @@ def run(words: Sequence[str]) -> None:
         ValueError: a section cannot run as asked.
     """
     options = parser().parse_args(list(words))
-    here = [name for name in SECTIONS if name != "gpu" or torch.cuda.is_available()]
+    able = {"gpu": torch.cuda.is_available(), "latency": may_exist()}
+    here = [name for name in SECTIONS if able.get(name, True)]
     sections = [options.section] if options.section != "all" else here
     for section in sections:
         if len(sections) == 1 and _memory_is_as_wanted(section):
@@ -41,7 +51,7 @@ def parser() -> ArgumentParser:
         prog="syncbn benchmark", description="Verify, then time syncbn beside its peers.", exit_on_error=False
     )
     parser.add_argument(
-        "--section", choices=["all", *SECTIONS], default="all", help="what to time; all: gpu only where there is one"
+        "--section", choices=["all", *SECTIONS], default="all", help="what to time; all: whatever can run here"
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny sizes, figures without meaning")
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="folder for CSV files and figures")

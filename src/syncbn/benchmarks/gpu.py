@@ -1,257 +1,205 @@
-"""One layer with its ReLU on a GPU, at every activation shape of Inception-BN, against the floor and stock layers.
+"""syncbn's kernels and a training step of Inception-BN on one GPU, against the memory's bandwidth and stock layers.
 
-    syncbn benchmark --section gpu
-    syncbn benchmark --section gpu --gpu.batches [32] --gpu.graphs true
+    syncbn benchmark --section gpu                          # every figure, in less than nine minutes
+    syncbn benchmark --section gpu --gpu.batches [32] --gpu.graphs true --gpu.parts [layer]
+    syncbn benchmark --section gpu --gpu.device cpu --quick # a dry run of the code, where there is no GPU
 
-Contenders: syncbn alone and over an NCCL group of one, nn.BatchNorm2d (cuDNN) in eager and under torch.compile, and
-nn.SyncBatchNorm over the NCCL group of one, forced through its synchronised path, each followed by a ReLU.
+Part "step": forward, loss, backward and update at 224 pixels, bfloat16 autocast, channels-last. Contenders: syncbn,
+over an NCCL group of one, and replayed as one CUDA graph; stock layers branch by branch with nn.SyncBatchNorm over the
+group of one, forced through its synchronised path, and with nn.BatchNorm2d (cuDNN) in the Cadene layout; if time is
+left, syncbn under torch.compile. Peak memory of each, measured by itself.
+
+Part "layer": one layer with its ReLU at every activation shape of Inception-BN. Contenders: syncbn, over the group of
+one, nn.BatchNorm2d in eager and, if time is left, under torch.compile, nn.SyncBatchNorm as above.
 The floor is the time in which the bytes that must move do move, at the bandwidth of a copy measured in the same run:
 3 tensors forward (x is read twice, y written), 5 backward (dy and x are read twice, dx written). An activation that
 fits into the cache may be faster than that.
+
+Whatever is timed is verified first, and written to the CSV at once. What fails is named, and the rest goes on.
 """
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch._functorch.config as functorch_config
 import torch.distributed as dist
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor, nn
-from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNorm
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.benchmarks import measure
-from syncbn.benchmarks.layer import Shape, layer_shapes
-from syncbn.benchmarks.measure import FORMATS, OURS, Row
-from syncbn.nn import SyncBatchNorm
-from syncbn.ops import reference
+from syncbn.benchmarks.gpu_layer import Options, measure_shape
+from syncbn.benchmarks.gpu_step import (
+    CADENE,
+    COMPILED,
+    GRAPH,
+    GROUP_OF_ONE,
+    STOCK_SYNC,
+    StepSetting,
+    measure_memory,
+    measure_step,
+    verify,
+)
+from syncbn.benchmarks.gpu_targets import show_targets
+from syncbn.benchmarks.gpu_timing import copy_bandwidth
+from syncbn.benchmarks.layer import layer_shapes
+from syncbn.benchmarks.measure import OURS, Row
 
 KEEP_MEMORY = False
-FLOOR, COMPILED = "floor", "nn.BatchNorm2d, compiled"
-TENSORS_MOVED = {"forward": 3, "backward": 5}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-4}
-COPY_BYTES = 2**30
-LEAST_MS = 2.0
-MOST_REPEATS = 200
+COMPILING_A_NETWORK = 150.0  # seconds that must be left to begin with it
+COMPILING_A_LAYER = 15.0
+QUICK_SHAPES = [(8, 64, 14, 14)]
+
+Part = Literal["step", "layer"]
 
 
-class OverGroupOfOne(SyncBatchNorm):
-    """Which synchronises though there is nobody else."""
+class Session:
+    """What has been measured, kept on disk, and how much time is left.
 
-    def _group(self) -> dist.ProcessGroup | None:
-        return dist.group.WORLD
-
-
-class StockBatchNorm(nn.BatchNorm2d):
-    """With a ReLU behind it."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same."""
-        return F.relu(super().forward(input), inplace=True)
-
-
-class StockSyncBatchNorm(nn.BatchNorm2d):
-    """nn.SyncBatchNorm's synchronised path, which it does not take in a group of one, with a ReLU behind it."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same."""
-        averages = (self.running_mean, self.running_var)
-        settings = (self.eps, self.momentum, dist.group.WORLD, 1)
-        return F.relu(TorchSyncBatchNorm.apply(input, self.weight, self.bias, *averages, *settings), inplace=True)
-
-
-def contenders(C: int, device: str) -> dict[str, _BatchNorm]:
-    """Whom the section compares, by name, with equal parameters."""
-    layers: dict[str, _BatchNorm] = {
-        OURS: SyncBatchNorm(C, activation="relu", device=device),
-        f"{OURS}, group of one": OverGroupOfOne(C, activation="relu", device=device),
-        "nn.BatchNorm2d": StockBatchNorm(C, device=device),
-        COMPILED: StockBatchNorm(C, device=device),
-        "nn.SyncBatchNorm": StockSyncBatchNorm(C, device=device),
-    }
-    layers[COMPILED].compile(dynamic=False)
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.rand(C, generator=generator) + 0.5, torch.randn(C, generator=generator)
-    with torch.no_grad():
-        for layer in layers.values():
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
-    return layers
-
-
-def verify(layers: Mapping[str, _BatchNorm], x: Tensor, dy: Tensor) -> None:
-    """Refuse a contender that is off the float64 oracle.
-
-    Raises:
-        measure.WrongContender: naming it.
+    Args:
+        path: of the CSV.
+        seconds: in all.
+        console: where results are printed as they come.
     """
-    parameters = (layers[OURS].weight.detach(), layers[OURS].bias.detach())
-    expected = reference.batch_norm(x.detach(), *parameters, activation="relu").y
-    true = reference.batch_norm_gradients(dy, x.detach(), *parameters, activation="relu")
-    for name, layer in layers.items():
-        y = layer(x)
-        dx, dweight = torch.autograd.grad(y, (x, layer.weight), dy)
-        errors = {"y": measure.relative_error(y, expected), "dx": measure.relative_error(dx, true.x)}
-        errors["dweight"] = measure.relative_error(dweight, true.gamma)
-        measure.verify(name, errors, TOLERANCE[x.dtype])
 
+    def __init__(self, path: Path, seconds: float, console: Console) -> None:
+        self.path, self.console = path, console
+        self.end = time.monotonic() + seconds
+        self.rows: list[Row] = []
+        self.failed: list[str] = []
+        self.left_out: list[str] = []
 
-def forward_of(layer: _BatchNorm, x: Tensor) -> Callable[[], Any]:
-    """What to time of the forward."""
-    return partial(layer, x)
-
-
-def backward_of(layer: _BatchNorm, x: Tensor, dy: Tensor) -> Callable[[], Any]:
-    """What to time of the backward. A forward of the same layer spoils it."""
-    return partial(torch.autograd.grad, layer(x), (x, layer.weight, layer.bias), dy, retain_graph=True)
-
-
-def captured(run: Callable[[], Any]) -> Callable[[], None]:
-    """The same as a CUDA graph, which leaves out what the host needs to launch it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(4):  # ranks have agreed, and kernels are compiled
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def time_in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Milliseconds of each round, by contender: of the device, between two events around some calls."""
-    for run in runs.values():
-        run()
-    first = min(_milliseconds(run, 3) for run in runs.values())
-    repeats = min(MOST_REPEATS, max(1, math.ceil(LEAST_MS / first)))
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(warmup + rounds):
-        for name, run in runs.items():
-            taken = _milliseconds(run, repeats)
-            if turn >= warmup:
-                times[name].append(taken)
-    return times
-
-
-def copy_bandwidth(rounds: int) -> float:
-    """Bytes a second, read and written, of a copy too large for any cache."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    times = time_in_turns({"copy": lambda: target.copy_(source)}, rounds, 2)["copy"]
-    return 2 * COPY_BYTES / (measure.percentile(times, 0.5) * 1e-3)
-
-
-def measure_shape(
-    shape: Shape, memory_format: str, dtype: torch.dtype, bandwidth: float, options: Mapping[str, Any]
-) -> Iterator[Row]:
-    """Verify and time all contenders at one shape, both directions."""
-    torch.compiler.reset()  # else it gives up compiling after a few shapes
-    generator = torch.Generator().manual_seed(0)
-    x, dy = (
-        torch.randn(shape, generator=generator).to(options["device"], dtype, memory_format=FORMATS[memory_format])
-        for _ in range(2)
-    )
-    layers = contenders(shape[1], options["device"])
-    verify(layers, x.requires_grad_(), dy)
-    for direction, tensors in TENSORS_MOVED.items():
-        if direction == "forward":
-            runs = {name: forward_of(layer, x) for name, layer in layers.items()}
-        else:
-            runs = {name: backward_of(layer, x, dy) for name, layer in layers.items()}
-        if options["graphs"]:
-            runs = {name: captured(run) for name, run in runs.items()}
-        times = time_in_turns(runs, options["rounds"], options["warmup"])
-        times[FLOOR] = [tensors * x.numel() * x.element_size() / bandwidth * 1e3] * options["rounds"]
-        yield from measure.rows_of(direction, "x".join(map(str, shape)), memory_format, 1, times)
+    def measure(self, what: str, run: Callable[[], list[Row]], needs: float = 0.0) -> None:
+        """Add the rows of `run`, unless fewer than `needs` seconds are left."""
+        if self.end - time.monotonic() < needs:
+            self.left_out.append(what)
+            return
+        start = time.monotonic()
+        try:
+            rows = run()
+        except Exception as error:  # a figure that cannot be had must not cost those that can
+            self.failed.append(f"{what} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+            self.console.print(traceback.format_exc(), markup=False, highlight=False)
+            return
+        self.rows += rows
+        measure.write_csv(self.rows, self.path, torch.get_num_threads())
+        best = ", ".join(f"{r.contender} {r.median:.4g} ({r.ratio:.2f})" for r in rows if r.unit == "ms")
+        self.console.print(f"{what} in {time.monotonic() - start:.0f} s: {best}", markup=False, highlight=False)
 
 
 def run(
-    batches: list[int] = [256, 32],  # noqa: B006 - shown in --help, never changed
+    parts: list[Part] = ["step", "layer"],  # noqa: B006 - shown in --help, never changed
+    batches: list[int] = [256, 32],  # noqa: B006
     formats: list[Literal["contiguous", "channels_last"]] = ["channels_last"],  # noqa: B006
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     graphs: bool = False,
+    device: Literal["cuda", "cpu"] = "cuda",
+    seconds: float = 500.0,
     rounds: int = 15,
     warmup: int = 3,
     quick: bool = False,
     output: Path = measure.RESULTS,
 ) -> None:
-    """Time one layer on a GPU against the floor of the memory's bandwidth, and stock layers.
+    """Time layers and a training step on a GPU against the floor of the memory's bandwidth, and stock layers.
 
     Args:
+        parts: what to time.
         batches: images.
-        formats: memory formats.
-        dtype: of the activations; parameters are float32.
-        graphs: replay CUDA graphs, so that the host's part is left out.
+        formats: memory formats of the layers.
+        dtype: of the layers' activations; parameters are float32.
+        graphs: replay the layers as CUDA graphs, so that the host's part is left out.
+        device: cpu is a dry run of the code: its figures mean nothing.
+        seconds: no further measurement is begun after these.
         rounds: timings of each contender that count.
         warmup: rounds before these.
-        quick: a smoke run on two small shapes.
+        quick: a smoke run on small shapes.
         output: folder for the CSV and the figure.
 
     Raises:
-        ValueError: there is no GPU that CUDA and NCCL can use.
+        ValueError: there is no GPU that CUDA and NCCL can use; or something could not be measured, which is named.
     """
-    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+    if device == "cuda" and not (torch.cuda.is_available() and dist.is_nccl_available()):
         raise ValueError("--section gpu needs an NVIDIA GPU, CUDA and NCCL, and found none: run it where they are")
     console = measure.console()
-    shapes = [(N, C, side, side) for N in batches for C, side in layer_shapes()]
-    if quick:
-        shapes, rounds, warmup = [(8, 64, 14, 14), (8, 192, 7, 7)], 2, 1
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    words = ["gpu", name.replace(" ", "-"), dtype, *(["graphs"] if graphs else [])]
+    path = output / f"{measure.environment(torch.get_num_threads())['date']}-{'-'.join(words)}.csv"
+    session = Session(path, seconds, console)
+    rounds, warmup = (2, 0) if quick else (rounds, warmup)
     # Backwards are timed again and again, so that what a compiled one reads must be left to it.
-    with group_of_one(), functorch_config.patch(donated_buffer=False):
-        bandwidth = copy_bandwidth(rounds)
-        console.print(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e12:.2f} TB/s")
-        options = {"device": "cuda", "graphs": graphs, "rounds": rounds, "warmup": warmup}
-        rows = _measure_all(shapes, list(formats), DTYPES[dtype], bandwidth, options, console)
-    title = f"One layer with ReLU, {dtype}, {torch.cuda.get_device_name()}, a copy moves {bandwidth / 1e12:.2f} TB/s"
-    name = "-".join(["gpu", torch.cuda.get_device_name().replace(" ", "-"), dtype, *(["graphs"] if graphs else [])])
-    measure.publish(rows, output, name, title, torch.get_num_threads(), console)
+    with group_of_one(device), functorch_config.patch(donated_buffer=False):
+        bandwidth = copy_bandwidth(rounds, device)
+        console.print(f"{name}: a copy moves {bandwidth / 1e12:.2f} TB/s")
+        options = Options(device, DTYPES[dtype], graphs, rounds, warmup, bandwidth)
+        steps = [StepSetting(n, 224, 1.0, device) for n in batches]
+        shapes = [(N, C, side, side) for N in batches for C, side in layer_shapes()]
+        if quick:
+            steps, shapes = [StepSetting(2, 32, 0.125, device)], QUICK_SHAPES
+        if "step" in parts:
+            measure_steps(session, steps, rounds, warmup)
+        if "layer" in parts:
+            measure_layers(session, sorted(shapes, key=math.prod, reverse=True), formats, options)
+        if "step" in parts and device == "cuda":
+            for setting in reversed(steps):
+                compiled = partial(measure_step, setting, [OURS, COMPILED], rounds, warmup)
+                session.measure(f"{setting}, compiled", compiled, COMPILING_A_NETWORK)
+    if session.rows:
+        title = (
+            f"Inception-BN's layers with ReLU and its step, {dtype}, {name}, a copy moves {bandwidth / 1e12:.2f} TB/s"
+        )
+        measure.publish(session.rows, output, "-".join(words), title, torch.get_num_threads(), console)
+        show_targets(session.rows, console)
+    if session.left_out:
+        console.print(f"left out after {seconds:.0f} s: {'; '.join(session.left_out)}", markup=False)
+    if session.failed:
+        raise ValueError(f"not measured: {'; '.join(session.failed)}")
+
+
+def measure_steps(session: Session, settings: list[StepSetting], rounds: int, warmup: int) -> None:
+    """Verify once, then time the step and its memory at each setting."""
+    device = settings[0].device
+    names = [OURS, GRAPH, GROUP_OF_ONE, *([STOCK_SYNC] if device == "cuda" else []), CADENE]
+    before = len(session.failed)
+    session.measure("verification of the step", partial(_verified, settings[0]))
+    if len(session.failed) > before:
+        return
+    for setting in settings:
+        session.measure(str(setting), partial(measure_step, setting, names, rounds, warmup))
+        eager = [name for name in names if name != GRAPH]
+        session.measure(f"{setting}, memory", partial(measure_memory, setting, eager))
+
+
+def _verified(setting: StepSetting) -> list[Row]:
+    verify(setting)
+    return []
+
+
+def measure_layers(
+    session: Session, shapes: list[tuple[int, int, int, int]], formats: Sequence[str], options: Options
+) -> None:
+    """All shapes, largest first; then, while time is left, the compiled stock layer at each."""
+    for compiled in (False, True) if options.device == "cuda" else (False,):
+        for shape in shapes:
+            for memory_format in formats:
+                what = f"{'x'.join(map(str, shape))}, {memory_format}{', compiled' if compiled else ''}"
+                measurement = partial(measure_shape, shape, memory_format, options, compiled)
+                session.measure(what, measurement, COMPILING_A_LAYER if compiled else 0.0)
 
 
 @contextmanager
-def group_of_one() -> Iterator[None]:
-    """A process group over NCCL that holds this process alone."""
+def group_of_one(device: str) -> Iterator[None]:
+    """A process group over NCCL, on a CPU over gloo, that holds this process alone."""
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(str(Path(folder) / "store"), 1)
-        dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=0, world_size=1)
         try:
             yield
         finally:
             dist.destroy_process_group()
-
-
-def _measure_all(
-    shapes: list[Shape],
-    formats: list[str],
-    dtype: torch.dtype,
-    bandwidth: float,
-    options: Mapping[str, Any],
-    console: Console,
-) -> list[Row]:
-    rows: list[Row] = []
-    with measure.progress(console) as bar:
-        task = bar.add_task("gpu", total=len(shapes) * len(formats))
-        for shape in shapes:
-            for memory_format in formats:
-                rows += measure_shape(shape, memory_format, dtype, bandwidth, options)
-                bar.update(task, advance=1, description=f"gpu: {rows[-1].shape}, {memory_format}")
-    return rows
-
-
-def _milliseconds(run: Callable[[], Any], repeats: int) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / repeats

@@ -1,4 +1,4 @@
-"""The ratios of a benchmark as one figure, beside its CSV."""
+"""The results of a benchmark as one figure, beside its CSV."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +35,32 @@ def plot_ratios(rows: Sequence[Row], path: Path, title: str) -> None:
     axes[0, 0].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
     axes[-1, 0].set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
     axes[-1, 0].set_xlabel("what was run")
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_projection(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Draw time, bytes and receive memory of the rows of section "projected" over the number of ranks."""
+    projected = [row for row in rows if row.section == "projected"]
+    schemes = list(dict.fromkeys(row.contender for row in projected))
+    panels = {
+        "time, ms": {"ms, ring": "-", "ms, tree": "--"},
+        "bytes sent by each rank": {"bytes sent": "-"},
+        "receive memory, bytes": {"receive memory, bytes": "-"},
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(14, 4.6), layout="constrained")
+    for axis, (label, lines) in zip(axes, panels.items(), strict=True):
+        for i, scheme in enumerate(schemes):
+            for unit, style in lines.items():
+                points = [(row.ranks, row.median) for row in projected if (row.contender, row.unit) == (scheme, unit)]
+                name = f"{scheme}, {unit.removeprefix('ms, ')}" if len(lines) > 1 else scheme
+                axis.plot(*zip(*points, strict=True), style, color=f"C{i}", marker=".", label=name)
+        axis.set(yscale="log", xlabel="ranks P", ylabel=label)
+        axis.set_xscale("log", base=2)
+        axis.legend(fontsize="small")
+        axis.grid(color="0.92")
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -12,18 +12,16 @@ Contenders are the same network, with the same parameters, under the same Distri
 - "all gather, passes, fused convolutions": as the third, but the 1x1 convolutions stay fused.
 """
 
-import contextlib
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
-from unittest import mock
+from typing import Literal, TypeAlias, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.benchmarks import measure
 from syncbn.benchmarks.measure import FORMATS, OURS, Row
-from syncbn.benchmarks.peers import ALL_GATHER, Arithmetic, PeerBatchNorm, stock_inception
+from syncbn.benchmarks.messages import recorded
+from syncbn.benchmarks.peers import Arithmetic, PeerBatchNorm, stock_inception
 from syncbn.benchmarks.world import run_ranks
 from syncbn.models import InceptionBN, inception_bn
 from syncbn.ops import reference
@@ -79,16 +78,17 @@ def gathering(arithmetic: Arithmetic, bn: _BatchNorm) -> PeerBatchNorm:
     )
 
 
-def contenders(network: InceptionBN) -> dict[str, InceptionBN]:
-    """The network as each of them runs it."""
-    passes, plain = partial(gathering, "passes"), partial(gathering, "plain")
-    return {
-        OURS: network,
-        "per layer": stock_inception(network),
-        "all gather, passes": stock_inception(network, passes),
-        "all gather, plain": stock_inception(network, plain),
-        "all gather, passes, fused convolutions": stock_inception(network, passes, fused_convolutions=True),
-    }
+Makers: TypeAlias = dict[str, Callable[[InceptionBN], InceptionBN]]
+CONTENDERS: Makers = {
+    OURS: lambda network: network,
+    "per layer": stock_inception,
+    "all gather, passes": partial(stock_inception, make_norm=partial(gathering, "passes")),
+    "all gather, plain": partial(stock_inception, make_norm=partial(gathering, "plain")),
+    "all gather, passes, fused convolutions": partial(
+        stock_inception, make_norm=partial(gathering, "passes"), fused_convolutions=True
+    ),
+}
+"""From a network to the same network as each contender runs it."""
 
 
 class Trainer:
@@ -134,7 +134,7 @@ class OracleNorm(nn.Module):
         return y
 
 
-def verify(setting: Setting, rank: int, ranks: int) -> None:
+def verify(setting: Setting, rank: int, ranks: int, makers: Makers = CONTENDERS) -> None:
     """Check one step of each contender: logits, gradients of images and parameters, running statistics.
 
     In float64, on at most two images a rank of at most 96 pixels, against the same network on `syncbn.ops.reference`.
@@ -152,48 +152,35 @@ def verify(setting: Setting, rank: int, ranks: int) -> None:
     expected = {
         "logits": expected_logits.detach().chunk(ranks)[rank],
         "dimages": cast(Tensor, whole.grad).chunk(ranks)[rank] * ranks,  # of this rank's mean loss, not of all images'
-        **_state_and_gradients(oracle),
+        **state_and_gradients(oracle),
     }
-    for name, contender in contenders(network).items():
+    for name, make in makers.items():
         images = whole.detach().chunk(ranks)[rank].requires_grad_()
+        contender = make(copy.deepcopy(network))
         logits = Trainer(contender).backward(images, labels.chunk(ranks)[rank])
-        found = {"logits": logits, "dimages": images.grad, **_state_and_gradients(contender)}
+        found = {"logits": logits, "dimages": images.grad, **state_and_gradients(contender)}
         assert found.keys() == expected.keys()
         errors = {what: measure.relative_error(cast(Tensor, found[what]), expected[what]) for what in expected}
         measure.verify(name, errors, TOLERANCE)
 
 
-def _state_and_gradients(network: nn.Module) -> dict[str, Tensor]:
+def state_and_gradients(network: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters' gradients and of the running statistics."""
     gradients = {f"d{name}": cast(Tensor, p.grad).clone() for name, p in network.named_parameters()}
     return gradients | {name: b.clone() for name, b in network.named_buffers() if "running" in name}
 
 
-@contextlib.contextmanager
-def counted(totals: Counter[str], what: str) -> Iterator[None]:
-    """Count the calls of collectives, and the bytes that each rank receives by them, all ranks' together."""
-
-    def counting(collective: Callable) -> Callable:
-        def call(result: Tensor, *args: Any, **more: Any) -> Any:
-            totals[f"collectives {what}"] += 1
-            totals[f"bytes {what}"] += result.numel() * result.element_size()
-            return collective(result, *args, **more)
-
-        return call
-
-    with contextlib.ExitStack() as stack:
-        for name in ("all_reduce", ALL_GATHER):
-            stack.enter_context(mock.patch.object(dist, name, counting(getattr(dist, name))))
-        yield
-
-
 def messages(trainer: Trainer, images: Tensor, labels: Tensor) -> Counter[str]:
-    """Collectives and bytes of the normalisation in one step; DDP's own run beneath what is counted here."""
-    totals: Counter[str] = Counter()
+    """Collectives of the normalisation in one step, and the bytes that each rank receives by them."""
     trainer.optimizer.zero_grad()
-    with counted(totals, "forward"):
+    with recorded() as forward:
         loss = F.cross_entropy(trainer.network(images), labels)
-    with counted(totals, "backward"):
+    with recorded() as backward:
         loss.backward()
+    totals: Counter[str] = Counter()
+    for direction, sent in (("forward", forward), ("backward", backward)):
+        totals[f"collectives {direction}"] = len(sent)
+        totals[f"bytes {direction}"] = sum(message.received for message in sent)
     return totals
 
 
@@ -202,7 +189,7 @@ def measure_on_rank(rank: int, ranks: int, settings: list[Setting], rounds: int,
     for setting in settings:
         verify(setting, rank, ranks)
         images, labels = (t.chunk(ranks)[rank] for t in setting.whole_batch(ranks))
-        trainers = {name: Trainer(network) for name, network in contenders(setting.network()).items()}
+        trainers = {name: Trainer(make(setting.network())) for name, make in CONTENDERS.items()}
         steps = {name: partial(trainer.step, images, labels) for name, trainer in trainers.items()}
         times = measure.time_in_turns(steps, rounds, warmup)
         rows = measure.rows_of("step", str(setting), setting.memory_format, ranks, times)

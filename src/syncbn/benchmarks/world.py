@@ -1,17 +1,24 @@
-"""Runs a generator on P ranks and hands on what rank 0 yields: gloo over loopback, one thread each, a hard timeout."""
+"""Runs a generator on P ranks and hands on what rank 0 yields: gloo, one thread each, a hard timeout.
+
+Over loopback, or each rank on a host of its own (see `cable`).
+"""
 
 import contextlib
 import datetime
 import multiprocessing as mp
 import os
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from syncbn.benchmarks.cable import Host
 
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "syncbn"])
@@ -21,7 +28,9 @@ class RankFailed(RuntimeError):
     """A rank raised, died, or fell silent."""
 
 
-def run_ranks(fn: Callable[..., Iterator[Any]], P: int, *args: Any, silence: float = 300) -> Iterator[Any]:
+def run_ranks(
+    fn: Callable[..., Iterator[Any]], P: int, *args: Any, silence: float = 300, hosts: Sequence[Host] = ()
+) -> Iterator[Any]:
     """Yields what `fn(rank, *args)` yields on rank 0, with the same running on all P ranks.
 
     Args:
@@ -29,15 +38,19 @@ def run_ranks(fn: Callable[..., Iterator[Any]], P: int, *args: Any, silence: flo
         P: how many.
         args: for fn.
         silence: how many seconds may pass without a result.
+        hosts: where each rank runs; none: here.
 
     Raises:
         RankFailed: with the traceback of the rank that failed; all ranks are ended.
     """
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert not hosts or len(hosts) == P
+    folder = tempfile.TemporaryDirectory()
+    meeting_point = str(Path(folder.name) / "store")
     pipes, processes = [], []
     for rank in range(P):
         ours, theirs = _context.Pipe()
-        arguments = (fn, rank, P, server.port, silence, theirs, args)
+        host = hosts[rank] if hosts else None
+        arguments = (fn, rank, P, meeting_point, silence, host, theirs, args)
         processes.append(_context.Process(target=_rank_main, args=arguments, daemon=True))
         processes[-1].start()
         theirs.close()
@@ -50,6 +63,7 @@ def run_ranks(fn: Callable[..., Iterator[Any]], P: int, *args: Any, silence: flo
         for process in processes:
             process.join(5)
             process.kill()
+        folder.cleanup()
 
 
 def _results(pipes: list[Connection], silence: float) -> Iterator[Any]:
@@ -74,12 +88,24 @@ def _results(pipes: list[Connection], silence: float) -> Iterator[Any]:
                 yield value
 
 
-def _rank_main(fn: Callable, rank: int, P: int, port: int, silence: float, pipe: Connection, args: tuple) -> None:
+def _rank_main(
+    fn: Callable,
+    rank: int,
+    P: int,
+    meeting_point: str,
+    silence: float,
+    host: Host | None,
+    pipe: Connection,
+    args: tuple,
+) -> None:
     torch.set_num_threads(1)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(P)
     timeout = datetime.timedelta(seconds=silence)
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
+        if host is not None:
+            host.enter()
+            os.environ["GLOO_SOCKET_IFNAME"] = host.device
+        store = dist.FileStore(meeting_point, P)  # which hosts with a delay between them reach at once
         dist.init_process_group("gloo", store=store, rank=rank, world_size=P, timeout=timeout)
         for value in fn(rank, *args):
             if rank == 0:

@@ -34,6 +34,7 @@ from syncbn.training.parameter_groups import parameter_groups, scale_groups
 from syncbn.training.rank_state import add_rank_state, take_rank_state
 from syncbn.training.retrieval import RecallAtK
 from syncbn.training.schedules import exponential_schedule
+from syncbn.training.speed import CompileMode, compile_network, use_fused_optimizer
 
 
 class ImageClassifier(Evaluated):
@@ -78,6 +79,9 @@ class ImageClassifier(Evaluated):
         schedule_unit: What decay_every and warmup count: "epochs" or "images".
         normalization_batch_size: Images that normalise as one batch, whole ranks of them. Null for all ranks.
         channels_last: Lay out images and weights channels-last, which is faster on most devices.
+        fused_optimizer: Update all parameters in one kernel. Null does so on CUDA devices.
+        compile: Mode of torch.compile, which makes one graph of the network in training: "default",
+            "reduce-overhead" (CUDA graphs, for small batches), "max-autotune". Null runs the layers one by one.
         freeze: What is not trained: patterns of names of parameters or modules, such as "stem" or "inception_3*". A
             BatchNorm layer within it keeps its statistics, too.
         batch_norm: Of the other BatchNorm layers: "train"; "freeze", which keeps statistics, gammas and betas;
@@ -131,6 +135,8 @@ class ImageClassifier(Evaluated):
         schedule_unit: Literal["epochs", "images"] = "epochs",
         normalization_batch_size: int | None = None,
         channels_last: bool = True,
+        fused_optimizer: bool | None = None,
+        compile: CompileMode | None = None,
         drop_last: bool = True,
         weights: str | None = None,
         freeze: list[str] | None = None,
@@ -232,9 +238,12 @@ class ImageClassifier(Evaluated):
         return self
 
     def on_train_start(self) -> None:
-        """Estimate the statistics of BatchNorm where ``batch_norm`` says so and the run is a new one."""
-        if self.hparams["batch_norm"] != "estimate" or self.trainer.global_step > 0:
-            return
+        """Estimate the statistics of BatchNorm where ``batch_norm`` says so and the run is a new one; then compile."""
+        if self.hparams["batch_norm"] == "estimate" and self.trainer.global_step == 0:
+            self._estimate_statistics()
+        compile_network(self.network, self.hparams["compile"], self.trainer.strategy.root_device)
+
+    def _estimate_statistics(self) -> None:
         loader, precision = self._data("batch_norm='estimate'").train_dataloader(), self.trainer.precision_plugin
         batches = (precision.convert_input(batch) for batch in loader)
         self.eval()  # or the layers that are fixed would be left out
@@ -351,6 +360,7 @@ class ImageClassifier(Evaluated):
             lr=learning_rate,
             momentum=options["momentum"],
             nesterov=options["nesterov"],
+            fused=use_fused_optimizer(options["fused_optimizer"], self.network.parameters(), self.trainer),
         )
         batch_size = options["global_batch_size"]
         scheduler = torch.optim.lr_scheduler.LambdaLR(

@@ -46,6 +46,7 @@ from syncbn.training.retrieval import NEIGHBOURS
 from syncbn.training.run_logs import run_loggers
 from syncbn.training.run_summary import RunSummary
 from syncbn.training.runs import RunRecord, claim_run_folder, run_folder
+from syncbn.training.speed import default_precision
 from syncbn.training.stopping import STOPPED, describe_lost_rank
 from syncbn.training.strategies import SynchronisedDDPStrategy
 from syncbn.training.throughput import Throughput
@@ -198,6 +199,9 @@ class SyncBNCLI(LightningCLI):
             self.save_config_callback = None
             for message in NO_CONCERN_WITHOUT_TRAINING:
                 warnings.filterwarnings("ignore", message)
+            return
+        options = self._get(self.config, "trainer")
+        options["precision"] = default_precision(options)
 
     def instantiate_classes(self) -> None:
         """Several checkpoints become one model, the mean of their class probabilities."""

@@ -1,0 +1,77 @@
+"""Times on a device, by its own clock; and CUDA graphs of what is timed. On a CPU a dry run of the same code."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from syncbn.benchmarks import measure
+
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**20}
+LEAST_MS = 2.0
+MOST_REPEATS = 200
+WARMUP_CALLS = 4  # until ranks have agreed, kernels are compiled, and the optimiser has its state
+
+
+def captured(run: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """The same as a CUDA graph, which leaves out what the host needs to launch it; on a CPU `run` itself.
+
+    What `run` returns, and gradients that it makes anew, lie in the graph's memory and are overwritten by each replay.
+    """
+    if device == "cpu":
+        for _ in range(WARMUP_CALLS):
+            run()
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUP_CALLS):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def time_in_turns(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int, device: str
+) -> dict[str, list[float]]:
+    """Milliseconds of each round, by contender: of the device, between two events around some calls."""
+    for run in runs.values():
+        run()
+    first = min(milliseconds(run, 3, device) for run in runs.values())
+    repeats = min(MOST_REPEATS, max(1, math.ceil(LEAST_MS / first)))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warmup + rounds):
+        for name, run in runs.items():
+            taken = milliseconds(run, repeats, device)
+            if turn >= warmup:
+                times[name].append(taken)
+    return times
+
+
+def milliseconds(run: Callable[[], Any], repeats: int, device: str) -> float:
+    """Of one call, on average over some."""
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) * 1e3 / repeats
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def copy_bandwidth(rounds: int, device: str) -> float:
+    """Bytes a second, read and written, of a copy too large for any cache of a GPU."""
+    source = torch.empty(COPY_BYTES[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = time_in_turns({"copy": lambda: target.copy_(source)}, rounds, 2, device)["copy"]
+    return 2 * source.nbytes / (measure.percentile(times, 0.5) * 1e-3)
