@@ -43,6 +43,10 @@ class Throughput(Callback):
             trainer.profiler = FetchTimer(self._clock)  # type: ignore[attr-defined]
         observe_waits(WaitTimer(self._clock))
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Steps begin, in the middle of an epoch where the run is gone on with: no epoch starts then."""
+        self._clock.resume()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Steps begin."""
         self._clock.resume()
