@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from ranks import RankError, run_ranks
 from syncbn import SyncBatchNorm, sync_batch_norm_group
+from syncbn.agreement import Agreement, LayerName, Message
 
 TIMEOUT = 3  # of the process group, seconds
 
@@ -195,6 +196,32 @@ def test_a_rank_that_stops_early(P, step):
         assert kind in ("LayerMismatch", "RuntimeError"), (rank, kind, text)
         assert "first" in text, text
         assert f"rank {rank}" in text, text
+
+
+class Unreachable:
+    """The key-value store behind a link that was cut: no error, and no answer for a long time."""
+
+    def set(self, key, value):
+        pass
+
+    def check(self, keys):
+        time.sleep(120)
+        raise RuntimeError("connection reset")
+
+
+def describes_without_a_store(rank):
+    agreement = Agreement(dist.group.WORLD)
+    agreement.store = Unreachable()
+    began = time.monotonic()
+    said = agreement.describe(7, Message("forward", (LayerName("first", "SyncBatchNorm(4)", 0),), 9))
+    return said, time.monotonic() - began
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for():
+    for rank, (said, seconds) in enumerate(run_ranks(describes_without_a_store, 2)):
+        assert said.split("; ")[rank] == f"rank {rank}: forward of 'first' SyncBatchNorm(4)"
+        assert said.split("; ")[1 - rank] == f"rank {1 - rank}: nothing heard"
+        assert seconds < 30
 
 
 def dies(rank):

@@ -86,6 +86,32 @@ def test_alone_it_names_the_place():
     assert one.messages == ["this process has stood still for 2 s: step 3"]
 
 
+class Unreachable:
+    """The store behind a link that was cut: what is sent is lost without an error, and no answer ever comes."""
+
+    def __init__(self) -> None:
+        self.mended = threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        """Only sends."""
+
+    def add(self, key: str, amount: int) -> int:
+        """Waits for the answer."""
+        self.mended.wait()
+        raise RuntimeError("connection reset")
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for():
+    store = Unreachable()
+    one = Told(Rank(2, f"step 3, {LAYER}"), store, 0, 2)
+    thread = threading.Thread(target=one.run, daemon=True)
+    thread.start()
+    assert one.stop.wait(TIMEOUT + 20)
+    assert one.messages == [f"the ranks stand still, this one for 2 s: step 3, {LAYER}"]
+    store.mended.set()
+    thread.join(10)
+
+
 def test_a_negative_timeout_is_refused():
     with pytest.raises(ValueError, match=r"watchdog\.timeout_seconds=-1 must not be negative"):
         Watchdog(-1)

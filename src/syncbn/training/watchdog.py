@@ -169,13 +169,19 @@ class Watch:
         if self.store is None:
             self._exit(f"this process has stood still for {own.still:.0f} s: {own.place}")
             return
+        alone = f"the ranks stand still, this one for {own.still:.0f} s: {own.place}"
+        # Across a link that was cut the store neither answers nor fails for a quarter of an hour.
+        unanswered = threading.Timer(10 * self.interval + 5, self._exit, [alone])
+        unanswered.daemon = True
+        unanswered.start()
         try:
             first = self.store.add("judges", 1) == 1
             message = self._judge(own) if first else None
         except RuntimeError:
-            first, message = True, f"the ranks stand still, this one for {own.still:.0f} s: {own.place}"
+            first, message = True, alone
         if not first:
             self._beat_on(own, 8)  # while the other looks and speaks: when this rank ends, a launcher may end that one
+        unanswered.cancel()
         self._exit(message)
 
     def _beat_on(self, own: Beat, times: int) -> None:
