@@ -136,7 +136,6 @@ def fails(capsys, *words: str) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-@pytest.mark.usefixtures("own_folder")
 def learned(run: Path) -> list[dict[str, str]]:
     """The log of a run, without what it says of speed and memory."""
     of_speed = ("_seconds", "_second", "_per_device", "memory_gib")
@@ -146,7 +145,8 @@ def learned(run: Path) -> list[dict[str, str]]:
     ]
 
 
-def test_a_run_is_gone_on_with_by_hand_and_by_a_restart(own_folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("own_folder")
+def test_a_run_is_gone_on_with_by_hand_and_by_a_restart(tmp_path, monkeypatch, capsys):
     """By the command line, in one process: half a run, then the rest of it, is the whole run."""
     main([*WORDS_OF_A_RUN, "--runs_folder=whole"])
     for name, value in slurm("7", 0).items():
