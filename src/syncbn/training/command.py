@@ -2,9 +2,7 @@
 
 import logging
 import os
-import signal
 import sys
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +13,6 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
 from syncbn.data import ImageDataModule
@@ -30,6 +27,7 @@ from syncbn.training.left_out import LeftOutImages
 from syncbn.training.model_card import choose_preprocessing, words_without_weights
 from syncbn.training.population import StatisticsTrainer
 from syncbn.training.predictions import PredictionTable
+from syncbn.training.processes import stop_other_ranks, wait_for_other_ranks
 from syncbn.training.resuming import (
     KeptConfig,
     RestartedJob,
@@ -396,36 +394,3 @@ def expand_data_shorthand(words: list[str]) -> list[str]:
         if option == "--data" and not value.endswith((".yaml", ".yml", ".json")) and not value.startswith("{"):
             expanded[place] = f"--data.root{separator}{value}" if separator else "--data.root"
     return expanded
-
-
-def wait_for_other_ranks(launcher: Any) -> None:
-    """Wait for the processes that this one started: they print nothing after its last line."""
-    for process in getattr(launcher, "procs", []):
-        process.wait(timeout=60)
-
-
-def stop_other_ranks(launcher: Any, error: BaseException) -> None:
-    """End the processes that this one started, whose next collective would wait in vain.
-
-    Raises:
-        ValueError: One of them had ended by itself in an error, of which ``error`` is but the consequence.
-    """
-    if not isinstance(launcher, _SubprocessScriptLauncher):
-        return
-    failed = None
-    if isinstance(error, RuntimeError):
-        failed = first_failed_rank(launcher, seconds=3.0)
-    launcher.kill(signal.SIGKILL)  # on SIGTERM Lightning would first wait for the other ranks
-    if failed is not None:
-        raise ValueError(f"rank {failed} stopped with an error, see above") from error
-
-
-def first_failed_rank(launcher: _SubprocessScriptLauncher, seconds: float) -> int | None:
-    """Local rank of a started process that ended in an error within some seconds, or None."""
-    deadline = time.monotonic() + seconds
-    while launcher.procs and time.monotonic() < deadline:
-        for rank, process in enumerate(launcher.procs, start=1):
-            if process.poll():
-                return rank
-        time.sleep(0.1)
-    return None
