@@ -18,6 +18,7 @@ IGNORED = (
     "ignore:.*does not have many workers:UserWarning",
     "ignore:.*Grad strides do not match bucket view strides:UserWarning",
     "ignore:The `srun` command is available on your system but is not used:UserWarning",
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",  # DeepSpeed's, as it is imported
 )
 
 

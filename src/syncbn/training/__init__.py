@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from syncbn.training.classifier import ImageClassifier
     from syncbn.training.covariate_shift import CovariateShift
     from syncbn.training.curves import CurvesPlot
+    from syncbn.training.deepspeed_strategy import SynchronisedDeepSpeedStrategy
     from syncbn.training.evaluation import Ensemble
     from syncbn.training.finite import StopAtNonFinite
+    from syncbn.training.fsdp_strategy import SynchronisedFSDP2Strategy
     from syncbn.training.left_out import LeftOutImages
     from syncbn.training.plugins import SyncBatchNormPlugin
     from syncbn.training.polyak import PolyakAveraging
@@ -43,6 +45,8 @@ MODULES = {
     "StopAtNonFinite": "finite",
     "SyncBatchNormPlugin": "plugins",
     "SynchronisedDDPStrategy": "strategies",
+    "SynchronisedDeepSpeedStrategy": "deepspeed_strategy",
+    "SynchronisedFSDP2Strategy": "fsdp_strategy",
     "Throughput": "throughput",
 }
 
@@ -63,6 +67,8 @@ __all__ = [
     "StopAtNonFinite",
     "SyncBatchNormPlugin",
     "SynchronisedDDPStrategy",
+    "SynchronisedDeepSpeedStrategy",
+    "SynchronisedFSDP2Strategy",
     "Throughput",
 ]
 

@@ -262,10 +262,11 @@ class ImageClassifier(Evaluated):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, shape (N, num_classes), of normalised images, shape (N, C, H, W)."""
+        """Logits, shape (N, num_classes), float32 or wider, of normalised images, shape (N, C, H, W)."""
         if self.hparams["channels_last"]:
             images = images.contiguous(memory_format=torch.channels_last)
-        return self.network(images)
+        logits = self.network(images)
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what differs between ranks, and the model card.

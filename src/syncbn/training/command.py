@@ -181,6 +181,11 @@ class SyncBNCLI(LightningCLI):
     def _check_checkpoint(self) -> None:
         """Refuse a file that is no checkpoint before anything is built for it."""
         path = self.config[self.config["subcommand"]].get("ckpt_path")
+        if path and Path(path).is_dir():
+            raise ValueError(
+                f"--ckpt_path {path} is a folder: a checkpoint of syncbn fit is one file, under any strategy"
+                " (DeepSpeed's own folders hold a script zero_to_fp32.py, which makes a file for --model.weights)"
+            )
         if not path or not Path(path).is_file():  # a missing one is reported by Lightning, as are "best" and "last"
             return
         try:

@@ -71,9 +71,15 @@ class Evaluated(LightningModule, ABC):
         probabilities = self.log_probabilities(images).exp() if len(images) else images.new_zeros(0, 1)
         return {"indices": batch.indices, "labels": batch.labels, "probabilities": probabilities}
 
+    def _takes_part_without_images(self) -> bool:
+        """Whether the strategy gathers weights, which every rank has to take part in."""
+        return getattr(self.trainer.strategy, "gathers_weights", False)
+
     def _evaluate(self, stage: str, batch: ImageBatch) -> Tensor | None:
         images = len(batch.images)
         if images == 0:  # this rank's share of the last batch may be empty; BN sends no message in evaluation
+            if self._takes_part_without_images():
+                self.log_probabilities(batch.images)
             return None
         log_probabilities = self.log_probabilities(batch.images)
         self._metric(f"{stage}_images").update(images)
