@@ -46,6 +46,7 @@ class Weights:
         unmatched: Keys of the file that are of no layer of Inception-BN.
         card: The network that they are of.
         keys: The file's keys of the tensors, by our names.
+        new_head: Whether a network is to have a new classifier although the file has one.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Weights:
     unmatched: tuple[str, ...]
     card: ModelCard
     keys: Mapping[str, str]
+    new_head: bool = False
 
     def key(self, name: str) -> str:
         """What the file calls a tensor of our name, or would if it had it."""
@@ -76,10 +78,22 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path).expanduser()
     content = read_file(path)
     layout, tensors, keys = _match(path, content)
+    _check_parts_of_heads(path, tensors, keys)
     card = _card_of(path, content) or _inferred_card(layout, tensors, content.metadata)
     _check_head(path, card, tensors)
     unmatched = {*content.tensors, *content.others} - {*keys.values()}
     return Weights(path, layout, tensors, tuple(sorted(unmatched)), card, keys)
+
+
+def _check_parts_of_heads(path: Path, tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
+    """Refuse what can be no linear layer, of a classifier or an embedding."""
+    for layer in ("classifier", "classifier.embedding"):
+        weight, bias = f"{layer}.weight", f"{layer}.bias"
+        if bias in tensors and weight not in tensors:
+            raise WeightsError(path, f"{keys[bias]} is there without a weight: give the whole {layer}, or none of it")
+        if weight in tensors and tensors[weight].dim() != 2:
+            shape = tuple(tensors[weight].shape)
+            raise WeightsError(path, f"{keys[weight]} has the shape {shape}, not (outputs, inputs)")
 
 
 def _check_head(path: Path, card: ModelCard, tensors: Mapping[str, Tensor]) -> None:
