@@ -16,7 +16,15 @@ from syncbn.data.fashion_mnist import fashion_mnist
 from syncbn.data.samplers import SampleKey
 from syncbn.inference.graphs import GRAPHS, PixelInput, Runner
 from syncbn.inference.images import find_images, prepare_images
-from syncbn.models.weights import ModelCard, build_network, card_path, read_weights, require_folder, write_weights
+from syncbn.models.weights import (
+    ModelCard,
+    build_network,
+    card_path,
+    check_input,
+    read_weights,
+    require_folder,
+    write_weights,
+)
 from syncbn.nn import fold_batch_norm, revert_sync_batchnorm
 from syncbn.preprocessing import Preprocessing
 
@@ -86,6 +94,7 @@ def export(
         )
     content = read_weights(weights)
     network = build_network(content)
+    check_input(content.card, network)
     check_images = CheckImages(content.card, images)
     output = default_output(weights, format) if output is None else output
     if output.exists() and weights.exists() and output.samefile(weights):
