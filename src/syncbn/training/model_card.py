@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,10 @@ def weights_to_start_from(path: str, classes: Sequence[str] | int, head: HeadPol
     Raises:
         ValueError: The file cannot be read, or ``head`` asks for a classifier that it does not have.
     """
-    weights, said = read_once(path), ""
-    if not embeds:
-        weights, said = choose_head(weights, classes, head)
+    weights = read_once(path)
+    if embeds:
+        return replace(weights, new_head=True)
+    weights, said = choose_head(weights, classes, head)
     _say(path, said)
     return weights
 

@@ -121,6 +121,15 @@ def test_a_missing_tensor_a_wrong_shape_and_a_left_over_one_are_named(cadene, tm
     assert "conv1_7x7_s2.bias is left over" in text and str(tmp_path / "a.pth") in text and "\n" not in text
 
 
+@pytest.mark.parametrize("layer", ["conv2_3x3", "inception_4c_pool_proj", "inception_5b_3x3"])
+def test_one_wrong_shape_is_told_alone(cadene, layer, tmp_path):
+    state = cadene.state_dict() | {f"{layer}.weight": torch.zeros(4, 4, 3, 3)}
+    with pytest.raises(WeightsError) as raised:
+        load_network(save(state, tmp_path / "a.pth"))
+    assert f"{layer}.weight has the shape (4, 4, 3, 3), not" in str(raised.value)
+    assert str(raised.value).count("has the shape") == 1
+
+
 def test_a_head_of_other_classes_or_none_is_new(cadene, tmp_path, caplog):
     state = cadene.state_dict()
     network = inception_bn(7, weights=save(state, tmp_path / "a.pth"))
@@ -196,6 +205,8 @@ def test_an_embedding_of_proxy_anchor_there_and_back(cadene, tmp_path, caplog):
         assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in network.state_dict().items())
     classes = inception_bn(10, weights=path)  # which the same file serves, by the classifier that it has, too
     assert torch.equal(classes.classifier.weight, reference.model.last_linear.weight) and caplog.records == []
+    new = inception_bn(10, weights=choose_head(weights, 10, "new")[0])
+    assert not torch.equal(new.classifier.weight, reference.model.last_linear.weight)
     with pytest.raises(ValueError, match=r"the layout slim has no classifier.embedding.weight"):
         write_weights(network, weights.card, tmp_path / "a.npz", "slim")
 

@@ -77,10 +77,12 @@ def fit_head(tensors: dict[str, Tensor], state: dict[str, Tensor], weights: Weig
     """Adapt or leave out the classifier among the tensors, and say what was done."""
     tensors.pop(PROXIES, None)  # of the training alone
     head = {name: tensors.pop(name) for name in HEAD if name in tensors}
-    if HEAD[0] not in state or weights.new_head:  # an embedding in its place, or a new one by `choose_head`
+    if HEAD[0] not in state:  # an embedding in its place
         return []
     for name in EMBEDDING:
         tensors.pop(name, None)
+    if weights.new_head:
+        return []
     if not head:
         return ["the file has no classifier: that of the network is new"]
     weight, wanted, said = head[HEAD[0]], len(state[HEAD[0]]), []

@@ -201,7 +201,10 @@ def infer_architecture(variant: str | None, tensors: Mapping[str, Tensor]) -> di
 
 
 def _width_and_projection(variant: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The width multiplier and the projection of 4c and 4d, where they are not the default; nothing where none fits."""
+    """The width multiplier and the projection of 4c and 4d, where they are not the default, by most of the shapes.
+
+    A tensor of a wrong shape is then the one that is refused, not all the others.
+    """
 
     def channels(unit: str) -> int:
         weight = tensors.get(f"{unit}.conv.weight")
@@ -212,11 +215,15 @@ def _width_and_projection(variant: str, tensors: Mapping[str, Tensor]) -> dict[s
     for row in TABLE:
         actual.append(channels(f"inception_{row.name}.branch_3x3.spatial"))
         expected.append(row.conv_3x3)
-    projection = channels("inception_4c.branch_pool.projection")
-    for width in [1.0, *WIDTHS]:
-        for candidate in (VARIANTS[variant].projection_4cd, 128, 96):
-            wanted = [scale_channels(count, width) for count in (*expected, candidate)]
-            if wanted == [*actual, projection]:
-                found: dict[str, Any] = {} if width == 1 else {"width_multiplier": width}
-                return found if candidate == VARIANTS[variant].projection_4cd else found | {"projection_4cd": candidate}
-    return {}
+    actual += [channels(f"inception_{name}.branch_pool.projection") for name in ("4c", "4d")]
+    usual = VARIANTS[variant].projection_4cd
+
+    def agreeing(choice: tuple[float, int]) -> int:
+        width, projection = choice
+        wanted = [scale_channels(count, width) for count in (*expected, projection, projection)]
+        return sum(map(int.__eq__, wanted, actual))
+
+    choices = [(width, projection) for width in (1.0, *WIDTHS) for projection in (usual, 128, 96)]
+    width, projection = max(choices, key=agreeing)  # the first of several
+    found: dict[str, Any] = {} if width == 1 else {"width_multiplier": width}
+    return found if projection == usual else found | {"projection_4cd": projection}
