@@ -42,7 +42,10 @@ BATCH = 32
 """Images at a time."""
 
 LARGEST_DIFFERENCE = 1e-4
-"""Of any output up to 10; of larger ones 1e-5 of the largest, as float32 rounds: seen are 0.0032 of logits up to 3930."""
+"""Of outputs up to 10; where they are larger, `SHARE` of the largest, since float32 rounds them."""
+
+SHARE = 1e-5
+"""Of the largest output; folding was seen to change logits of up to 3930 by 0.0032."""
 
 FOLDED_BY_DEFAULT = ("onnx", "torchscript", "exported", "safetensors")
 """What is for inference; the public layouts have BatchNorm."""
@@ -63,8 +66,9 @@ def export(
 
     Graphs take any number of images at a time: normalised float32 of shape (N, C, H, W), and return logits, or
     embeddings of a network that was trained to embed. What is written is read again and compared with the original on
-    images; where an output differs by 1e-4 or more (where outputs exceed 10, by 1e-5 of the largest), nothing is left behind. A model card (FILE.card.json
-    beside the file, in a safetensors file its metadata) says how images are prepared and names the classes.
+    images; where an output differs by 1e-4 or more (where outputs exceed 10, by 1e-5 of the largest), nothing is left
+    behind. A model card (FILE.card.json beside the file, in a safetensors file its metadata) says how images are
+    prepared and names the classes.
 
     Args:
         weights: A checkpoint of `syncbn fit`, what `syncbn import` wrote, or whatever that reads.
@@ -246,7 +250,7 @@ class Comparison:
         Raises:
             ValueError: They do.
         """
-        allowed = max(LARGEST_DIFFERENCE, 1e-5 * self.size)
+        allowed = max(LARGEST_DIFFERENCE, SHARE * self.size)
         if not self.difference < allowed:
             raise ValueError(
                 f"what was written does not compute what the original does (an output differs by {self.difference:.2g},"
