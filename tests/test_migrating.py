@@ -1,5 +1,6 @@
 """docs/migrating.md: every row of its tables does what it says."""
 
+import contextlib
 import copy
 import re
 import warnings
@@ -27,6 +28,20 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """As timm's, which the conversion knows by its name and module: normalise, drop, activate."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+BatchNormAct2d.__module__ = "timm.layers.norm_act"
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -110,16 +125,14 @@ def is_converted(net: Any, names: dict[str, Any]) -> None:
     torch.testing.assert_close(net(names["x"]), network()(names["x"]), rtol=1e-4, atol=1e-5)
 
 
-def takes_over(net: Any, names: dict[str, Any]) -> None:
-    """The snippet, on a network that has torch's layers with a group."""
-    theirs = nn.SyncBatchNorm.convert_sync_batchnorm(network(), names["group"])
-    converted = syncbn.convert_sync_batchnorm(theirs)
-    assert type(converted[1]) is syncbn.SyncBatchNorm and converted[1].process_group is names["group"]
+def is_taken_over(net: Any, names: dict[str, Any]) -> None:
+    is_converted(net, names)
+    assert net[1].process_group is names["group"] and net[3].process_group is names["group"]
 
 
 def is_reverted(net: Any, names: dict[str, Any]) -> None:
-    syncbn.revert_sync_batchnorm(syncbn.convert_sync_batchnorm(net))
-    assert type(net[1]) is nn.BatchNorm2d
+    assert net is names["net"]
+    assert [type(net[place]) for place in (1, 3)] == [nn.BatchNorm2d, nn.SyncBatchNorm]
 
 
 def normalised(x: Tensor) -> Tensor:
@@ -143,16 +156,21 @@ def is_group_of_one(group: Any, names: dict[str, Any]) -> None:
 
 
 def trains(ddp: Any, names: dict[str, Any]) -> None:
-    ddp(names["x"]).sum().backward()
+    """As the network alone does, and without a broadcast of buffers."""
+    assert isinstance(ddp, DistributedDataParallel) and not ddp.will_sync_module_buffers()
+    alone = network()
+    for net in (ddp, alone):
+        net(names["x"]).square().mul(names["z"][:, :, :4, :4]).sum().backward()
+    for ours, theirs in zip(ddp.module.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
 
 
 def has_plugin(trainer: Any, names: dict[str, Any]) -> None:
     assert isinstance(trainer._accelerator_connector._layer_sync, syncbn.training.SyncBatchNormPlugin)
 
 
-def refuses(net: Any, names: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"'1' is a .*NaiveSyncBatchNorm.*defines forward itself"):
-        syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(C), NaiveSyncBatchNorm(C)))
+def is_unchanged(net: Any, names: dict[str, Any]) -> None:
+    assert [type(layer) for layer in net] == [nn.BatchNorm2d, NaiveSyncBatchNorm]
 
 
 def is_left_alone(layer: Any, names: dict[str, Any]) -> None:
@@ -163,11 +181,50 @@ def is_left_alone(layer: Any, names: dict[str, Any]) -> None:
     assert not any(isinstance(module, _BatchNorm) for module in net.modules())
 
 
+def keeps_its_activation(net: Any, names: dict[str, Any]) -> None:
+    assert net is names["net"] and net[1] is names["layer"]
+    assert isinstance(net[1], syncbn.SyncBatchNorm)
+    torch.testing.assert_close(net[1](names["x"]), F.silu(normalised(names["x"])), rtol=1e-4, atol=1e-5)
+
+
+def with_layers_of_torch(group: Any) -> nn.Module:
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network(), group)
+
+
+def partly_of_torch(group: Any) -> nn.Module:
+    """A converted network, of which one layer was torch's synchronised one."""
+    net: Any = network()
+    net[3] = nn.SyncBatchNorm(C, process_group=group)
+    return syncbn.convert_sync_batchnorm(net)
+
+
+def with_layers_of_detectron2(group: Any) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(C), NaiveSyncBatchNorm(C))
+
+
+def with_layers_of_timm(group: Any) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, C, 3), BatchNormAct2d(C))
+
+
+NETWORKS: dict[str, Callable[[Any], nn.Module]] = {
+    "net = nn.SyncBatchNorm.convert_sync_batchnorm(net)": with_layers_of_torch,
+    "(none)": partly_of_torch,
+    "DistributedDataParallel(net)": lambda group: syncbn.convert_sync_batchnorm(network()),
+    "nn.SyncBatchNorm.convert_sync_batchnorm(net)": with_layers_of_detectron2,
+    "timm.layers.convert_sync_batchnorm(net)": with_layers_of_timm,
+}
+"""The networks that rows are about, where they are others than `network`; of a process group."""
+
+REFUSALS = {
+    "nn.SyncBatchNorm.convert_sync_batchnorm(net)": r"'1' is a .*NaiveSyncBatchNorm.*defines forward itself",
+}
+"""What the second cell of a row raises."""
+
 CHECKS: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "nn.SyncBatchNorm(C)": is_layer,
     "nn.SyncBatchNorm(C, 1e-3, 0.01, True, True, group)": has_arguments,
     "nn.SyncBatchNorm.convert_sync_batchnorm(net, group)": is_converted,
-    "net = nn.SyncBatchNorm.convert_sync_batchnorm(net)": takes_over,
+    "net = nn.SyncBatchNorm.convert_sync_batchnorm(net)": is_taken_over,
     "(none)": is_reverted,
     "F.relu(bn(x))": is_relu,
     "dist.new_group(ranks)": is_group_of_one,
@@ -184,9 +241,9 @@ CHECKS: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     'get_norm("naiveSyncBN", C)': is_layer,
     'get_norm("naiveSyncBN_N", C)': is_layer,
     "NaiveSyncBatchNorm(C)": is_layer,
-    "nn.SyncBatchNorm.convert_sync_batchnorm(net)": refuses,
+    "nn.SyncBatchNorm.convert_sync_batchnorm(net)": is_unchanged,
     "FrozenBatchNorm2d(C)": is_left_alone,
-    "timm.layers.convert_sync_batchnorm(net)": is_converted,
+    "timm.layers.convert_sync_batchnorm(net)": keeps_its_activation,
 }
 
 
@@ -202,8 +259,13 @@ def test_every_row_has_a_check():
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")  # in torch 2.13; older ones know no other name
 @pytest.mark.parametrize(("before", "after"), rows(), ids=[name_of(before) for before, _ in rows()])
 def test_a_row(before, after, names):
-    code = code_of(after).removeprefix("net = ")
-    CHECKS[name_of(before)](eval(code, names), names)
+    code, name = code_of(after).removeprefix("net = "), name_of(before)
+    if name in NETWORKS:
+        names["net"] = NETWORKS[name](names["group"])
+        names["layer"] = names["net"][1]
+    with pytest.raises(ValueError, match=REFUSALS[name]) if name in REFUSALS else contextlib.nullcontext():
+        result = eval(code, names)
+    CHECKS[name](names["net"] if name in REFUSALS else result, names)
 
 
 def claims_of_two_ranks(rank: int) -> dict[str, Any]:

@@ -242,9 +242,9 @@ def test_what_differs_is_refused_and_removed(tmp_path, capsys, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_the_largest_difference_counts_in_relation_to_the_logits():
+def test_the_largest_difference_counts_however_large_the_logits_are():
     logits = torch.eye(3)
-    for factor, change, refused in ((1, 5e-5, False), (1, 2e-4, True), (10, 5e-4, False), (1, float("nan"), True)):
+    for factor, change, refused in ((1, 5e-5, False), (1, 2e-4, True), (10, 5e-4, True), (1, float("nan"), True)):
         comparison = Comparison()
         comparison.add(logits, logits)
         comparison.add(factor * logits, factor * logits + change)
@@ -253,14 +253,20 @@ def test_the_largest_difference_counts_in_relation_to_the_logits():
             comparison.check()
 
 
-def test_another_class_is_refused_however_small_the_difference():
+def test_a_near_tie_is_counted_and_another_class_is_refused():
+    first = torch.tensor([[1.0, 0.0, 0.5], [1.0, 1.0 - 2e-5, 0.0]])
     comparison = Comparison()
-    comparison.add(torch.tensor([[1.0, 0.0], [1.0, 1.0 - 1e-6]]), torch.tensor([[1.0, 0.0], [1.0 - 1e-6, 1.0]]))
-    with pytest.raises(ValueError, match="gives 1 of 2 images another top-1 class"):
-        comparison.check()
-    of_embeddings = Comparison(classifies=False)
-    of_embeddings.add(torch.tensor([[0.6, 0.6 - 1e-6]]), torch.tensor([[0.6 - 1e-6, 0.6]]))
-    of_embeddings.check()
+    comparison.add(first, first + torch.tensor([[0.0, 0.0, 0.0], [-1.5e-5, 1.5e-5, 0.0]]))
+    comparison.check()
+    assert (comparison.agreeing, comparison.ties) == (1, 1)
+    assert comparison.widest_tie == pytest.approx(2e-5, rel=0.01)
+    assert comparison.words().endswith(
+        "1 of 2 top-1 classes agree, 1 near-ties of the original do not (its two logits at most 2e-05 apart)"
+    )
+    another = Comparison()
+    another.add(first, first.flip(1))
+    with pytest.raises(ValueError, match=r"an output differs by 1, allowed is less than 0.0001"):
+        another.check()
 
 
 def test_onnx_without_its_packages(tmp_path, capsys, monkeypatch):

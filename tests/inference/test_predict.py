@@ -150,6 +150,12 @@ MISTAKES = {
     "a format that does not exist": (["model.safetensors", "--format=xml"], "format"),
     "a device that is not there": (["model.safetensors", "--device=cuda:77"], "--device cuda:77 is not there"),
     "no images": ([], "images"),
+    "a folder that is not there": (["model.safetensors", "--output=no/a.csv"], "--output no/a.csv: there is no folder"),
+    "a folder as a file": (["model.safetensors", "--output=."], "--output . is a folder: name a file in it"),
+    "the weights themselves": (
+        ["model.safetensors", "--output=model.safetensors"],
+        "--output model.safetensors is the file of weights itself",
+    ),
 }
 
 

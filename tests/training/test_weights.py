@@ -10,6 +10,7 @@ import torch
 
 from syncbn.cli import main
 from syncbn.models import inception_bn
+from syncbn.models.embedding import put_embedding_head
 from syncbn.models.weights import ModelCard, build_network, files, read_weights, write_weights
 from syncbn.preprocessing import PREPROCESSING, Preprocessing
 from syncbn.training.classifier import ImageClassifier
@@ -185,6 +186,36 @@ def test_a_head_that_is_not_there_cannot_be_kept():
     save_cadene(Path("cadene.pth"))
     with pytest.raises(ValueError, match=r"its classifier is of 5 classes, the data have 3: leave model.head=keep out"):
         ImageClassifier(4, 3, 3, 12, weights="cadene.pth", head="keep", classes=CLASSES)
+
+
+def test_a_head_is_kept_or_refused_by_their_number_where_no_class_has_a_name():
+    save_classifier(Path("a.safetensors"), CLASSES)
+    kept = ImageClassifier(4, 3, 3, 12, weights="a.safetensors", head="keep")
+    assert bool((kept.network.classifier.weight == 7).all())
+    new = ImageClassifier(4, 3, 3, 12, weights="a.safetensors", head="new")
+    assert not bool((new.network.classifier.weight == 7).any())
+    with pytest.raises(ValueError, match=r"its classifier is of 3 classes, the data have 5"):
+        ImageClassifier(4, 5, 3, 12, weights="a.safetensors", head="keep")
+
+
+def test_what_the_head_policy_does_with_an_embedding(caplog):
+    network = inception_bn(3, width_multiplier=0.125, stem="small")
+    put_embedding_head(network, 4)
+    torch.nn.init.constant_(network.classifier.embedding.weight, 7.0)
+    of_images = Preprocessing("RGB", (1.0,) * 3, (2.0,) * 3)
+    card = ModelCard("syncbn", network.arguments, None, None, of_images, 32, None, embedding_dimension=4)
+    write_weights(network, card, Path("a.safetensors"), "safetensors")
+
+    def weight(dimension, head):
+        model = ImageClassifier(4, 3, 3, 12, weights="a.safetensors", head=head, embedding_dimension=dimension)
+        return model.network.classifier.embedding.weight
+
+    assert bool((weight(4, "keep") == 7).all()) and bool((weight(4, "auto") == 7).all())
+    assert not bool((weight(4, "new") == 7).any()) and "a new embedding, as model.head=new asks" in caplog.text
+    assert not bool((weight(5, "auto") == 7).any()) and "an embedding of shape (4, 136)" in caplog.text
+    with pytest.raises(ValueError, match=r"an embedding of shape \(4, 136\), the network wants \(5, 136\): leave"):
+        weight(5, "keep")
+    assert "classifier" not in caplog.text  # which is none of an embedding's concern
 
 
 MISTAKES = {

@@ -15,7 +15,7 @@ from syncbn.data.datamodule import use_one_thread
 from syncbn.data.samplers import SampleKey
 from syncbn.inference.images import find_images, prepare_images
 from syncbn.inference.writers import Embedding, Format, Prediction, choose_writer, opened_writer
-from syncbn.models.weights import ModelCard, build_network, read_weights
+from syncbn.models.weights import ModelCard, build_network, check_input, read_weights, require_folder
 from syncbn.nn import fold_batch_norm
 
 TOP_K = 5
@@ -64,8 +64,12 @@ def predict(
     content = read_weights(weights)
     check_embedding(content.card, top_k, crops)
     kind = choose_writer(format, output, content.card)
+    if output is not None:
+        check_output(output, weights)
     where = choose_device(device)
-    network = fold_batch_norm(build_network(content)).to(where)
+    trained = build_network(content)
+    check_input(content.card, trained)
+    network = fold_batch_norm(trained).to(where)
     prepared = prepare_images(paths, content.card, crops)
     left_out = 0
     with opened_writer(kind, output, content.card) as writer:
@@ -82,6 +86,19 @@ def predict(
     if left_out:
         print(f"syncbn: {left_out} of {len(paths)} images were left out", file=sys.stderr)
     return 2 if left_out else 0
+
+
+def check_output(output: Path, weights: Path) -> None:
+    """Refuse a file that cannot be written, or that would be written over the weights.
+
+    Raises:
+        ValueError: There is no such folder, or it is the file of weights.
+    """
+    require_folder(output)
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder: name a file in it")
+    if output.exists() and weights.exists() and output.samefile(weights):
+        raise ValueError(f"--output {output} is the file of weights itself: name another")
 
 
 def check_embedding(card: ModelCard, top_k: int | None, crops: int) -> None:

@@ -97,7 +97,8 @@ class ImageClassifier(Evaluated):
         embedding_temperature: Of the normalised softmax loss.
         head: What is done with the classifier of ``weights``. "auto" takes it over where its classes are called as the
             data's; of a file without names, where their number is the same. "new" draws a new one, "keep" takes it
-            over whatever its classes are called.
+            over whatever its classes are called. With ``embedding_dimension`` the same of the embedding of ``weights``,
+            by its shape.
         classes: Names of the classes, in the order of their labels.
 
     Raises:
@@ -158,7 +159,7 @@ class ImageClassifier(Evaluated):
             )
         self.save_hyperparameters(ignore=["classes"])  # which the model card holds
         embeds = embedding_dimension is not None
-        start = None if weights is None else weights_to_start_from(weights, classes, head, embeds)
+        start = None if weights is None else weights_to_start_from(weights, classes or num_classes, head, embeds)
         self.network = inception_bn(
             num_classes,
             variant,

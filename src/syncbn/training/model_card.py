@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from syncbn.data.datamodule import ImageDataModule
 from syncbn.models import InceptionBN
 from syncbn.models.embedding import EmbeddingHead
 from syncbn.models.variants import VariantSpec
-from syncbn.models.weights import HeadPolicy, ModelCard, Weights, choose_head, read_weights
+from syncbn.models.weights import HeadPolicy, ModelCard, Weights, WeightsError, choose_head, read_weights
 from syncbn.models.weights.heads import EMBEDDING
 from syncbn.models.weights.reading import STORED_OPTIONS
 from syncbn.preprocessing import Preprocessing, find_preprocessing
@@ -73,34 +73,60 @@ def choose_preprocessing(
     return variant if weights is None else read_once(weights).card.preprocessing.to_dict()
 
 
-def weights_to_start_from(path: str, classes: Sequence[str] | None, head: HeadPolicy, embeds: bool) -> Weights:
+def weights_to_start_from(path: str, classes: Sequence[str] | int, head: HeadPolicy, embeds: bool) -> Weights:
     """What a network begins with.
 
     Args:
         path: File of weights.
-        classes: Names of the classes to tell apart; None where they are not known, and their number decides.
+        classes: Names of the classes to tell apart; where they are not known, their number, which then decides.
         head: What is done with the file's classifier.
-        embeds: Whether an embedding is trained, which leaves no classifier.
+        embeds: Whether an embedding is trained, which leaves no classifier; `take_embedding` then obeys ``head``.
 
     Raises:
         ValueError: The file cannot be read, or ``head`` asks for a classifier that it does not have.
     """
-    weights, said = read_once(path), ""
-    if classes is not None and not embeds:
-        weights, said = choose_head(weights, classes, head)
+    weights = read_once(path)
+    if embeds:
+        return replace(weights, new_head=True)
+    weights, said = choose_head(weights, classes, head)
+    _say(path, said)
+    return weights
+
+
+def _say(path: str | Path, said: str) -> None:
     if said and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
         logger.warning("%s: %s", path, said)
-    return weights
 
 
 @torch.no_grad()
 def take_embedding(network: InceptionBN, weights: Weights, head: HeadPolicy) -> None:
-    """Go on with the embedding of a file where it has as many numbers."""
-    found = weights.tensors.get(EMBEDDING[0])
+    """Go on with the embedding of a file where it has as many numbers; say where it is new.
+
+    Args:
+        network: With a `ProxyHead`.
+        weights: Of the file.
+        head: "new" leaves the file's embedding; "keep" insists on it. The proxies are new in any case.
+
+    Raises:
+        ValueError: "keep", and the file has no embedding of so many numbers; or its bias is of another length.
+    """
     linear = network.classifier.embedding
-    if head != "new" and found is not None and found.shape == linear.weight.shape:
-        linear.weight.copy_(found)
-        linear.bias.copy_(weights.tensors[EMBEDDING[1]])
+    weight, bias = (weights.tensors.get(name) for name in EMBEDDING)
+    if head == "new":
+        _say(weights.path, "a new embedding, as model.head=new asks")
+        return
+    if weight is None or weight.shape != linear.weight.shape:
+        what = "no embedding" if weight is None else f"an embedding of shape {tuple(weight.shape)}"
+        reason = f"it has {what}, the network wants {tuple(linear.weight.shape)}"
+        if head == "keep":
+            raise WeightsError(weights.path, f"{reason}: leave model.head=keep out")
+        _say(weights.path, f"{reason}: a new one")
+        return
+    bias = torch.zeros_like(linear.bias) if bias is None else bias
+    if bias.shape != linear.bias.shape:
+        raise WeightsError(weights.path, f"{weights.key(EMBEDDING[1])} has the shape {tuple(bias.shape)}")
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias)
 
 
 def options_of_weights(network: InceptionBN, card: ModelCard, preprocessing: dict[str, Any] | None) -> dict[str, Any]:

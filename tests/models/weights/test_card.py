@@ -23,6 +23,9 @@ CHANGES = {
     "a class that is missing": {"classes": ["one"]},
     "an architecture that reads files": {"architecture": {"weights": "other.pth"}},
     "no architecture": {"architecture": 3},
+    "images that fill the memory": {"image_size": 10**6, "resize": None},
+    "resized to fill the memory": {"resize": 10**6},
+    "a centre larger than the image": {"resize": 200},
     "a size in words": {"image_size": "large"},
     "an unknown part": {"colour": "red"},
     "another order of the colours": {"preprocessing": {"colour_order": "GBR", "mean": [1], "std": [1]}},
@@ -42,7 +45,7 @@ def test_a_wrong_card_is_refused(change):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", "null", "\x00", b"\xff\xfe\xff"])
+@pytest.mark.parametrize("text", ["", "[1]", "{}", "null", "\x00", b"\xff\xfe\xff", "[" * 200_000], ids=range(7))
 def test_junk_is_refused(text):
     with pytest.raises(ValueError, match="here is no model card"):
         parse_card(text, "here")

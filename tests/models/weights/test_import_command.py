@@ -1,5 +1,6 @@
 """``syncbn import``."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import torch
 from reference_networks import cadene_network, slim_network
 
 from syncbn.cli import main
-from syncbn.models.weights import build_network, read_weights
+from syncbn.models import inception_bn
+from syncbn.models.weights import WeightsError, build_network, card_path, read_weights
+from syncbn.models.weights.files import FileContent
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +89,52 @@ def test_mistakes(tmp_path, capsys):
     assert "there is no such file" in refusal(capsys, tmp_path / "nowhere.pth")
     assert "nowhere.txt" in refusal(capsys, tmp_path / "a.pth", "--classes", tmp_path / "nowhere.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "names.txt"]
+
+
+def test_a_card_that_the_network_cannot_be_fed_by_is_not_written(tmp_path, capsys):
+    torch.save(cadene_network().state_dict(), tmp_path / "a.pth")
+    for words, expected in {
+        ("--image_size=-3",): "image_size=-3 is out of range",
+        ("--image_size=1000000",): "image_size=1000000 is out of range",
+        ("--image_size=8",): "image_size=8 is too small: this network takes 32 pixels up",
+        ("--image_size=64", "--resize=48"): "resize=48 must be at least image_size=64",
+        ("--mean=[0]", "--std=[1]"): "mean and std have 1 numbers, the network 3 channels",
+    }.items():
+        assert expected in refusal(capsys, tmp_path / "a.pth", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_names_of_classes_in_any_unicode_of_windows_and_in_no_other_code(tmp_path, capsys):
+    torch.save(cadene_network().state_dict(), tmp_path / "a.pth")
+    names = [f"grün {number}" for number in range(10)]
+    (tmp_path / "names.txt").write_text("\r\n".join(names), encoding="utf-8-sig")
+    import_file(tmp_path / "a.pth", "--classes", tmp_path / "names.txt")
+    assert read_weights(tmp_path / "a.safetensors").card.classes == tuple(names)
+    (tmp_path / "latin.txt").write_text("\n".join(names), encoding="latin-1")
+    assert f"--classes {tmp_path}/latin.txt is not in UTF-8" in refusal(
+        capsys, tmp_path / "a.pth", "--classes", tmp_path / "latin.txt"
+    )
+
+
+def test_a_tensorflow_checkpoint_is_imported_again(tmp_path, monkeypatch):
+    variables = {name: torch.from_numpy(array) for name, array in slim_network().variables.items()}
+    monkeypatch.setattr("syncbn.models.weights.files._read_tensorflow", lambda path: FileContent(variables))
+    (tmp_path / "inception_v2.ckpt.index").write_bytes(b"names alone")
+    for _ in range(2):
+        import_file(tmp_path / "inception_v2.ckpt")
+        sys.argv[:] = ["syncbn"]
+    assert read_weights(tmp_path / "inception_v2.safetensors").card.layout == "slim"
+
+
+def test_a_classifier_of_which_the_card_alone_knows_is_not_made_up(tmp_path, capsys):
+    state = {name: tensor for name, tensor in cadene_network().state_dict().items() if "last_linear" not in name}
+    torch.save(state, tmp_path / "a.pth")
+    card = dataclasses.replace(read_weights(tmp_path / "a.pth").card, num_classes=10)
+    card_path(tmp_path / "a.pth").write_text(card.to_json())
+    assert "its card is of 10 classes, but it has no last_linear.weight" in refusal(capsys, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=r"but it has no last_linear.weight"):
+        build_network(read_weights(tmp_path / "a.pth"))
+    assert inception_bn(7, weights=tmp_path / "a.pth").classifier.out_features == 7
 
 
 def test_reading_weights_brings_neither_lightning_nor_opencv():

@@ -12,7 +12,16 @@ import torch
 from reference_networks import cadene_network, slim_network
 
 from syncbn.models import inception_bn
-from syncbn.models.weights import WeightsError, build_network, card_path, load_network, read_weights, write_weights
+from syncbn.models.weights import (
+    WeightsError,
+    build_network,
+    card_path,
+    choose_head,
+    load_network,
+    network_with_weights,
+    read_weights,
+    write_weights,
+)
 
 TOLERANCE = 1e-5
 
@@ -112,6 +121,15 @@ def test_a_missing_tensor_a_wrong_shape_and_a_left_over_one_are_named(cadene, tm
     assert "conv1_7x7_s2.bias is left over" in text and str(tmp_path / "a.pth") in text and "\n" not in text
 
 
+@pytest.mark.parametrize("layer", ["conv2_3x3", "inception_4c_pool_proj", "inception_5b_3x3"])
+def test_one_wrong_shape_is_told_alone(cadene, layer, tmp_path):
+    state = cadene.state_dict() | {f"{layer}.weight": torch.zeros(4, 4, 3, 3)}
+    with pytest.raises(WeightsError) as raised:
+        load_network(save(state, tmp_path / "a.pth"))
+    assert f"{layer}.weight has the shape (4, 4, 3, 3), not" in str(raised.value)
+    assert str(raised.value).count("has the shape") == 1
+
+
 def test_a_head_of_other_classes_or_none_is_new(cadene, tmp_path, caplog):
     state = cadene.state_dict()
     network = inception_bn(7, weights=save(state, tmp_path / "a.pth"))
@@ -125,6 +143,37 @@ def test_a_head_of_other_classes_or_none_is_new(cadene, tmp_path, caplog):
     assert torch.equal(network.stem.conv1.conv.weight, state["conv1_7x7_s2.weight"])
     with pytest.raises(WeightsError, match="it has no classifier and no embedding"):
         build_network(read_weights(path))
+
+
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+def test_half_a_classifier_is_never_replaced_by_a_random_one(cadene, tmp_path, caplog):
+    weights = read_weights(save(without(cadene.state_dict(), "last_linear.bias"), tmp_path / "a.pth"))
+    network = build_network(weights)
+    assert torch.equal(network.classifier.weight, cadene.last_linear.weight)
+    assert torch.equal(network.classifier.bias, torch.zeros(10))
+    assert "last_linear.bias is missing: zeros in its place" in caplog.text
+    caplog.clear()
+    new, said = choose_head(weights, 10, "new")
+    network_with_weights(new, 10, {})
+    assert said == "a new classifier, as model.head=new asks" and caplog.records == []
+    path = save(without(cadene.state_dict(), "last_linear.weight"), tmp_path / "b.pth")
+    with pytest.raises(WeightsError, match=r"last_linear.bias is there without a weight"):
+        read_weights(path)
+    odd = cadene.state_dict() | {"last_linear.weight": torch.tensor(3.0)}
+    with pytest.raises(WeightsError, match=r"last_linear.weight has the shape \(\), not \(outputs, inputs\)"):
+        read_weights(save(odd, tmp_path / "c.pth"))
+
+
+def test_slims_background_goes_from_a_classifier_without_a_bias(tmp_path, caplog):
+    slim = slim_network(num_classes=1001)
+    weights = torch.from_numpy(slim.variables["InceptionV2/Logits/Conv2d_1c_1x1/weights"])
+    del slim.variables["InceptionV2/Logits/Conv2d_1c_1x1/biases"]
+    network = inception_bn(1000, weights=save_slim(slim, tmp_path / "slim.npz"))
+    assert torch.equal(network.classifier.weight, weights[0, 0].T[1:])
+    assert torch.equal(network.classifier.bias, torch.zeros(1000)) and "taken without it" in caplog.text
 
 
 class ProxyAnchorNetwork(torch.nn.Module):
@@ -156,6 +205,8 @@ def test_an_embedding_of_proxy_anchor_there_and_back(cadene, tmp_path, caplog):
         assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in network.state_dict().items())
     classes = inception_bn(10, weights=path)  # which the same file serves, by the classifier that it has, too
     assert torch.equal(classes.classifier.weight, reference.model.last_linear.weight) and caplog.records == []
+    new = inception_bn(10, weights=choose_head(weights, 10, "new")[0])
+    assert not torch.equal(new.classifier.weight, reference.model.last_linear.weight)
     with pytest.raises(ValueError, match=r"the layout slim has no classifier.embedding.weight"):
         write_weights(network, weights.card, tmp_path / "a.npz", "slim")
 

@@ -3,7 +3,7 @@
 from syncbn.models.weights.card import ModelCard, card_path, parse_card, read_card_beside
 from syncbn.models.weights.files import WeightsError
 from syncbn.models.weights.heads import HeadPolicy, choose_head
-from syncbn.models.weights.loading import build_network, load_into, load_network, network_with_weights
+from syncbn.models.weights.loading import build_network, check_input, load_into, load_network, network_with_weights
 from syncbn.models.weights.reading import Weights, read_weights
 from syncbn.models.weights.writing import require_folder, write_weights
 
@@ -14,6 +14,7 @@ __all__ = [
     "WeightsError",
     "build_network",
     "card_path",
+    "check_input",
     "choose_head",
     "load_into",
     "load_network",

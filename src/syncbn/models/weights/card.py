@@ -12,6 +12,9 @@ from syncbn.preprocessing import Preprocessing
 CARD_KEY = "syncbn_model_card"
 """Under which safetensors' metadata and Lightning's checkpoints hold the card."""
 
+LARGEST_SIDE = 4096
+"""Of the images that a card may ask for, in pixels: larger ones fill the memory before a network sees them."""
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -60,13 +63,18 @@ def parse_card(text: str | bytes, source: str) -> ModelCard:
             preprocessing=Preprocessing.from_dict(content.pop("preprocessing")),
             **content,
         )
-        _check(card)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        check_card(card)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{source} is no model card: {error}") from error
     return card
 
 
-def _check(card: ModelCard) -> None:
+def check_card(card: ModelCard) -> None:
+    """Refuse what no card can say.
+
+    Raises:
+        ValueError: A part is out of range, or two contradict each other.
+    """
     expected: dict[str, type | tuple[type, ...]] = {"layout": str, "architecture": dict}
     for name in ("num_classes", "image_size", "resize", "embedding_dimension"):
         expected[name] = (int, type(None))
@@ -74,6 +82,11 @@ def _check(card: ModelCard) -> None:
         value = getattr(card, name)
         if not isinstance(value, kind) or (isinstance(value, int) and value < 1):
             raise ValueError(f"{name}={value!r} is out of range")
+    for name in ("image_size", "resize"):
+        if (getattr(card, name) or 0) > LARGEST_SIDE:
+            raise ValueError(f"{name}={getattr(card, name)} is out of range, at most {LARGEST_SIDE} pixels")
+    if card.resize is not None and card.resize < (card.image_size or 0):
+        raise ValueError(f"resize={card.resize} must be at least image_size={card.image_size}")
     if {"weights", "process_group", "num_classes"} & set(card.architecture):
         raise ValueError("architecture names more than a network")
     if card.num_classes is not None and card.embedding_dimension is not None:

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from syncbn.models.weights.card import ModelCard
+from syncbn.models.weights.card import ModelCard, check_card
 from syncbn.models.weights.heads import BACKGROUND
-from syncbn.models.weights.loading import network_with_weights
+from syncbn.models.weights.loading import check_input, network_with_weights, require_head
 from syncbn.models.weights.reading import Weights, read_weights
 from syncbn.models.weights.writing import require_folder, write_weights
 from syncbn.preprocessing import Preprocessing
@@ -36,18 +36,22 @@ def import_weights(
         std: Of each channel on the scale 0..255; likewise.
 
     Raises:
-        ValueError: The file cannot be read, or is of no known layout; tensors are missing.
+        ValueError: The file cannot be read, or is of no known layout; tensors are missing; or the network cannot be fed
+            what the card then says.
         OSError: A file cannot be read or written.
     """
     output = file.with_suffix(".safetensors") if output is None else output
-    if output.exists() and output.samefile(file):
+    if output.exists() and file.exists() and output.samefile(file):  # a TensorFlow checkpoint's name is no file's
         raise ValueError(f"--output {output} is the file itself: name another")
     require_folder(output)
     weights = read_weights(file)
+    require_head(weights)
     card = _complete(weights.card, image_size, resize, mean, std)
     if classes is not None:
         card = _name_classes(card, classes)
     network = network_with_weights(weights, card.num_classes or 1, {}, card.embedding_dimension).eval()
+    check_card(card)
+    check_input(card, network)
     write_weights(network, card, output, "safetensors")
     for line in describe(weights, card):
         print(line)
@@ -71,7 +75,13 @@ def _complete(
 
 def _name_classes(card: ModelCard, path: Path) -> ModelCard:
     """The card with the names of a file; slim's background is named where the file has one name too few."""
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--classes {path} is not in UTF-8 ({error.reason} at byte {error.start}): save it so"
+        ) from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
     if card.layout == "slim" and card.num_classes == len(names) + 1:
         names.insert(0, BACKGROUND)
     if len(names) != card.num_classes:

@@ -83,6 +83,8 @@ def read_file(path: Path) -> FileContent:
         return _read_torch(path)
     if end == TENSORFLOW_TABLE:
         return _read_tensorflow(path)
+    if path.suffix == ".onnx":
+        raise WeightsError(path, "it is a graph, which onnxruntime runs: name the weights that it was exported from")
     raise WeightsError(path, "it is none of PyTorch's, safetensors', NumPy's .npz and TensorFlow's files of weights")
 
 
@@ -156,6 +158,11 @@ def _read_torch(path: Path) -> FileContent:
     for key, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise WeightsError(path, f"{key} is sparse, quantised or without data: plain tensors are read")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise WeightsError(
+                path,
+                f"{key} has the shape {tuple(tensor.shape)} but fewer numbers, repeated: save a clone() of it instead",
+            )
     return FileContent(tensors, tuple(str(key) for key in state if str(key) not in tensors), metadata)
 
 

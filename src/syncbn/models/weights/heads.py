@@ -26,12 +26,12 @@ PROXIES = "classifier.proxies"
 BACKGROUND = "background"
 
 
-def choose_head(weights: Weights, classes: Sequence[str], policy: HeadPolicy) -> tuple[Weights, str]:
+def choose_head(weights: Weights, classes: Sequence[str] | int, policy: HeadPolicy) -> tuple[Weights, str]:
     """Decide by the names of the classes, which the number of outputs does not tell.
 
     Args:
         weights: What was read.
-        classes: Of the new task, in the order of the outputs.
+        classes: Of the new task, in the order of the outputs; or their number, where the names are not known.
         policy: See `HeadPolicy`.
 
     Returns:
@@ -46,17 +46,18 @@ def choose_head(weights: Weights, classes: Sequence[str], policy: HeadPolicy) ->
             raise WeightsError(weights.path, "it has no classifier to keep: leave model.head=keep out")
         return weights, ""
     if policy == "new":
-        return _without_head(weights), "a new classifier, as model.head=new asks"
+        return replace(weights, new_head=True), "a new classifier, as model.head=new asks"
+    wanted = classes if isinstance(classes, int) else len(classes)
     found, named = len(weights.tensors[HEAD[0]]), weights.card.classes
-    background = found == len(classes) + 1 and _begins_with_background(weights, found)
-    if found != len(classes) and not background:
+    background = found == wanted + 1 and _begins_with_background(weights, found)
+    if found != wanted and not background:
         if policy == "keep":
             raise WeightsError(
                 weights.path,
-                f"its classifier is of {found} classes, the data have {len(classes)}: leave model.head=keep out",
+                f"its classifier is of {found} classes, the data have {wanted}: leave model.head=keep out",
             )
         return weights, ""
-    if policy == "keep":
+    if policy == "keep" or isinstance(classes, int):
         return weights, ""
     if named is None:
         return (
@@ -66,40 +67,37 @@ def choose_head(weights: Weights, classes: Sequence[str], policy: HeadPolicy) ->
     if tuple(named[background:]) == tuple(classes):
         return weights, ""
     other, ours = next(pair for pair in zip(named[background:], classes, strict=True) if pair[0] != pair[1])
-    return _without_head(weights), (
-        f"the classifier is of {len(classes)} other classes ({other!r} where the data have {ours!r}): a new one;"
+    return replace(weights, new_head=True), (
+        f"the classifier is of {wanted} other classes ({other!r} where the data have {ours!r}): a new one;"
         " model.head=keep takes it over"
     )
-
-
-def _without_head(weights: Weights) -> Weights:
-    return replace(weights, tensors={name: tensor for name, tensor in weights.tensors.items() if name not in HEAD})
 
 
 def fit_head(tensors: dict[str, Tensor], state: dict[str, Tensor], weights: Weights) -> list[str]:
     """Adapt or leave out the classifier among the tensors, and say what was done."""
     tensors.pop(PROXIES, None)  # of the training alone
+    head = {name: tensors.pop(name) for name in HEAD if name in tensors}
     if HEAD[0] not in state:  # an embedding in its place
-        for name in HEAD:
-            tensors.pop(name, None)
         return []
     for name in EMBEDDING:
         tensors.pop(name, None)
-    wanted = len(state[HEAD[0]])
-    head = [tensors[name] for name in HEAD if name in tensors]
-    if len(head) < 2:
-        for name in HEAD:
-            tensors.pop(name, None)
-        return [] if HEAD[0] in weights.keys else ["the file has no classifier: that of the network is new"]
-    found = len(head[0])
-    if found == wanted:
+    if weights.new_head:
         return []
-    if found == wanted + 1 and _begins_with_background(weights, found):
-        tensors.update({name: tensor[1:] for name, tensor in zip(HEAD, head, strict=True)})
-        return [f"{found} classes, the background first: taken without it"]
-    for name in HEAD:
-        del tensors[name]
-    return [f"the classifier is of {found} classes: a new one of {wanted} classes"]
+    if not head:
+        return ["the file has no classifier: that of the network is new"]
+    weight, wanted, said = head[HEAD[0]], len(state[HEAD[0]]), []
+    found = len(weight)
+    without_background = found == wanted + 1 and _begins_with_background(weights, found)
+    if found != wanted and not without_background:
+        return [f"the classifier is of {found} classes: a new one of {wanted} classes"]
+    if HEAD[1] not in head:
+        head[HEAD[1]] = weight.new_zeros(found)
+        said.append(f"{weights.key(HEAD[1])} is missing: zeros in its place")
+    if without_background:
+        head = {name: tensor[1:] for name, tensor in head.items()}
+        said.append(f"{found} classes, the background first: taken without it")
+    tensors.update(head)
+    return said
 
 
 def _begins_with_background(weights: Weights, classes: int) -> bool:

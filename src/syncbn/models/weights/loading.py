@@ -13,6 +13,7 @@ from torch import Tensor
 
 from syncbn.models.embedding import put_embedding_head
 from syncbn.models.inception_bn import InceptionBN, inception_bn
+from syncbn.models.weights.card import ModelCard
 from syncbn.models.weights.files import WeightsError
 from syncbn.models.weights.heads import HEAD, fit_head
 from syncbn.models.weights.reading import Weights, read_weights
@@ -38,7 +39,23 @@ def build_network(weights: Weights) -> InceptionBN:
             weights.path,
             "it has no classifier and no embedding, which this needs: `syncbn fit --model.weights` trains one",
         )
+    require_head(weights)
     return network_with_weights(weights, card.num_classes or 1, {}, card.embedding_dimension).eval()
+
+
+def require_head(weights: Weights) -> None:
+    """Refuse a file without the classifier of which its card speaks: a network of it would have a random one.
+
+    Raises:
+        ValueError: It is such a file.
+    """
+    classes = weights.card.num_classes
+    if classes is not None and HEAD[0] not in weights.tensors:
+        raise WeightsError(
+            weights.path,
+            f"its card is of {classes} classes, but it has no {weights.key(HEAD[0])}:"
+            " `syncbn fit --model.weights` trains a classifier",
+        )
 
 
 def network_with_weights(
@@ -59,8 +76,8 @@ def network_with_weights(
     try:
         with torch.device("meta"):  # before memory is taken for a network of whatever size a card describes
             skeleton = _new_network(num_classes, arguments, embedding_dimension)
-    except (TypeError, ValueError) as error:
-        raise WeightsError(weights.path, f"no network is so: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # torch's, where a size is beyond any
+        raise WeightsError(weights.path, f"no network is so: {str(error).splitlines()[0]}") from error
     _check_fit(skeleton, weights)
     network = _new_network(num_classes, arguments, embedding_dimension)
     load_into(network, weights)
@@ -163,3 +180,18 @@ def _may_be_missing(name: str, network: InceptionBN) -> bool:
 def load_network(path: str | Path) -> InceptionBN:
     """The network of a file of weights, in eval mode; errors as in `read_weights` and `build_network`."""
     return build_network(read_weights(path))
+
+
+def check_input(card: ModelCard, network: InceptionBN) -> None:
+    """Refuse a card by which a network would be fed what it cannot take.
+
+    Raises:
+        ValueError: The numbers of channels differ, or the images are not of a size that the network takes.
+    """
+    mean, size, only = card.preprocessing.mean, card.image_size, network.head_image_size
+    if mean is not None and len(mean) != network.in_channels:
+        raise ValueError(f"mean and std have {len(mean)} numbers, the network {network.in_channels} channels")
+    if size is not None and size < network.minimum_size:
+        raise ValueError(f"image_size={size} is too small: this network takes {network.minimum_size} pixels up")
+    if size is not None and only not in (None, (size, size)):
+        raise ValueError(f"image_size={size}, but per_activation_head was built for images of {only}")

@@ -46,6 +46,7 @@ class Weights:
         unmatched: Keys of the file that are of no layer of Inception-BN.
         card: The network that they are of.
         keys: The file's keys of the tensors, by our names.
+        new_head: Whether a network is to have a new classifier although the file has one.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Weights:
     unmatched: tuple[str, ...]
     card: ModelCard
     keys: Mapping[str, str]
+    new_head: bool = False
 
     def key(self, name: str) -> str:
         """What the file calls a tensor of our name, or would if it had it."""
@@ -76,10 +78,22 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path).expanduser()
     content = read_file(path)
     layout, tensors, keys = _match(path, content)
+    _check_parts_of_heads(path, tensors, keys)
     card = _card_of(path, content) or _inferred_card(layout, tensors, content.metadata)
     _check_head(path, card, tensors)
     unmatched = {*content.tensors, *content.others} - {*keys.values()}
     return Weights(path, layout, tensors, tuple(sorted(unmatched)), card, keys)
+
+
+def _check_parts_of_heads(path: Path, tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
+    """Refuse what can be no linear layer, of a classifier or an embedding."""
+    for layer in ("classifier", "classifier.embedding"):
+        weight, bias = f"{layer}.weight", f"{layer}.bias"
+        if bias in tensors and weight not in tensors:
+            raise WeightsError(path, f"{keys[bias]} is there without a weight: give the whole {layer}, or none of it")
+        if weight in tensors and tensors[weight].dim() != 2:
+            shape = tuple(tensors[weight].shape)
+            raise WeightsError(path, f"{keys[weight]} has the shape {shape}, not (outputs, inputs)")
 
 
 def _check_head(path: Path, card: ModelCard, tensors: Mapping[str, Tensor]) -> None:
@@ -187,7 +201,10 @@ def infer_architecture(variant: str | None, tensors: Mapping[str, Tensor]) -> di
 
 
 def _width_and_projection(variant: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The width multiplier and the projection of 4c and 4d, where they are not the default; nothing where none fits."""
+    """The width multiplier and the projection of 4c and 4d, where they are not the default, by most of the shapes.
+
+    A tensor of a wrong shape is then the one that is refused, not all the others.
+    """
 
     def channels(unit: str) -> int:
         weight = tensors.get(f"{unit}.conv.weight")
@@ -198,11 +215,15 @@ def _width_and_projection(variant: str, tensors: Mapping[str, Tensor]) -> dict[s
     for row in TABLE:
         actual.append(channels(f"inception_{row.name}.branch_3x3.spatial"))
         expected.append(row.conv_3x3)
-    projection = channels("inception_4c.branch_pool.projection")
-    for width in [1.0, *WIDTHS]:
-        for candidate in (VARIANTS[variant].projection_4cd, 128, 96):
-            wanted = [scale_channels(count, width) for count in (*expected, candidate)]
-            if wanted == [*actual, projection]:
-                found: dict[str, Any] = {} if width == 1 else {"width_multiplier": width}
-                return found if candidate == VARIANTS[variant].projection_4cd else found | {"projection_4cd": candidate}
-    return {}
+    actual += [channels(f"inception_{name}.branch_pool.projection") for name in ("4c", "4d")]
+    usual = VARIANTS[variant].projection_4cd
+
+    def agreeing(choice: tuple[float, int]) -> int:
+        width, projection = choice
+        wanted = [scale_channels(count, width) for count in (*expected, projection, projection)]
+        return sum(map(int.__eq__, wanted, actual))
+
+    choices = [(width, projection) for width in (1.0, *WIDTHS) for projection in (usual, 128, 96)]
+    width, projection = max(choices, key=agreeing)  # the first of several
+    found: dict[str, Any] = {} if width == 1 else {"width_multiplier": width}
+    return found if projection == usual else found | {"projection_4cd": projection}
