@@ -98,9 +98,15 @@ def table4(
     card = common_card(checkpoints)
     image_size = image_size or card.image_size or 224
     cut: dict[int, ImageDataModule] = {}
-    for crops, side in ((1, resize or card.resize), (MULTICROP, None)):
+    for crops in (1, MULTICROP):
         cut[crops] = ImageDataModule(
-            batch_size, data, image_size, None, side, crops, card.preprocessing, num_workers=num_workers
+            batch_size,
+            data,
+            image_size,
+            resize=resize or card.resize,
+            evaluation_crops=crops,
+            preprocessing=card.preprocessing,
+            num_workers=num_workers,
         )
         cut[crops].sets = some_of(cut[crops].sets, images)
     check_same_task(f"--checkpoints: {checkpoints[0]}", first.hparams, of_data(cut[1], first.hparams))
