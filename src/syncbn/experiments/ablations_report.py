@@ -127,12 +127,15 @@ def _ranges(outcomes: Sequence[Outcome], num_classes: int) -> list[str]:
     """In words, the learning rates that train with and without BatchNorm."""
     lines = []
     for norm, network in (("none", "Without"), ("batch", "With")):
-        rates = [
-            of_trial[0].changes["model.learning_rate_per_32_images"]
+        tried = {
+            of_trial[0].changes["model.learning_rate_per_32_images"]: trains(of_trial, num_classes)
             for (section, _), of_trial in _trials(outcomes).items()
-            if section == RATE_SECTION and of_trial[0].changes["model.norm"] == norm and trains(of_trial, num_classes)
-        ]
-        found = f"from {min(rates):g} to {max(rates):g}" if rates else "none of those tried"
+            if section == RATE_SECTION and of_trial[0].changes["model.norm"] == norm
+        }
+        rates = sorted(rate for rate, does_train in tried.items() if does_train)
+        found = ", ".join(f"{rate:g}" for rate in rates) or "none of those tried"
+        if len(rates) > 1 and all(does for rate, does in tried.items() if rates[0] < rate < rates[-1]):
+            found = f"from {rates[0]:g} to {rates[-1]:g}"
         criterion = "at least twice the accuracy of guessing, with every seed"
         lines.append(f"{network} BN these learning rates train ({criterion}): {found}.")
     return lines
