@@ -211,7 +211,7 @@ def words(tmp_path_factory) -> list[str]:
 def test_a_killed_command_goes_on_where_it_was(words, tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs" / "seed_0"
     words = [*words, f"--output={tmp_path}", "--models=[inception, bn_x5]", "--evaluate_every=256"]
-    words.append('--options+="--checkpointing.every_n_steps=1"')
+    words.append("--options+=--checkpointing.every_n_steps=1")
     write_log(run / "inception", 0, "15,,0.25\n")
     (run / "inception" / "finished").touch()
     process = get_context("forkserver").Process(target=main, args=(words,))
