@@ -135,8 +135,7 @@ def _plot(results: Sequence[Result], path: Path, scale: Scale) -> None:
     axes.set_ylabel("validation accuracy (top-1, single crop)")
     axes.set_ylim(bottom=0)
     seeds = "; a curve for each seed" if len({result.seed for result in results}) > 1 else ""
-    figure.suptitle(str(scale), fontsize=11)
-    axes.set_title(f"Dashed: the best of Inception, which is to be matched{seeds}", fontsize=10)
+    axes.set_title(f"{scale}\nDashed: the best of Inception, which is to be matched{seeds}", fontsize=10)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
