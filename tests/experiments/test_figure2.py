@@ -61,7 +61,7 @@ def test_a_curve_counts_the_first_evaluation_that_is_as_good():
 
 def test_the_report_says_what_is_in_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["syncbn", "paper", "figure2", "some data"])
-    (tmp_path.parent / "notes.md").touch()
+    (tmp_path / "notes.md").touch()
     settings = {"options": ["--data.root=x"], "learning_rate_per_32_images": 0.01}
     timed = [replace(result, seconds=90.0) if result.seed else result for result in results()]
     report = write_report(tmp_path, timed, 32, settings, SMALL)
@@ -74,7 +74,7 @@ def test_the_report_says_what_is_in_the_table(tmp_path, monkeypatch):
     assert "| BN-x5-Sigmoid | not reached | - | - | - | 20.0 % | 69.8 % |" in lines
     assert lines[-1].endswith("not finite after 7 steps.")
     scale = "0.125 of the width, 64 px, 10 classes, 2,500 steps of 32 images: not the paper's scale"
-    assert f"Trained here: {scale}. What follows from that: [notes](../notes.md)." in lines
+    assert f"Trained here: {scale}. What follows from that: [notes](notes.md)." in lines
     assert "Inception, seed 1: 1.5; BN-x5, seed 1: 1.5; BN-x30, seed 1: 1.5." in report and "seed 0: 1" not in report
     with (tmp_path / "figure2.csv").open(newline="") as points:
         rows = list(csv.DictReader(points))
