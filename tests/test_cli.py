@@ -213,3 +213,13 @@ def test_the_command_itself_exits_with_an_error_and_no_traceback():
 def test_importing_the_package_or_the_command_does_not_import_lightning():
     code = "import sys, syncbn, syncbn.cli; sys.exit('lightning' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_interrupt_while_it_prepares_is_no_traceback(monkeypatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("syncbn.cli.run_command", interrupted)
+    with pytest.raises(SystemExit) as exited:
+        main(["doctor"])
+    assert exited.value.code == 128 + signal.SIGINT

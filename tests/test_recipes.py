@@ -2,6 +2,8 @@
 
 import csv
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +151,22 @@ def test_every_recipe_takes_two_steps(recipe, shards, capsys):
     resolved = yaml.safe_load((folder / "config.yaml").read_text())["model"]
     for name in options.keys() - {"per_activation_head", "normalization_batch_size"}:
         assert resolved[name] == options[name], name
+
+
+def test_the_evaluation_in_the_headers_resolves(tmp_path, monkeypatch):
+    """All of the command but the checkpoints and the validation itself."""
+    from syncbn.training.command import SyncBNCLI
+
+    commands = set()
+    for recipe in IMAGENET.glob("ensemble/*.yaml"):
+        header = recipe.read_text().replace("\\\n#", " ")
+        commands.add(re.search(r"^# +syncbn (validate .*)$", header, re.MULTILINE)[1])
+    assert len(commands) == 1
+    validated = []
+    monkeypatch.chdir(IMAGENET.parents[1])
+    monkeypatch.setattr("syncbn.training.command.load_ensemble", lambda paths, like: like)
+    monkeypatch.setattr(SyncBNCLI, "_run_subcommand", lambda cli, verb: validated.append(cli.datamodule))
+    shards = make_shards(tmp_path / "shards", train=(5,))
+    words = shlex.split(commands.pop().replace("SHARDS", str(shards)))
+    main([*words, "--trainer.accelerator=cpu", "--trainer.devices=1", "--model.width_multiplier=0.125"])
+    assert [(data.crops.count, data.crops.resize) for data in validated] == [(144, 256)]

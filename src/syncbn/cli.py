@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ PREDICTS_DATA_SET = ("--config", "-c", "--ckpt_path", "--checkpoints")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; a mistake of the user's ends in one line and exit status 1, without a traceback.
+    """Run the command; a mistake of the user's ends in one line and exit status 1, Ctrl-C in 130, without a traceback.
 
     Args:
         arguments: The words after ``syncbn``; None takes those of the command line. The environment variable
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.argv[1:] = arguments  # where Lightning looks for them when it starts the other ranks
     try:
         run_command()
+    except KeyboardInterrupt:  # while it imports or prepares, too
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if not is_of_the_user(error) or os.environ.get("SYNCBN_TRACEBACK", "0") != "0":
             raise

@@ -109,13 +109,16 @@ def test_ten_crops_differ_without_a_resize():
     [
         ({"count": 12}, "crops=12"),
         ({"resize": 200}, "resize=200"),
-        ({"resize": 256, "count": 144}, "resize=256 has no meaning"),
     ],
     ids=str,
 )
 def test_what_is_out_of_range_is_refused(option, message):
     with pytest.raises(ValueError, match=message):
         EvaluationCrops(224, **option)
+
+
+def test_the_four_scales_of_144_crops_take_the_place_of_resize():
+    assert EvaluationCrops(224, 256, 144).views(300, 400) == EvaluationCrops(224, None, 144).views(300, 400)
 
 
 def test_a_batch_holds_all_crops_of_each_image_and_decodes_in_full():

@@ -63,14 +63,17 @@ def test_the_report(tmp_path):
     outcomes = [
         *(outcome("none", rate, final) for rate, final in ((0.01, 0.5), (0.1, 0.1))),
         outcome("none", 1.0, 0.1, diverged=3),
-        *(outcome("batch", rate, final) for rate, final in ((0.01, 0.6), (0.1, 0.8), (1.0, 0.4))),
+        *(outcome("none", 0.3, 0.5, seed=seed, diverged=seed or None) for seed in (0, 1)),
+        *(outcome("batch", rate, final) for rate, final in ((0.01, 0.6), (0.1, 0.8), (0.3, 0.1), (1.0, 0.4))),
         l2,
     ]
     report = write_report(tmp_path, outcomes, {"data.root": "fashion-mnist"}, num_classes=10)
+    assert "| learning rate | none, 0.3 | 25.00 % (0.00 to 50.00), 1 diverged |" in report
+    assert "counts as 0 % in the means of the table and of the picture" in report
     assert "| learning rate | none, 1 | diverged |" in report and "| L2 | none (0) | 91.00 % |" in report
     criterion = "(at least twice the accuracy of guessing, with every seed)"
-    assert f"Without BN these learning rates train {criterion}: from 0.01 to 0.01." in report
-    assert f"With BN these learning rates train {criterion}: from 0.01 to 1." in report
+    assert f"Without BN these learning rates train {criterion}: 0.01." in report
+    assert f"With BN these learning rates train {criterion}: 0.01, 0.1, 1." in report
     assert (tmp_path / "ablations.md").read_text() == report
     with (tmp_path / "ablations.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))

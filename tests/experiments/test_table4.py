@@ -66,6 +66,7 @@ def test_rows_are_what_the_trainer_finds(shards, tmp_path, monkeypatch, capsys):
     words += [f"--image_size={IMAGE_SIZE}", f"--resize={RESIZE}", "--batch_size=8", "--devices=1", "--accelerator=cpu"]
     main(words)
     table = (tmp_path / "table.md").read_text()
+    assert "Trained here: 0.125 of the width, 32 px, 3 classes, 0 steps: not the paper's scale.\n" in table
     assert table.strip() in capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")][2:]
     expected = [("0.ckpt", paths[:1], 1), ("0.ckpt", paths[:1], 144), ("1.ckpt", paths[1:], 1)]

@@ -89,6 +89,8 @@ def test_accumulated_batches_are_one(tmp_path):
 def test_of_many_values_some_are_measured(tmp_path):
     [row] = fit(tmp_path, CovariateShift(["block_1"], every_n_steps=100, max_values=40), log_every_n_steps=1)
     check(row, "block_1", IMAGES[:4, 0].flatten()[::3])
+    [row] = fit(tmp_path, CovariateShift(["block_1"], every_n_steps=100, max_values=20), log_every_n_steps=1)
+    check(row, "block_1", IMAGES[:4, 0].flatten()[::6])  # every fifth would be of one column
 
 
 def test_measuring_does_not_change_training(tmp_path):

@@ -61,7 +61,8 @@ class ImageDataModule(LightningDataModule):
         resize: Pixels of the shorter side to which an image is resized in evaluation, before its centre is cut out.
             Null for image_size.
         evaluation_crops: Parts of an image over whose probabilities evaluation averages: 1, its centre; 10, corners,
-            centre and mirror images; 144, GoogLeNet's. A batch then holds fewer images, and at least one for each rank.
+            centre and mirror images; 144, GoogLeNet's, whose four scales take the place of ``resize``. A batch then
+            holds fewer images, and at least one for each rank.
         preprocessing: The order of the colours and the normalisation, by the variant of the network: "paper" (RGB,
             the data's own mean and standard deviation), "cadene" or "slim"; or as numbers.
         decoder: Of the training images: "opencv", or "dali" for NVIDIA's (the extra syncbn[dali]), which decodes on

@@ -44,10 +44,11 @@ class EvaluationCrops:
     Args:
         image_size: Side of a crop in pixels.
         resize: Pixels of the shorter side, to which the image is resized for 1 and 10 crops. Null for ``image_size``.
+            144 crops have four scales of their own in its place.
         count: 1, 10 or 144.
 
     Raises:
-        ValueError: The count is another, or ``resize`` is smaller than ``image_size``.
+        ValueError: The count is another, or ``resize`` is smaller than ``image_size`` where it is used.
     """
 
     image_size: int
@@ -57,11 +58,7 @@ class EvaluationCrops:
     def __post_init__(self) -> None:
         if self.count not in CROP_COUNTS:
             raise ValueError(f"evaluation_crops={self.count} must be 1, 10 or 144")
-        if self.count == 144 and self.resize is not None:
-            raise ValueError(
-                f"resize={self.resize} has no meaning with evaluation_crops=144, which have four: leave it out"
-            )
-        if self.resize is not None and self.resize < self.image_size:
+        if self.count != 144 and self.resize is not None and self.resize < self.image_size:
             raise ValueError(f"resize={self.resize} must be at least image_size={self.image_size}")
 
     def views(self, height: int, width: int) -> list[View]:

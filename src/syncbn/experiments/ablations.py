@@ -52,7 +52,7 @@ def ablations(
     """Train one config with one thing changed at a time: learning rate, BatchNorm, dropout, L2, shuffling.
 
     Each training is a ``syncbn fit``. May be interrupted at any moment: the same command again keeps the trainings
-    that are finished, and goes on with the present one from its last checkpoint.
+    that are finished, and goes on with the present one from its newest checkpoint.
 
     Args:
         output: Folder for ablations.png, ablations.csv, ablations.md, and the runs.

@@ -12,7 +12,7 @@ import numpy as np
 
 from syncbn.experiments.markdown import markdown_table
 from syncbn.experiments.provenance import provenance, revisions_of
-from syncbn.experiments.recipe_runs import ValidationCurve
+from syncbn.experiments.recipe_runs import RUNS, ValidationCurve
 
 RATE_SECTION = "learning rate"
 
@@ -60,7 +60,7 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], config: dict[str, An
     """
     _write_table(outcomes, folder / "ablations.csv")
     _plot(outcomes, folder / "ablations.png")
-    text = _report(outcomes, config, num_classes, revisions_of([folder / "runs"]))
+    text = _report(outcomes, config, num_classes, revisions_of(sorted((folder / "runs").glob(RUNS))))
     (folder / "ablations.md").write_text(text)
     return text
 
@@ -76,7 +76,7 @@ def _write_table(outcomes: Sequence[Outcome], path: Path) -> None:
         writer.writerow(["section", "trial", "seed", "final_top1", "best_top1", "steps", "diverged_after"])
         for o in outcomes:
             steps = int(o.curve.steps[-1]) if len(o.curve.steps) else 0
-            accuracies = [f"{o.final:.4f}", f"{o.curve.best:.4f}"]
+            accuracies = [f"{o.final:.4f}", "" if o.curve.best is None else f"{o.curve.best:.4f}"]
             writer.writerow([o.section, o.label, o.seed, *accuracies, steps, o.curve.diverged_after])
 
 
@@ -93,12 +93,16 @@ def _report(outcomes: Sequence[Outcome], config: dict[str, Any], num_classes: in
                 " it says otherwise. One thing at a time differs from the config:"
                 f" {', '.join(f'{key} {value}' for key, value in config.items())}. {provenance(revisions)}",
                 markdown_table(["what", "value", "accuracy"], rows),
+                *([_DIVERGED] if any(o.diverged for o in outcomes) else []),
                 *(_ranges(outcomes, num_classes) if any(o.section == RATE_SECTION for o in outcomes) else []),
                 *(["One seed: differences of a few points are within chance."] if seeds == 1 else []),
             ]
         )
         + "\n"
     )
+
+
+_DIVERGED = "A training that diverged counts as 0 % in the means of the table and of the picture."
 
 
 def _trials(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
@@ -113,7 +117,7 @@ def _accuracies(of_trial: Sequence[Outcome]) -> str:
     if all(o.diverged for o in of_trial):
         return "diverged"
     diverged = sum(o.diverged for o in of_trial)
-    finals = [100 * o.final for o in of_trial if not o.diverged]
+    finals = [100 * o.final for o in of_trial]
     text = f"{np.mean(finals):.2f} %"
     text += f" ({min(finals):.2f} to {max(finals):.2f})" if len(finals) > 1 else ""
     return text + (f", {diverged} diverged" if diverged else "")
@@ -123,12 +127,15 @@ def _ranges(outcomes: Sequence[Outcome], num_classes: int) -> list[str]:
     """In words, the learning rates that train with and without BatchNorm."""
     lines = []
     for norm, network in (("none", "Without"), ("batch", "With")):
-        rates = [
-            of_trial[0].changes["model.learning_rate_per_32_images"]
+        tried = {
+            of_trial[0].changes["model.learning_rate_per_32_images"]: trains(of_trial, num_classes)
             for (section, _), of_trial in _trials(outcomes).items()
-            if section == RATE_SECTION and of_trial[0].changes["model.norm"] == norm and trains(of_trial, num_classes)
-        ]
-        found = f"from {min(rates):g} to {max(rates):g}" if rates else "none of those tried"
+            if section == RATE_SECTION and of_trial[0].changes["model.norm"] == norm
+        }
+        rates = sorted(rate for rate, does_train in tried.items() if does_train)
+        found = ", ".join(f"{rate:g}" for rate in rates) or "none of those tried"
+        if len(rates) > 1 and all(does for rate, does in tried.items() if rates[0] < rate < rates[-1]):
+            found = f"from {rates[0]:g} to {rates[-1]:g}"
         criterion = "at least twice the accuracy of guessing, with every seed"
         lines.append(f"{network} BN these learning rates train ({criterion}): {found}.")
     return lines

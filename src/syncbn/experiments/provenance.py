@@ -24,10 +24,18 @@ def provenance(revisions: Sequence[str], libraries: Sequence[str] = ("torch", "l
     return ", ".join([versions, *([" and ".join(found)] if found else []), platform.machine()]) + "."
 
 
-def revisions_of(folders: Iterable[Path]) -> list[str]:
-    """The revision of this package that each training in some folders ran with, by what the run has noted."""
-    return [
-        yaml.safe_load(path.read_text()).get("syncbn_git_revision", UNKNOWN)
-        for folder in folders
-        for path in sorted(folder.rglob("provenance.yaml"))
-    ]
+def revisions_of(runs: Iterable[Path]) -> list[str]:
+    """The revision of this package that each run was trained with, as it has noted; `UNKNOWN` where it has not.
+
+    Args:
+        runs: Their folders, ``version_N``.
+    """
+    return [_revision(run / "provenance.yaml") for run in runs]
+
+
+def _revision(noted: Path) -> str:
+    try:
+        content = yaml.safe_load(noted.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return UNKNOWN
+    return str(content.get("syncbn_git_revision", UNKNOWN)) if isinstance(content, dict) else UNKNOWN

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,16 @@ from typing import IO, Any
 import numpy as np
 
 from syncbn.training.curves import read_series
+from syncbn.training.resuming import find_resume_point, version_of
 
-LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+RUNS = "seed_*/*/version_*"
+"""Where the run folders are in the folder of an experiment's runs."""
+
 FINISHED = "finished"
 """The file in a run's folder that says it has ended; in it the error, where the run diverged."""
+
+SECONDS = "seconds"
+"""The file in a run's folder with the time of each of its starts, one a line."""
 
 NOT_FINITE = "not finite"
 """What the trainer's error of a loss that is no number says."""
@@ -40,9 +47,9 @@ class ValidationCurve:
     diverged_after: int | None = None
 
     @property
-    def best(self) -> float:
-        """The highest accuracy, in 0..1."""
-        return float(self.top1.max()) if len(self.top1) else 0.0
+    def best(self) -> float | None:
+        """The highest accuracy, in 0..1; None without an evaluation."""
+        return float(self.top1.max()) if len(self.top1) else None
 
     def steps_to(self, accuracy: float) -> int | None:
         """The steps after which an evaluation first found an accuracy, in 0..1, or more; None if none did."""
@@ -89,7 +96,7 @@ def claimed_folder(folder: Path, settings: dict[str, Any]) -> Iterator[IO[str]]:
 
 
 def train(runs_folder: Path, name: str, options: Sequence[str], lock: IO[str]) -> Path:
-    """Run ``syncbn fit`` to its end, from its last checkpoint where there is one; do nothing if it has ended before.
+    """Run ``syncbn fit`` to its end, from its newest checkpoint where there is one; do nothing if it has ended before.
 
     A training whose loss is not finite any more has ended too.
 
@@ -100,7 +107,7 @@ def train(runs_folder: Path, name: str, options: Sequence[str], lock: IO[str]) -
         lock: From `claimed_folder`.
 
     Returns:
-        The folder of the run, with ``version_0``, and more of them where it was interrupted.
+        The folder of the run, with ``version_0``, and more of them where it was interrupted before a checkpoint.
 
     Raises:
         ValueError: The training stopped with an error; the message is its last line.
@@ -111,12 +118,17 @@ def train(runs_folder: Path, name: str, options: Sequence[str], lock: IO[str]) -
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     words = ["fit", *options, f"--runs_folder={runs_folder}", f"--name={name}", "--test_after_fit=false"]
-    checkpoint = last_checkpoint(folder)
-    if checkpoint:
-        words.append(f"--ckpt_path={checkpoint}")
+    begun = resumable_version(folder)
+    if begun:
+        words.append(f"--resume={begun}")
     log = folder / "fit.log"
-    with log.open("a") as output:
-        status = _run(words, output, lock)
+    start = time.monotonic()
+    try:
+        with log.open("a") as output:
+            status = _run(words, output, lock)
+    finally:
+        with (folder / SECONDS).open("a") as seconds:
+            seconds.write(f"{time.monotonic() - start:.1f}\n")
     message = ""
     if status:
         lines = log.read_text().strip().splitlines()
@@ -127,15 +139,20 @@ def train(runs_folder: Path, name: str, options: Sequence[str], lock: IO[str]) -
     return folder
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest last.ckpt of a run's versions."""
-    checkpoints = [version / LAST_CHECKPOINT for version in versions(folder)]
-    return next((path for path in reversed(checkpoints) if path.is_file()), None)
+def resumable_version(folder: Path) -> Path | None:
+    """The newest of a run's versions that has a whole checkpoint."""
+    return next((version for version in reversed(versions(folder)) if find_resume_point(version).checkpoint), None)
 
 
 def versions(folder: Path) -> list[Path]:
     """The folders version_0, version_1 and so on of a run, in this order."""
-    return sorted(folder.glob("version_*"), key=lambda path: int(path.name.partition("_")[2]))
+    return sorted(folder.glob("version_*"), key=version_of)
+
+
+def seconds_trained(folder: Path) -> float | None:
+    """The time of a run, all its starts together, evaluations included; None where it was not noted."""
+    noted = folder / SECONDS
+    return sum(map(float, noted.read_text().split())) if noted.is_file() else None
 
 
 def _run(words: list[str], output: IO[str], lock: IO[str]) -> int:

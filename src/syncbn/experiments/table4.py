@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 
 from syncbn.data import ImageDataModule
 from syncbn.data.datasets import hold_out
 from syncbn.data.sources import ImageSets
 from syncbn.experiments.markdown import markdown_table
-from syncbn.experiments.provenance import provenance, revisions_of
+from syncbn.experiments.provenance import UNKNOWN, provenance, revisions_of
+from syncbn.experiments.scale import Scale, notes_beside, scale_in_words
 from syncbn.models.weights import ModelCard, read_weights
 from syncbn.training import ImageClassifier
 from syncbn.training.command import TRAINER_DEFAULTS, quieten
@@ -98,15 +100,24 @@ def table4(
     card = common_card(checkpoints)
     image_size = image_size or card.image_size or 224
     cut: dict[int, ImageDataModule] = {}
-    for crops, side in ((1, resize or card.resize), (MULTICROP, None)):
+    for crops in (1, MULTICROP):
         cut[crops] = ImageDataModule(
-            batch_size, data, image_size, None, side, crops, card.preprocessing, num_workers=num_workers
+            batch_size,
+            data,
+            image_size,
+            resize=resize or card.resize,
+            evaluation_crops=crops,
+            preprocessing=card.preprocessing,
+            num_workers=num_workers,
         )
         cut[crops].sets = some_of(cut[crops].sets, images)
     check_same_task(f"--checkpoints: {checkpoints[0]}", first.hparams, of_data(cut[1], first.hparams))
     rows = evaluate_all(trainer, dict(zip(checkpoints, members, strict=True)), cut)
-    trained_with = revisions_of([Path(path).parent.parent for path in checkpoints])  # the folders of their runs
-    table = markdown([*rows, *PAPER], f"{len(cut[1].sets.validation):,} validation images of {data}", trained_with)
+    revisions = [revision_of_checkpoint(Path(path)) for path in checkpoints]
+    steps = max(steps_of_checkpoint(path) for path in checkpoints)
+    scale = Scale(first.hparams["width_multiplier"], image_size, cut[1].num_classes, steps)
+    images_in_words = f"{len(cut[1].sets.validation):,} validation images of {data}"
+    table = markdown([*rows, *PAPER], images_in_words, revisions, scale, notes_beside(output))
     if trainer.is_global_zero:
         print(table)
         if output is not None:
@@ -181,13 +192,31 @@ def evaluate(trainer: Trainer, model: Evaluated, data: ImageDataModule, name: st
     return Row(name, data.image_size, data.crops.count, models, *errors)
 
 
-def markdown(rows: Sequence[Row], images: str, revisions: Sequence[str] = ()) -> str:
+def revision_of_checkpoint(path: Path) -> str:
+    """Of this package, by the run folder in whose ``checkpoints`` it lies; not known of one that lies elsewhere."""
+    return revisions_of([path.parent.parent])[0] if path.parent.name == "checkpoints" else UNKNOWN
+
+
+def steps_of_checkpoint(path: str) -> int:
+    """The optimiser steps after which it was written."""
+    return int(torch.load(path, map_location="meta", weights_only=True, mmap=True)["global_step"])
+
+
+def markdown(
+    rows: Sequence[Row],
+    images: str,
+    revisions: Sequence[str] = (),
+    scale: Scale | None = None,
+    notes: str | None = None,
+) -> str:
     """The report.
 
     Args:
         rows: Of the table, which has errors in per cent.
         images: What they were found on, in words.
         revisions: Of this package, that the networks were trained with, as far as known.
+        scale: Of the networks.
+        notes: The path of the notes on this report, from its folder; None where there are none.
     """
     cells = []
     for row in rows:
@@ -199,6 +228,7 @@ def markdown(rows: Sequence[Row], images: str, revisions: Sequence[str] = ()) ->
         f"Single-crop, multicrop and ensemble error on {images}; the paper's: on ImageNet's 50,000.",
         f"    syncbn {shlex.join(sys.argv[1:])}",
         provenance(revisions),
+        *([scale_in_words(scale, notes)] if scale else []),
         markdown_table(header, cells),
     ]
     return "\n\n".join(parts) + "\n"

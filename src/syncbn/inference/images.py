@@ -93,7 +93,7 @@ def prepare_images(paths: Sequence[Path], card: ModelCard, crops: int = 1) -> Ba
     return BatchedImages(
         ImageFiles(paths, [value / 255 for value in mean], [value / 255 for value in std]),
         card.image_size,
-        crops=EvaluationCrops(card.image_size, card.resize if crops != 144 else None, crops),
+        crops=EvaluationCrops(card.image_size, card.resize, crops),
         preprocessing=card.preprocessing,
         on_read_error="skip",
     )

@@ -3,6 +3,7 @@
 Source: section 1 of Ioffe & Szegedy 2015 for the term, Figure 1 (b, c) for the percentiles.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -94,7 +95,7 @@ class CovariateShift(Callback):
         every_n_steps: Optimiser steps from one measurement to the next; the first is that of step 0.
         channel: The feature map or activation that is measured, "one typical" as in Figure 1. Null takes the values
             of all channels as one distribution.
-        max_values: Of more values than that in a layer's input on a rank, so many are measured, evenly spaced.
+        max_values: Of more values than that in a layer's input on a rank, about so many are measured, evenly spaced.
 
     Raises:
         ValueError: An argument is out of range.
@@ -179,6 +180,10 @@ class CovariateShift(Callback):
         values = [x.flatten() for x in inputs]
         total = sum(len(v) for v in values)
         stride = max(1, -(-total // self.max_values))
+        # Else always the same columns of a feature map, or the same channels, would be looked at.
+        sizes = math.prod(inputs[0].shape[1:])
+        while stride > 1 and math.gcd(stride, sizes) > 1:
+            stride += 1
         return torch.cat(values)[::stride, None]
 
 
