@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from logs import learned
 from syncbn.training.checkpoint_files import by_step
 from syncbn.training.stopping import STOPPED
 
@@ -77,13 +78,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return by_step(folder / "runs" / "run" / "version_0" / "checkpoints")
 
 
-def result(folder: Path) -> tuple[dict, str]:
+def result(folder: Path) -> tuple[dict, list]:
     """What a run leaves: its last checkpoint without the paths in it, and its log."""
     run = folder / "runs" / "run" / "version_0"
     assert [path.name for path in run.parent.iterdir()] == ["version_0"]
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     kept = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
-    return {name: checkpoint[name] for name in kept}, (run / "metrics.csv").read_text()
+    return {name: checkpoint[name] for name in kept}, learned(run)
 
 
 def same(found: object, expected: object) -> bool:
@@ -96,7 +97,7 @@ def same(found: object, expected: object) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> tuple[tuple[dict, str], float]:
+def undisturbed(tmp_path_factory) -> tuple[tuple[dict, list], float]:
     """What a run leaves that nothing disturbed, and how many seconds it took."""
     folder = tmp_path_factory.mktemp("undisturbed")
     begun = time.monotonic()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from logs import learned
 from syncbn.cli import main
 from syncbn.training.checkpoint_files import AtomicCheckpointIO
 from syncbn.training.resuming import (
@@ -19,7 +20,6 @@ from syncbn.training.resuming import (
     record_end,
     record_start,
 )
-from syncbn.training.run_logs import read_log
 from training.test_checkpoint_files import WHOLE
 
 pytestmark = [
@@ -134,15 +134,6 @@ def fails(capsys, *words: str) -> str:
         main(list(words))
     assert exited.value.code == 1
     return capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def learned(run: Path) -> list[dict[str, str]]:
-    """The log of a run, without what it says of speed and memory."""
-    of_speed = ("_seconds", "_second", "_per_device", "memory_gib")
-    return [
-        {name: value for name, value in row.items() if not name.endswith(of_speed)}
-        for row in read_log(run / "metrics.csv")[1]
-    ]
 
 
 @pytest.mark.usefixtures("own_folder")
