@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from syncbn import SyncBatchNorm
-from syncbn.training import SyncBatchNormPlugin, plugins
+from syncbn.training import SyncBatchNormPlugin, SynchroniseBatchNorm, plugins
 
 
 class Users(LightningModule):
@@ -110,3 +110,22 @@ def test_without_the_entry_point_the_plugin_says_so(monkeypatch):
     monkeypatch.setattr(plugins, "entry_points", lambda group: [])
     with pytest.raises(RuntimeError, match="install the package with pip"):
         SyncBatchNormPlugin()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", ForgetfulStrategy(), "auto"])
+def test_the_callback_synchronises_under_every_strategy_and_gives_the_layers_back(strategy):
+    module = Users(nn.BatchNorm2d(3))
+    weight = module.body[1].weight
+    fit(module, strategy=strategy, callbacks=[SynchroniseBatchNorm()])
+    assert module.type_in_training is SyncBatchNorm
+    assert type(module.body[1]) is nn.BatchNorm2d and module.body[1].weight is weight
+
+
+def test_the_callback_refuses_layers_that_are_made_after_it():
+    class Late(Users):
+        def configure_model(self) -> None:
+            if isinstance(self.body[1], nn.Identity):
+                self.body[1] = nn.BatchNorm2d(3)
+
+    with pytest.raises(ValueError, match=r"came before configure_model made 'body.1' and 0 more"):
+        fit(Late(nn.Identity()), callbacks=[SynchroniseBatchNorm()])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from syncbn.training.finite import StopAtNonFinite
     from syncbn.training.fsdp_strategy import SynchronisedFSDP2Strategy
     from syncbn.training.left_out import LeftOutImages
-    from syncbn.training.plugins import SyncBatchNormPlugin
+    from syncbn.training.plugins import SyncBatchNormPlugin, SynchroniseBatchNorm
     from syncbn.training.polyak import PolyakAveraging
     from syncbn.training.predictions import PredictionTable
     from syncbn.training.retrieval import RecallAtK
@@ -44,6 +44,7 @@ MODULES = {
     "RunSummary": "run_summary",
     "StopAtNonFinite": "finite",
     "SyncBatchNormPlugin": "plugins",
+    "SynchroniseBatchNorm": "plugins",
     "SynchronisedDDPStrategy": "strategies",
     "SynchronisedDeepSpeedStrategy": "deepspeed_strategy",
     "SynchronisedFSDP2Strategy": "fsdp_strategy",
@@ -66,6 +67,7 @@ __all__ = [
     "RunSummary",
     "StopAtNonFinite",
     "SyncBatchNormPlugin",
+    "SynchroniseBatchNorm",
     "SynchronisedDDPStrategy",
     "SynchronisedDeepSpeedStrategy",
     "SynchronisedFSDP2Strategy",

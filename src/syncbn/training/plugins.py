@@ -13,15 +13,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, ParallelStrategy
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from syncbn.nn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 
 ENTRY_POINT_GROUP = "lightning.pytorch.callbacks_factory"
 
+TORCH_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 REMEDY = (
     "build the network with syncbn.SyncBatchNorm layers, or call syncbn.convert_sync_batchnorm(self) in the"
-    " LightningModule's __init__ or configure_model, and leave the plugin out"
+    " LightningModule's __init__ or configure_model, and leave the plugin out; or pass the callback"
+    " syncbn.training.SynchroniseBatchNorm in its place"
 )
 
 
@@ -57,6 +61,43 @@ class SyncBatchNormPlugin(LayerSync):
         """Give ``model`` back the layers it had."""
         self.applied = False
         return revert_sync_batchnorm(model)
+
+
+class SynchroniseBatchNorm(Callback):
+    """Makes the BatchNorm layers of any LightningModule normalise over all ranks, under every strategy.
+
+    Pass it as ``Trainer(callbacks=[SynchroniseBatchNorm()])``. It converts before the strategy sets up the module, also
+    under DeepSpeed and FSDP2, which never call a plugin, and gives the layers back when the fit has ended.
+
+    Args:
+        process_group: Ranks that normalise together; None for all of them.
+    """
+
+    def __init__(self, process_group: ProcessGroup | None = None) -> None:
+        self.process_group = process_group
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Convert, in place."""
+        if stage == "fit":
+            convert_sync_batchnorm(pl_module, self.process_group)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look whether all layers were there to convert.
+
+        Raises:
+            ValueError: Some were not: ``configure_model`` has made them afterwards.
+        """
+        late = [name for name, layer in pl_module.named_modules() if type(layer) in TORCH_BATCH_NORMS]
+        if late:
+            raise ValueError(
+                f"SynchroniseBatchNorm came before configure_model made {late[0]!r} and {len(late) - 1} more:"
+                " call syncbn.convert_sync_batchnorm(self) at its end, and leave the callback out"
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module back the layers it had."""
+        if stage == "fit":
+            revert_sync_batchnorm(pl_module)
 
 
 class CarefulTorchSyncBatchNorm(TorchSyncBatchNorm):
