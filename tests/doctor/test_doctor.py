@@ -78,8 +78,8 @@ def test_a_job_with_fewer_tasks_than_its_nodes_and_tasks_per_node_say(monkeypatc
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     assert Examination(words, 60, Path("2.json")).run() == 1
     findings = read_findings(Path("2.json"))
-    assert {name for name, row in findings.items() if row["verdict"] == "wrong"} == {"scheduler", "world"}
-    assert "trainer.devices=2 x trainer.num_nodes=1 are not the 1 processes" in findings["world"]["seen"]
+    assert {name for name, row in findings.items() if row["verdict"] == "wrong"} == {"scheduler", "configuration"}
+    assert "--ntasks=1 does not fit --ntasks-per-node=2" in findings["configuration"]["seen"]
 
 
 # ---- ranks as threads of this process --------------------------------------------------------------
