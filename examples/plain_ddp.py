@@ -47,6 +47,7 @@ def main() -> None:
         dist.all_reduce(mean)
         if rank == 0:
             print(f"step {step}: loss {float(mean):.5f}")
+    dist.barrier()  # the ranks leave together
     dist.destroy_process_group()
 
 
