@@ -40,14 +40,13 @@ def main() -> None:
     for step in range(STEPS):
         images, labels = torch.randn(GLOBAL_BATCH, 3, 16, 16), torch.arange(GLOBAL_BATCH) % 4  # of all ranks
         loss = F.cross_entropy(ddp(images[rank::ranks].to(device)), labels[rank::ranks].to(device))
+        mean = loss.detach() / ranks
+        dist.all_reduce(mean)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        mean = loss.detach() / ranks
-        dist.all_reduce(mean)
         if rank == 0:
             print(f"step {step}: loss {float(mean):.5f}")
-    dist.barrier()  # the ranks leave together
     dist.destroy_process_group()
 
 

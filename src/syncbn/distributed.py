@@ -6,6 +6,7 @@ only where all ranks sent the same id, and both sums are exact: so each message 
 the ranks were in the same layer.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -136,6 +137,11 @@ def agree(group: dist.ProcessGroup, description: Message, device: torch.device, 
     return Ticket(group, description, number, id)
 
 
+_latest_works: deque[dist.Work | None] = deque(maxlen=2)
+"""What gloo's two threads may be busy with. A work holds Python objects: the thread that drops it last needs the
+interpreter, and aborts a process that is about to exit."""
+
+
 class Reduction:
     """One all-reduce under way.
 
@@ -147,6 +153,8 @@ class Reduction:
     def __init__(self, message: Tensor, ticket: Ticket) -> None:
         self.message, self.ticket = message, ticket
         self.work = dist.all_reduce(message, group=ticket.group, async_op=True)
+        if message.is_cpu:
+            _latest_works.append(self.work)
 
     def wait(self) -> tuple[Tensor, Signature | None]:
         """The message summed over all ranks, and its signature where that is still to be checked.
