@@ -46,14 +46,19 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
             nothing is converted then.
     """
     distributed.check_member(process_group)
-    found = [
-        (name, layer, _target_class(name or "module", layer))
-        for name, layer in module.named_modules()
-        if isinstance(layer, _BatchNorm) and not isinstance(layer, SyncBatchNorm)
-    ]
+    found = [(name, layer, _target_class(name or "module", layer)) for name, layer in unsynchronised_layers(module)]
     for _, layer, target in found:
         _become_synchronised(layer, target, process_group)
     return module
+
+
+def unsynchronised_layers(module: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    """The BatchNorm layers of `module` that this package does not synchronise, by name."""
+    return [
+        (name, layer)
+        for name, layer in module.named_modules()
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, SyncBatchNorm)
+    ]
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:

@@ -13,14 +13,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, ParallelStrategy
-from torch import nn
 from torch.distributed import ProcessGroup
 
 from syncbn.nn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.nn.convert import unsynchronised_layers
 
 ENTRY_POINT_GROUP = "lightning.pytorch.callbacks_factory"
-
-TORCH_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 REMEDY = (
     "build the network with syncbn.SyncBatchNorm layers, or call syncbn.convert_sync_batchnorm(self) in the"
@@ -87,7 +85,7 @@ class SynchroniseBatchNorm(Callback):
         Raises:
             ValueError: Some were not: ``configure_model`` has made them afterwards.
         """
-        late = [name for name, layer in pl_module.named_modules() if type(layer) in TORCH_BATCH_NORMS]
+        late = [name for name, _ in unsynchronised_layers(pl_module)]
         if late:
             raise ValueError(
                 f"SynchroniseBatchNorm came before configure_model made {late[0]!r} and {len(late) - 1} more:"
