@@ -24,13 +24,20 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self._speed: dict[str, Any] = {}
+        self._description: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Describe the run once, as it begins: its code may be edited while it trains."""
+        if stage == "fit" and trainer.is_global_zero:
+            self._description = describe_run(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect what the ranks measured, on all of them."""
         for throughput in [c for c in trainer.callbacks if isinstance(c, Throughput)]:  # type: ignore[attr-defined]
             mine = {"seconds": mean_seconds(throughput.totals), "memory": peak_memory()}
             self._speed = speed_of_run(throughput.totals, gather_objects(mine))
-        self._write(trainer, self._summary(trainer, "trained"))
+        if trainer.is_global_zero:
+            self._write(trainer, self._summary(trainer, "trained"))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The run has ended otherwise; the line is printed, too."""
@@ -61,13 +68,13 @@ class RunSummary(Callback):
             "steps": trainer.global_step,
             "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
             **self._speed,
-            **describe_run(trainer),
+            **self._description,
         }
 
     @staticmethod
     def _write(trainer: Trainer, summary: dict[str, Any]) -> None:
         folder = run_folder(trainer)
-        if trainer.is_global_zero and folder is not None and folder.is_dir():
+        if folder is not None and folder.is_dir():
             (folder / FILE).write_text(json.dumps(summary, indent=2) + "\n")
 
 
