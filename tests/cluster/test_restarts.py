@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from logs import learned
+from run_results import learned, same
 from syncbn.training.checkpoint_files import by_step
 from syncbn.training.stopping import STOPPED
 
@@ -85,15 +85,6 @@ def result(folder: Path) -> tuple[dict, list]:
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     kept = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
     return {name: checkpoint[name] for name in kept}, learned(run)
-
-
-def same(found: object, expected: object) -> bool:
-    """Whether two nested structures hold the same bits."""
-    if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
-    if isinstance(expected, (list, tuple)):
-        return len(found) == len(expected) and all(map(same, found, expected))
-    return torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from run_results import same
 from syncbn.data import Augmentation, ImageDataModule
 from syncbn.training import ImageClassifier, PolyakAveraging, checkpointing
 from syncbn.training.checkpoint_files import AtomicCheckpointIO, by_step, newest_whole
@@ -94,12 +94,6 @@ def train(folder: Path, *strikes: Callback, resume: bool = False, accumulate: in
     best = trainer.checkpoint_callback
     assert isinstance(best, ModelCheckpoint)
     return [*watch.state, best.best_model_score, Path(best.best_model_path).name]
-
-
-def same(found: list[Any], expected: list[Any]) -> bool:
-    """Whether two runs ended in the same bits."""
-    pairs = zip(found, expected, strict=True)
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

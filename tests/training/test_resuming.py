@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from logs import learned
+from run_results import learned
 from syncbn.cli import main
 from syncbn.training.checkpoint_files import AtomicCheckpointIO
 from syncbn.training.resuming import (
