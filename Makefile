@@ -13,10 +13,12 @@ train: $(PACKAGE)
 	$(BIN)/syncbn fit --config configs/fashion_mnist.yaml \
 	  $$($(BIN)/python -c 'import torch; torch.cuda.device_count() == 1 and print("--trainer.devices 1")')
 
+# Two tests at a time, each on one thread: with more they get in each other's way.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# As root, with Debian's slurmctld, slurmd, slurm-client, munge and iproute2; tests that miss something are skipped.
+# As root, with Debian's slurmctld, slurmd, slurm-client, munge, iproute2, buildah, debootstrap, openssh-server and pdsh;
+# tests that miss something are skipped.
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'cluster or slow'
 

@@ -38,9 +38,14 @@ def net(tmp_path: Path) -> Iterator[Network]:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run by launch/torchrun_single_node.sh."""
-    folder = checkout(tmp_path_factory.mktemp("reference"))
+    return run_on_one_machine(tmp_path_factory.mktemp("reference"))
+
+
+def run_on_one_machine(folder: Path, *words: str) -> Path:
+    """The folder of a run of two ranks that nothing disturbs."""
+    folder = checkout(folder / "reference")
     done = subprocess.run(
-        ["launch/torchrun_single_node.sh", *WORDS],
+        ["launch/torchrun_single_node.sh", *WORDS, *words],
         cwd=folder,
         env=environment() | {"RANKS_PER_NODE": "2"},
         capture_output=True,
@@ -91,16 +96,17 @@ def test_two_hosts_train_as_one_machine_with_two_ranks(net: Network, reference: 
     check_same_weights(check_finished(launch.folder, launch.log("node1")), reference)
 
 
-def test_one_host_goes_on_alone_when_the_other_loses_power(net: Network, reference: Path, tmp_path: Path) -> None:
-    launch = Launch(net, tmp_path, "1:2", *timeout(30))
+def test_one_host_goes_on_alone_when_the_other_loses_power(net: Network, tmp_path: Path) -> None:
+    double = "--trainer.precision=64-true"  # one rank adds up in another order than two, and training amplifies that
+    launch = Launch(net, tmp_path, "1:2", *timeout(30), double)
     launch.wait_for_steps(EPOCH + 5)
     net["node2"].power_off()
     assert launch.processes["node1"].wait(SECONDS) == 0, launch.log("node1")
-    found, expected = final_weights(check_finished(launch.folder, launch.log("node1"))), final_weights(reference)
-    for name, value in found.items():  # one rank adds up in another order than two, over half of the steps
-        torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=2e-3, msg=name)
     assert "global batch 16 = 2 ranks" in launch.log("node1")
     assert "global batch 16 = 1 rank x 16" in launch.log("node1")
+    found = final_weights(check_finished(launch.folder, launch.log("node1")))
+    for name, value in final_weights(run_on_one_machine(tmp_path, double)).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-7, msg=name)
 
 
 def test_host_that_comes_back_joins_again(net: Network, reference: Path, tmp_path: Path) -> None:
