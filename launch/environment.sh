@@ -36,3 +36,14 @@ use_network() {
     # EDIT: with InfiniBand, name its adapters, since NCCL would use slower Ethernet ones (RoCE) beside them.
     # export NCCL_IB_HCA=mlx5
 }
+
+# For sbatch scripts: ends the job with a status, but where SLURM is pre-empting it sends it back to the queue. SLURM does so
+# itself after the partition's GraceTime, unless the job has ended by then: told to stop, its ranks do within seconds.
+end_job() {
+    local status="$1"
+    if [[ $status -ne 0 && $(scontrol show job "$SLURM_JOB_ID") =~ PreemptTime=[0-9] ]]; then
+        scontrol requeue "$SLURM_JOB_ID"
+        exit 0
+    fi
+    exit "$status"
+}

@@ -49,7 +49,10 @@ KillWait=60
 MinJobAge=3600
 SlurmdParameters=config_overrides
 GresTypes=gpu
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -113,7 +116,7 @@ class Slurm:
 
     def states_of_nodes(self) -> list[str]:
         """Of each node: idle, allocated, down ..."""
-        asked = self.net["ctl"].words("sinfo", "--noheader", "--Node", "--format=%T", folder=self.folder)
+        asked = self.net["ctl"].words("sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%T", folder=self.folder)
         return subprocess.run(asked, env=self.environment, capture_output=True, text=True).stdout.split()
 
     def submit(self, script: Path, *words: str, options: tuple[str, ...] = (), folder: Path) -> str:

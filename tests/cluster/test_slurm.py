@@ -122,6 +122,19 @@ def test_requeue_by_the_scheduler_resumes(cluster: Slurm, reference: Path, tmp_p
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_pre_emption_by_an_urgent_job_resumes(cluster: Slurm, reference: Path, tmp_path: Path, script: str) -> None:
+    """SIGTERM to the ranks, and a time of grace that they do not need."""
+    job = Job(cluster, tmp_path, script)
+    job.wait_for_steps(5)
+    urgent = tmp_path / "urgent.sh"
+    urgent.write_text("#!/bin/sh\nsleep 5\n")
+    number = cluster.submit(urgent, options=("--partition=urgent", "--nodes=2", "--exclusive"), folder=tmp_path)
+    assert cluster.wait_for(number, SECONDS)["JobState"] == "COMPLETED"
+    assert steps_so_far(job.folder) < STEPS
+    check_same_weights(job.check_completed(restarts=1), reference)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_power_cut_of_a_node_requeues_and_resumes(cluster: Slurm, reference: Path, tmp_path: Path, script: str) -> None:
     job = Job(cluster, tmp_path, script)
     job.wait_for_steps(EPOCH + 5)  # the first epoch has ended, and with it a checkpoint been written
