@@ -116,7 +116,8 @@ class Slurm:
 
     def states_of_nodes(self) -> list[str]:
         """Of each node: idle, allocated, down ..."""
-        asked = self.net["ctl"].words("sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%T", folder=self.folder)
+        question = ("sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%T")
+        asked = self.net["ctl"].words(*question, folder=self.folder)
         return subprocess.run(asked, env=self.environment, capture_output=True, text=True).stdout.split()
 
     def submit(self, script: Path, *words: str, options: tuple[str, ...] = (), folder: Path) -> str:
