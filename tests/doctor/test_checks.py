@@ -19,6 +19,7 @@ from made_up import (
 from rich.console import Console
 
 from syncbn.doctor.facts import Facts
+from syncbn.doctor.findings import Finding, World
 from syncbn.doctor.report import CHECKS, judge, print_report, write_json
 
 
@@ -105,9 +106,14 @@ WRONG = {
 }
 
 
+def finding_of(world: World, check: str) -> Finding:
+    [finding] = [finding for finding in judge(world) if finding.check == check]
+    return finding
+
+
 @pytest.mark.parametrize(("world", "check", "seen"), WRONG.values(), ids=WRONG.keys())
 def test_what_is_wrong_is_found_and_has_a_remedy(world, check, seen):
-    [finding] = [finding for finding in judge(world) if finding.check == check]
+    finding = finding_of(world, check)
     assert finding.verdict == "wrong" and seen in finding.seen and finding.remedy, finding
 
 
@@ -131,7 +137,7 @@ WARNINGS = {
 
 @pytest.mark.parametrize(("world", "check", "seen"), WARNINGS.values(), ids=WARNINGS.keys())
 def test_what_is_doubtful_is_found_and_has_a_remedy(world, check, seen):
-    [finding] = [finding for finding in judge(world) if finding.check == check]
+    finding = finding_of(world, check)
     assert finding.verdict == "warning" and seen in finding.seen and finding.remedy, finding
 
 
@@ -142,11 +148,21 @@ def test_ranks_that_came_and_fell_silent_are_named_with_their_hosts():
     assert finding.verdict == "wrong" and "rank 2 on node2" in finding.seen and "--doctor.timeout" in finding.remedy
 
 
+def test_a_rank_whose_git_did_not_answer_does_not_stop_the_job():
+    others = sound_world().facts[0].machine.versions
+    without = changed("machine", [1, 3], versions=others | {"syncbn revision": "unknown"})
+    assert finding_of(without, "versions").verdict == "ok"
+    nowhere = changed("machine", versions=others | {"syncbn revision": "unknown"})
+    assert finding_of(nowhere, "versions").verdict == "ok"
+    differing = changed("machine", [2], without, versions=others | {"syncbn revision": "another"})
+    assert finding_of(differing, "versions").verdict == "wrong"
+
+
 def test_loopback_names_do_not_matter_on_one_node():
     world = changed("machine", own_address="127.0.1.1", master_address="127.0.0.1")
     for rank in (2, 3):
         del world.facts[rank]
-    assert next(finding for finding in judge(world) if finding.check == "network").verdict == "ok"
+    assert finding_of(world, "network").verdict == "ok"
 
 
 def test_the_table_has_a_row_for_each_check(tmp_path):

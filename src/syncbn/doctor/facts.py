@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from syncbn.training.runs import git_revision
+from syncbn.training.runs import source_revision
 
 PREFIXES = ("SLURM_", "TORCHELASTIC_", "NCCL_", "GLOO_", "OMPI_COMM_WORLD_")
 NAMES = (
@@ -95,7 +95,7 @@ class Machine:
     """The node of a rank.
 
     Attributes:
-        versions: Of Python and the packages, the git revision of syncbn included.
+        versions: Of Python and the packages, and syncbn's git revision, "unknown" where git did not tell it.
         cores: Processor cores that this process may use.
         open_files: Limit on open files.
         shared_memory: Free bytes of /dev/shm; None where there is none.
@@ -202,7 +202,7 @@ def software_versions() -> dict[str, str]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue  # deepspeed is an extra
-    versions["syncbn revision"] = git_revision(Path(__file__).parent)
+    versions["syncbn revision"] = source_revision()
     if torch.version.cuda:
         versions["CUDA"] = torch.version.cuda
     if torch.cuda.is_available():

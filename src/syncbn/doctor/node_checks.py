@@ -21,7 +21,10 @@ def check_versions(world: World) -> Finding:
     differing: list[str] = []
     common: list[str] = []
     for name in names:
-        same, values = world.values(lambda facts, name=name: facts.machine.versions.get(name, "none"))  # type: ignore[misc]
+        # A node without git, or where git took too long, does not run other software for that.
+        known = {rank: facts for rank, facts in world.facts.items() if facts.machine.versions.get(name) != "unknown"}
+        comparable = world._replace(facts=known or world.facts)
+        same, values = comparable.values(lambda facts, name=name: facts.machine.versions.get(name, "none"))  # type: ignore[misc]
         (common if same else differing).append(f"{name} {values[:12] if same else values}")
     if differing:
         return Finding("versions", "wrong", "; ".join(differing), "install the same environment on every node")
