@@ -79,6 +79,11 @@ WRONG = {
     ),
     "other data": (changed("configuration", [2], data_digest="other"), "data", "content other on node2"),
     "data missing": (changed("configuration", [2], data_digest=None), "data", "could not be read on node2"),
+    "no room for two checkpoints": (
+        changed("machine", [0, 1], free_disk=GIB // 4),
+        "disk",
+        "0.2 GiB free at /shared/runs on node1 (rank 0): too little for 2 checkpoints of 136 MB",
+    ),
     "too little shared memory": (changed("machine", [2, 3], shared_memory=GIB // 16), "shared memory", "on node2"),
     "an interface that does not exist": (with_environment(GLOO_SOCKET_IFNAME="eth7"), "network", "eth7"),
     "the same for NCCL": (with_environment(NCCL_SOCKET_IFNAME="=ib"), "network", "=ib names no interface"),
@@ -118,7 +123,16 @@ def test_what_is_wrong_is_found_and_has_a_remedy(world, check, seen):
 
 
 WARNINGS = {
-    "a full disk": (changed("machine", free_disk=GIB), "disk", "1.0 GiB free at /shared/runs"),
+    "a disk that is filling": (
+        changed("machine", free_disk=GIB),
+        "disk",
+        "1.0 GiB free at /shared/runs on node1 (rank 0)",
+    ),
+    "another node's full disk": (
+        changed("machine", [3], free_disk=0),
+        "disk",
+        "0.0 GiB free at /shared/runs on node2 (rank 3)",
+    ),
     "few open files": (changed("machine", [2], open_files=1024), "open files", "1024 on node2"),
     "too many threads": (with_environment(OMP_NUM_THREADS="16"), "threads", "2 ranks with OMP_NUM_THREADS=16 on 16"),
     "another kind of GPU": (with_device(3, name="A100"), "state of GPUs", "A100 with 80.0 GiB on node2"),

@@ -69,6 +69,7 @@ class Configuration:
         data: Where the images come from.
         data_digest: Of the names of the classes, the numbers of images and some of the images; on one rank of a node.
         runs_folder: Where run folders go, as an absolute path.
+        checkpoint_bytes: Of a checkpoint, at most: the weights, their momenta and their average.
     """
 
     error: str | None = None
@@ -88,6 +89,7 @@ class Configuration:
     data: str | None = None
     data_digest: str | None = None
     runs_folder: str | None = None
+    checkpoint_bytes: int | None = None
 
 
 @dataclass(frozen=True)
