@@ -172,6 +172,17 @@ def test_a_rank_whose_git_did_not_answer_does_not_stop_the_job():
     assert finding_of(differing, "versions").verdict == "wrong"
 
 
+def test_threads_for_nested_regions_count_by_the_first_number():
+    assert finding_of(with_environment(OMP_NUM_THREADS="4,2"), "threads").verdict == "ok"
+    assert finding_of(with_environment(OMP_NUM_THREADS="16,2"), "threads").verdict == "warning"
+
+
+def test_a_check_that_fails_is_a_finding_beside_the_others():
+    finding = finding_of(with_environment(OMP_NUM_THREADS="many"), "threads")
+    assert finding.verdict == "wrong" and "ValueError" in finding.seen and "'many'" in finding.seen and finding.remedy
+    assert len(judge(with_environment(OMP_NUM_THREADS="many"))) == len(CHECKS)
+
+
 def test_loopback_names_do_not_matter_on_one_node():
     world = changed("machine", own_address="127.0.1.1", master_address="127.0.0.1")
     for rank in (2, 3):

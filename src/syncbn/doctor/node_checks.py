@@ -119,7 +119,7 @@ def check_threads(world: World) -> Finding:
         cores = max(facts.machine.cores for facts in members)
         workers = sum(facts.configuration.num_workers for facts in members)
         given = listed(sorted({facts.environment.get("OMP_NUM_THREADS", "unset") for facts in members}))
-        threads = sum(int(facts.environment.get("OMP_NUM_THREADS") or 1) for facts in members)
+        threads = sum(map(_threads, members))
         if threads > cores:
             crowded.append(f"{len(members)} ranks with OMP_NUM_THREADS={given} on {cores} cores of {host}")
         elif len(members) + workers > 2 * cores:
@@ -130,6 +130,11 @@ def check_threads(world: World) -> Finding:
     _, seen = world.values(lambda facts: facts.environment.get("OMP_NUM_THREADS", "unset"))
     _, cores_seen = world.values(lambda facts: facts.machine.cores)
     return Finding("threads", "ok", f"OMP_NUM_THREADS {seen}, cores {cores_seen}")
+
+
+def _threads(facts: Facts) -> int:
+    """Of a rank; OpenMP allows a list, with a number for each level of nested regions."""
+    return int((facts.environment.get("OMP_NUM_THREADS") or "1").partition(",")[0])
 
 
 def check_network(world: World) -> Finding:
