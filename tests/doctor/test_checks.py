@@ -95,6 +95,11 @@ WRONG = {
     ),
     "a rank without a GPU": (without_device(3), "GPUs", "no GPU for rank 3 on node2"),
     "one GPU for two": (with_device(1, uuid="node1-0"), "GPUs", "the same GPU"),
+    "a GPU that another program holds alone": (
+        with_device(3, used=None, error="CUDA-capable device(s) is/are busy or unavailable"),
+        "state of GPUs",
+        "rank 3 on node2: CUDA-capable device(s) is/are busy",
+    ),
     "a run folder of rank 0's node alone": (with_trials(2, sees_run_folder=False), "run folder", "node2 do not see"),
     "a collective that failed": (
         with_trials(1, error="refused", stage="joining the process group", finished=False),
