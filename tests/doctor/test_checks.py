@@ -165,6 +165,7 @@ def test_ranks_that_came_and_fell_silent_are_named_with_their_hosts():
     world.hosts[2] = "node2"
     finding = judge(world)[0]
     assert finding.verdict == "wrong" and "rank 2 on node2" in finding.seen and "--doctor.timeout" in finding.remedy
+    assert "SYNCBN_DOCTOR_TIMEOUT" in finding.remedy, "since a script takes no option of the doctor's"
 
 
 def test_a_rank_whose_git_did_not_answer_does_not_stop_the_job():
