@@ -41,6 +41,7 @@ def facts_of(rank: int) -> Facts:
             data="/data/shards",
             data_digest="0123456789ab" if rank % PER_NODE == 0 else None,
             runs_folder="/shared/runs",
+            checkpoint_bytes=136_000_000,
         ),
         Machine(
             versions={"python": "3.11.7", "torch": "2.13.0", "syncbn revision": "8d79d126f3e9"},

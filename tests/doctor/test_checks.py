@@ -19,6 +19,7 @@ from made_up import (
 from rich.console import Console
 
 from syncbn.doctor.facts import Facts
+from syncbn.doctor.findings import Finding, World
 from syncbn.doctor.report import CHECKS, judge, print_report, write_json
 
 
@@ -78,6 +79,11 @@ WRONG = {
     ),
     "other data": (changed("configuration", [2], data_digest="other"), "data", "content other on node2"),
     "data missing": (changed("configuration", [2], data_digest=None), "data", "could not be read on node2"),
+    "no room for two checkpoints": (
+        changed("machine", [0, 1], free_disk=GIB // 4),
+        "disk",
+        "0.2 GiB free at /shared/runs on node1 (rank 0): too little for 2 checkpoints of 136 MB",
+    ),
     "too little shared memory": (changed("machine", [2, 3], shared_memory=GIB // 16), "shared memory", "on node2"),
     "an interface that does not exist": (with_environment(GLOO_SOCKET_IFNAME="eth7"), "network", "eth7"),
     "the same for NCCL": (with_environment(NCCL_SOCKET_IFNAME="=ib"), "network", "=ib names no interface"),
@@ -89,6 +95,11 @@ WRONG = {
     ),
     "a rank without a GPU": (without_device(3), "GPUs", "no GPU for rank 3 on node2"),
     "one GPU for two": (with_device(1, uuid="node1-0"), "GPUs", "the same GPU"),
+    "a GPU that another program holds alone": (
+        with_device(3, used=None, error="CUDA-capable device(s) is/are busy or unavailable"),
+        "state of GPUs",
+        "rank 3 on node2: CUDA-capable device(s) is/are busy",
+    ),
     "a run folder of rank 0's node alone": (with_trials(2, sees_run_folder=False), "run folder", "node2 do not see"),
     "a collective that failed": (
         with_trials(1, error="refused", stage="joining the process group", finished=False),
@@ -105,14 +116,28 @@ WRONG = {
 }
 
 
+def finding_of(world: World, check: str) -> Finding:
+    [finding] = [finding for finding in judge(world) if finding.check == check]
+    return finding
+
+
 @pytest.mark.parametrize(("world", "check", "seen"), WRONG.values(), ids=WRONG.keys())
 def test_what_is_wrong_is_found_and_has_a_remedy(world, check, seen):
-    [finding] = [finding for finding in judge(world) if finding.check == check]
+    finding = finding_of(world, check)
     assert finding.verdict == "wrong" and seen in finding.seen and finding.remedy, finding
 
 
 WARNINGS = {
-    "a full disk": (changed("machine", free_disk=GIB), "disk", "1.0 GiB free at /shared/runs"),
+    "a disk that is filling": (
+        changed("machine", free_disk=GIB),
+        "disk",
+        "1.0 GiB free at /shared/runs on node1 (rank 0)",
+    ),
+    "another node's full disk": (
+        changed("machine", [3], free_disk=0),
+        "disk",
+        "0.0 GiB free at /shared/runs on node2 (rank 3)",
+    ),
     "few open files": (changed("machine", [2], open_files=1024), "open files", "1024 on node2"),
     "too many threads": (with_environment(OMP_NUM_THREADS="16"), "threads", "2 ranks with OMP_NUM_THREADS=16 on 16"),
     "another kind of GPU": (with_device(3, name="A100"), "state of GPUs", "A100 with 80.0 GiB on node2"),
@@ -131,7 +156,7 @@ WARNINGS = {
 
 @pytest.mark.parametrize(("world", "check", "seen"), WARNINGS.values(), ids=WARNINGS.keys())
 def test_what_is_doubtful_is_found_and_has_a_remedy(world, check, seen):
-    [finding] = [finding for finding in judge(world) if finding.check == check]
+    finding = finding_of(world, check)
     assert finding.verdict == "warning" and seen in finding.seen and finding.remedy, finding
 
 
@@ -140,13 +165,35 @@ def test_ranks_that_came_and_fell_silent_are_named_with_their_hosts():
     world.hosts[2] = "node2"
     finding = judge(world)[0]
     assert finding.verdict == "wrong" and "rank 2 on node2" in finding.seen and "--doctor.timeout" in finding.remedy
+    assert "SYNCBN_DOCTOR_TIMEOUT" in finding.remedy, "since a script takes no option of the doctor's"
+
+
+def test_a_rank_whose_git_did_not_answer_does_not_stop_the_job():
+    others = sound_world().facts[0].machine.versions
+    without = changed("machine", [1, 3], versions=others | {"syncbn revision": "unknown"})
+    assert finding_of(without, "versions").verdict == "ok"
+    nowhere = changed("machine", versions=others | {"syncbn revision": "unknown"})
+    assert finding_of(nowhere, "versions").verdict == "ok"
+    differing = changed("machine", [2], without, versions=others | {"syncbn revision": "another"})
+    assert finding_of(differing, "versions").verdict == "wrong"
+
+
+def test_threads_for_nested_regions_count_by_the_first_number():
+    assert finding_of(with_environment(OMP_NUM_THREADS="4,2"), "threads").verdict == "ok"
+    assert finding_of(with_environment(OMP_NUM_THREADS="16,2"), "threads").verdict == "warning"
+
+
+def test_a_check_that_fails_is_a_finding_beside_the_others():
+    finding = finding_of(with_environment(OMP_NUM_THREADS="many"), "threads")
+    assert finding.verdict == "wrong" and "ValueError" in finding.seen and "'many'" in finding.seen and finding.remedy
+    assert len(judge(with_environment(OMP_NUM_THREADS="many"))) == len(CHECKS)
 
 
 def test_loopback_names_do_not_matter_on_one_node():
     world = changed("machine", own_address="127.0.1.1", master_address="127.0.0.1")
     for rank in (2, 3):
         del world.facts[rank]
-    assert next(finding for finding in judge(world) if finding.check == "network").verdict == "ok"
+    assert finding_of(world, "network").verdict == "ok"
 
 
 def test_the_table_has_a_row_for_each_check(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import torch.distributed as dist
 from made_up import facts_of
 
+from syncbn.cli import main
 from syncbn.doctor import command
 from syncbn.doctor.command import Examination
 from syncbn.doctor.facts import Placement
@@ -80,6 +81,44 @@ def test_a_job_with_fewer_tasks_than_its_nodes_and_tasks_per_node_say(monkeypatc
     findings = read_findings(Path("2.json"))
     assert {name for name, row in findings.items() if row["verdict"] == "wrong"} == {"scheduler", "configuration"}
     assert "--ntasks=1 does not fit --ntasks-per-node=2" in findings["configuration"]["seen"]
+
+
+@pytest.fixture
+def examined(monkeypatch):
+    """How long examinations were to wait, none of which takes place."""
+    waits = []
+
+    class NoExamination:
+        def __init__(self, words: list[str], timeout: float, json: Path | None) -> None:
+            waits.append(timeout)
+
+        def run(self) -> int:
+            return 0
+
+    monkeypatch.setattr(command, "Examination", NoExamination)
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *arguments, **options: None)
+    monkeypatch.setattr("os._exit", lambda status: None)
+    monkeypatch.setattr(sys, "argv", ["syncbn"])
+    return waits
+
+
+def test_the_time_to_wait_comes_from_the_option_else_from_the_environment(monkeypatch, examined):
+    monkeypatch.delenv("SYNCBN_DOCTOR_TIMEOUT", raising=False)
+    command.run([])
+    monkeypatch.setenv("SYNCBN_DOCTOR_TIMEOUT", "300")
+    command.run([])
+    command.run(["--doctor.timeout=45.5"])
+    assert examined == [120, 300, 45.5]
+
+
+@pytest.mark.parametrize("bad", ["", "5 min", "0", "-1", "nan", "inf"])
+def test_a_time_that_is_none_is_one_line(monkeypatch, examined, bad, capsys):
+    monkeypatch.setenv("SYNCBN_DOCTOR_TIMEOUT", bad)
+    with pytest.raises(SystemExit) as exited:
+        main(["doctor"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert exited.value.code == 1 and examined == []
+    assert line.startswith(f"syncbn: error: the doctor cannot wait {bad!r} seconds") and "SYNCBN_DOCTOR_TIMEOUT" in line
 
 
 # ---- ranks as threads of this process --------------------------------------------------------------

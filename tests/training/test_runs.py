@@ -2,10 +2,12 @@
 
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import distribution
 
 import cv2
 import pytest
 
+from syncbn.training import runs
 from syncbn.training.curves import plot_curves, read_series
 from syncbn.training.runs import claim_run_folder, git_revision, source_revision
 
@@ -17,7 +19,7 @@ def test_every_run_gets_a_folder_of_its_own(tmp_path):
     assert len(list((tmp_path / "name").iterdir())) == 16
 
 
-def test_git_revision(tmp_path):
+def test_git_revision(monkeypatch, tmp_path):
     assert git_revision(tmp_path) == "unknown"
 
     def git(*words: str) -> str:
@@ -38,6 +40,8 @@ def test_git_revision(tmp_path):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     assert source_revision(package) == "unknown"
+    monkeypatch.setattr(runs, "distribution", lambda name: distribution("no-such-package"))
+    assert source_revision(package) == "unknown", "nor need it be installed at all"
     git("add", "--force", ".venv")
     git("commit", "-m", "second")
     assert source_revision(package) == git("rev-parse", "HEAD") + "-dirty"

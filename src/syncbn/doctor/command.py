@@ -34,6 +34,12 @@ from syncbn.doctor.trials import Trials, take_part
 LEAVE_SECONDS = 10.0
 """For other ranks to read the verdict, and for processes to end."""
 
+TIMEOUT = "SYNCBN_DOCTOR_TIMEOUT"
+"""Environment variable for the option's value: the scripts in launch/ give the doctor the words of the fit alone."""
+
+LONGEST_TIMEOUT = 86400.0
+"""Seconds."""
+
 PATIENCE = 6
 """Times the timeout, after which the doctor gives itself up."""
 
@@ -48,15 +54,37 @@ def run(words: Sequence[str]) -> None:
         "syncbn doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--doctor.timeout", dest="timeout", type=float, default=120.0, help="seconds to wait for the other ranks"
+        "--doctor.timeout",
+        dest="timeout",
+        default=os.environ.get(TIMEOUT, "120"),
+        help=f"seconds to wait for the other ranks (default: {TIMEOUT}, else 120)",
     )
     parser.add_argument("--doctor.json", dest="json", type=Path, help="a file to write the findings to, besides")
     options, fit_words = parser.parse_known_args(words)
+    timeout = seconds(options.timeout)
     # A file system that does not answer would hold up even the search for what is wrong.
-    faulthandler.dump_traceback_later(PATIENCE * options.timeout, exit=True)
-    status = Examination(fit_words, options.timeout, options.json).run()
+    faulthandler.dump_traceback_later(PATIENCE * timeout, exit=True)
+    status = Examination(fit_words, timeout, options.json).run()
     sys.stdout.flush()
     os._exit(status)  # what a broken process group has left behind must not hold up the end
+
+
+def seconds(text: str) -> float:
+    """The time to wait for the other ranks.
+
+    Raises:
+        ValueError: The text is no number of seconds.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= LONGEST_TIMEOUT:
+        raise ValueError(
+            f"the doctor cannot wait {text!r} seconds: give --doctor.timeout or {TIMEOUT} a number above 0,"
+            f" up to {LONGEST_TIMEOUT:g}"
+        )
+    return number
 
 
 class Examination:

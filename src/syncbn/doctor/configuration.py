@@ -6,7 +6,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
 
 from syncbn.data import ImageDataModule
 from syncbn.data.datasets import ImageDataset
@@ -44,12 +45,14 @@ class Plan:
 
     Attributes:
         trainer: Lightning's; None if it could not be built.
+        model: The network to train; None if it could not be built.
         data: The images; None if they could not be opened.
         error: What stood in the way; None if nothing did.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
         self.trainer: Trainer | None = None
+        self.model: LightningModule | None = None
         self.data: ImageDataModule | None = None
         self.error: Exception | None = None
         self.options: Any = {}
@@ -62,7 +65,8 @@ class Plan:
         else:
             self.error = fit.error
             self.options = fit.config["fit"]
-            self.trainer, self.data = getattr(fit, "trainer", None), getattr(fit, "datamodule", None)
+            self.trainer, self.model = getattr(fit, "trainer", None), getattr(fit, "model", None)
+            self.data = getattr(fit, "datamodule", None)
         finally:
             sys.argv[:] = command
 
@@ -82,6 +86,7 @@ class Plan:
         return Configuration(
             error=None if error is None else " ".join(str(error).split()) or type(error).__name__,
             data_digest=digest,
+            checkpoint_bytes=None if self.model is None else checkpoint_bytes(self.model),
             **self._of_trainer(),
             **self._of_options(),
         )
@@ -121,6 +126,11 @@ class Plan:
 def backend_of(device: str) -> str:
     """Of torch.distributed, for a kind of device, where the strategy names none."""
     return "nccl" if device == "cuda" else "gloo"
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Size of a checkpoint of a network, at most: weights, momenta and averaged weights."""
+    return 3 * sum(tensor.nbytes for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
 
 
 def digest_of_data(data: ImageDataModule) -> str:

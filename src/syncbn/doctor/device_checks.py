@@ -36,14 +36,18 @@ def check_devices(world: World) -> Finding:
 
 
 def check_state_of_devices(world: World) -> Finding:
-    """Whether the GPUs are all of a kind, with their memory free."""
+    """Whether the GPUs can be opened and are all of a kind, with their memory free."""
     own = {facts.placement.rank: device for facts in _on_gpus(world) for device in _own(facts)}
     if not own:
         return Finding("state of GPUs", "ok", "none looked at")
+    closed = [f"rank {rank} on {world.hosts[rank]}: {device.error}" for rank, device in own.items() if device.error]
+    if closed:
+        remedy = "end what holds the GPU (nvidia-smi): in compute mode EXCLUSIVE_PROCESS it takes one program"
+        return Finding("state of GPUs", "wrong", f"cannot be opened: {listed(closed)}", remedy)
     taken = [
         f"rank {rank}: {gibibytes(device.used)} of {gibibytes(device.memory)}"
         for rank, device in own.items()
-        if device.used > USED_MEMORY * device.memory
+        if device.used is not None and device.used > USED_MEMORY * device.memory
     ]
     if taken:
         seen = f"memory taken by other programs: {listed(taken)}"

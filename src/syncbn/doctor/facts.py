@@ -6,13 +6,13 @@ import platform
 import resource
 import shutil
 import socket
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from syncbn.training.runs import git_revision
+from syncbn.training.runs import source_revision
 
 PREFIXES = ("SLURM_", "TORCHELASTIC_", "NCCL_", "GLOO_", "OMPI_COMM_WORLD_")
 NAMES = (
@@ -69,6 +69,7 @@ class Configuration:
         data: Where the images come from.
         data_digest: Of the names of the classes, the numbers of images and some of the images; on one rank of a node.
         runs_folder: Where run folders go, as an absolute path.
+        checkpoint_bytes: Of a checkpoint, at most: the weights, their momenta and their average.
     """
 
     error: str | None = None
@@ -88,6 +89,7 @@ class Configuration:
     data: str | None = None
     data_digest: str | None = None
     runs_folder: str | None = None
+    checkpoint_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Machine:
     """The node of a rank.
 
     Attributes:
-        versions: Of Python and the packages, the git revision of syncbn included.
+        versions: Of Python and the packages, and syncbn's git revision, "unknown" where git did not tell it.
         cores: Processor cores that this process may use.
         open_files: Limit on open files.
         shared_memory: Free bytes of /dev/shm; None where there is none.
@@ -123,13 +125,15 @@ class Device:
         name: Of its kind.
         uuid: Of the very device.
         memory: Its bytes.
-        used: Bytes taken before this program took any.
+        used: Bytes taken before this program took any; None of a GPU that the rank does not train on.
+        error: Why the rank cannot use the GPU that it trains on; None if nothing is known against it.
     """
 
     name: str
     uuid: str
     memory: int
-    used: int
+    used: int | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,8 +170,9 @@ def collect_facts(placement: Placement, configuration: Configuration) -> Facts:
     environment = {
         name: value for name, value in sorted(os.environ.items()) if name in NAMES or name.startswith(PREFIXES)
     }
-    devices = visible_devices()
-    own = placement.local_rank if configuration.device == "cuda" and placement.local_rank < len(devices) else None
+    has_own = configuration.device == "cuda" and placement.local_rank < torch.cuda.device_count()
+    own = placement.local_rank if has_own else None
+    devices = [look_at_device(index, index == own) for index in range(torch.cuda.device_count())]
     return Facts(placement, environment, configuration, look_at_machine(placement, configuration), devices, own)
 
 
@@ -202,7 +207,7 @@ def software_versions() -> dict[str, str]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue  # deepspeed is an extra
-    versions["syncbn revision"] = git_revision(Path(__file__).parent)
+    versions["syncbn revision"] = source_revision()
     if torch.version.cuda:
         versions["CUDA"] = torch.version.cuda
     if torch.cuda.is_available():
@@ -210,14 +215,32 @@ def software_versions() -> dict[str, str]:
     return versions
 
 
-def visible_devices() -> list[Device]:
-    """The GPUs of this process, with what others have taken of their memory."""
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
+def look_at_device(index: int, is_own: bool) -> Device:
+    """A GPU of this process; of its own, what others have taken of the memory, too.
+
+    Not of all GPUs, since asking may take memory itself, and each rank of the node would ask.
+    """
+    properties = torch.cuda.get_device_properties(index)
+    device = Device(properties.name, str(properties.uuid), properties.total_memory)
+    if not is_own:
+        return device
+    try:
+        return replace(device, used=memory_used(index))
+    except RuntimeError as error:
+        return replace(device, error=" ".join(str(error).split()))
+
+
+def memory_used(index: int) -> int:
+    """Bytes taken of a GPU's memory.
+
+    Raises:
+        RuntimeError: The GPU cannot be opened.
+    """
+    try:
+        return torch.cuda.device_memory_used(index)  # by NVML, without opening the GPU
+    except Exception:  # nvidia-ml-py is not installed, or one of its own errors, which are plain Exceptions
         free, total = torch.cuda.mem_get_info(index)
-        devices.append(Device(properties.name, str(properties.uuid), total, total - free))
-    return devices
+        return total - free
 
 
 def resolved(host: str) -> str | None:

@@ -25,6 +25,7 @@ def placement_by_environment() -> Placement | None:
     interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     if "SLURM_NTASKS" in os.environ and not interactive:
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "127.0.0.1")
+        # As Lightning names it, without MASTER_ADDR: wrongly for a list such as r1i[0-1]n[0-3], as the fit would, too.
         first = SLURMEnvironment.resolve_root_node_address(nodes)
         port = FIRST_SLURM_PORT + int(os.environ.get("SLURM_JOB_ID", "0")[-4:])
         # The tasks that srun really started, which may be others than those allocated.

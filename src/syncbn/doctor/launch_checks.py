@@ -28,7 +28,10 @@ def check_arrival(world: World) -> Finding:
         )
     if silent:
         seen.append("came, but said nothing: " + listed([f"rank {rank} on {world.hosts[rank]}" for rank in silent]))
-        remedy.append("their data folder may hang, or their start takes longer: --doctor.timeout SECONDS")
+        remedy.append(
+            "their data folder may hang, or their start takes longer: --doctor.timeout SECONDS, or for a script of"
+            " launch/ SYNCBN_DOCTOR_TIMEOUT=SECONDS in the environment"
+        )
     return Finding("ranks", "wrong", "; ".join(seen), "; ".join(remedy))
 
 

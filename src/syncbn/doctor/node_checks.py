@@ -8,6 +8,9 @@ from syncbn.doctor.findings import Finding, World, gibibytes, listed
 FREE_DISK = 5 * 2**30
 """Bytes for checkpoints: one of the full network, with momenta and averaged weights, has about 140 MB."""
 
+CHECKPOINTS = 2
+"""That must fit: the last one stays until the next is written."""
+
 OPEN_FILES = 4096
 """Descriptors that loaders with several workers may want."""
 
@@ -21,7 +24,10 @@ def check_versions(world: World) -> Finding:
     differing: list[str] = []
     common: list[str] = []
     for name in names:
-        same, values = world.values(lambda facts, name=name: facts.machine.versions.get(name, "none"))  # type: ignore[misc]
+        # A node without git, or where git took too long, does not run other software for that.
+        known = {rank: facts for rank, facts in world.facts.items() if facts.machine.versions.get(name) != "unknown"}
+        comparable = world._replace(facts=known or world.facts)
+        same, values = comparable.values(lambda facts, name=name: facts.machine.versions.get(name, "none"))  # type: ignore[misc]
         (common if same else differing).append(f"{name} {values[:12] if same else values}")
     if differing:
         return Finding("versions", "wrong", "; ".join(differing), "install the same environment on every node")
@@ -50,17 +56,29 @@ def check_data(world: World) -> Finding:
 
 
 def check_disk(world: World) -> Finding:
-    """Whether checkpoints have room where the run folder goes."""
-    free = world.facts[0].machine.free_disk
-    folder = world.facts[0].configuration.runs_folder
-    if free is None:
+    """Whether rank 0 has room for checkpoints where the run folder goes, and the other nodes for what they leave."""
+    configuration = world.facts[0].configuration
+    folder, size = configuration.runs_folder, configuration.checkpoint_bytes or 0
+    known = [facts for facts in world.facts.values() if facts.machine.free_disk is not None]
+    if world.facts[0] not in known:
         return Finding("disk", "warning", "the runs folder is not known", "mend the configuration first")
-    seen = f"{gibibytes(free)} free at {folder}"
-    if free < FREE_DISK:
-        return Finding(
-            "disk", "warning", seen, f"make room for checkpoints, or choose another --runs_folder than {folder}"
-        )
-    return Finding("disk", "ok", seen)
+    remedy = f"make room for checkpoints, or choose another --runs_folder than {folder}"
+    writing, fullest = world.facts[0], min(known, key=_free_disk)  # rank 0 alone writes checkpoints
+    if _free_disk(writing) < CHECKPOINTS * size:
+        seen = f"{_room(writing)}: too little for {CHECKPOINTS} checkpoints of {size / 1e6:,.0f} MB"
+        return Finding("disk", "wrong", seen, remedy)
+    if _free_disk(fullest) < FREE_DISK:
+        return Finding("disk", "warning", _room(fullest), remedy)
+    return Finding("disk", "ok", _room(fullest))
+
+
+def _free_disk(facts: Facts) -> int:
+    return facts.machine.free_disk or 0
+
+
+def _room(facts: Facts) -> str:
+    where = f"{facts.configuration.runs_folder} on {facts.placement.host} (rank {facts.placement.rank})"
+    return f"{gibibytes(_free_disk(facts))} free at {where}"
 
 
 def check_shared_memory(world: World) -> Finding:
@@ -101,7 +119,7 @@ def check_threads(world: World) -> Finding:
         cores = max(facts.machine.cores for facts in members)
         workers = sum(facts.configuration.num_workers for facts in members)
         given = listed(sorted({facts.environment.get("OMP_NUM_THREADS", "unset") for facts in members}))
-        threads = sum(int(facts.environment.get("OMP_NUM_THREADS") or 1) for facts in members)
+        threads = sum(map(_threads, members))
         if threads > cores:
             crowded.append(f"{len(members)} ranks with OMP_NUM_THREADS={given} on {cores} cores of {host}")
         elif len(members) + workers > 2 * cores:
@@ -112,6 +130,11 @@ def check_threads(world: World) -> Finding:
     _, seen = world.values(lambda facts: facts.environment.get("OMP_NUM_THREADS", "unset"))
     _, cores_seen = world.values(lambda facts: facts.machine.cores)
     return Finding("threads", "ok", f"OMP_NUM_THREADS {seen}, cores {cores_seen}")
+
+
+def _threads(facts: Facts) -> int:
+    """Of a rank; OpenMP allows a list, with a number for each level of nested regions."""
+    return int((facts.environment.get("OMP_NUM_THREADS") or "1").partition(",")[0])
 
 
 def check_network(world: World) -> Finding:

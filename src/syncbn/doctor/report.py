@@ -1,7 +1,7 @@
 """The table that rank 0 prints, and the same as JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +18,17 @@ NARROWEST = 100
 
 def judge(world: World) -> list[Finding]:
     """The findings of all checks."""
-    return [check(world) for check in CHECKS]
+    return [finding_of(check, world) for check in CHECKS]
+
+
+def finding_of(check: Callable[[World], Finding], world: World) -> Finding:
+    """What a check found; an error of the check itself is a finding, too, as all ranks wait for the report."""
+    try:
+        return check(world)
+    except Exception as error:
+        seen = f"this check failed: {type(error).__name__}: {error}"
+        remedy = "mend the value that it names; else report it, with this table"
+        return Finding(check.__name__.removeprefix("check_").replace("_", " "), "wrong", seen, remedy)
 
 
 def print_report(findings: Sequence[Finding], console: Console | None = None) -> None:

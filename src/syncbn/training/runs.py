@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
-from importlib.metadata import distribution, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,10 @@ def source_revision(package: Path = Path(__file__).parents[1]) -> str:
     with suppress(OSError, subprocess.SubprocessError):
         subprocess.run(tracked, capture_output=True, timeout=10, check=True)
         return git_revision(package)
-    origin = json.loads(distribution("syncbn").read_text("direct_url.json") or "{}")  # PEP 610: pip install git+...
+    try:
+        origin = json.loads(distribution("syncbn").read_text("direct_url.json") or "{}")  # PEP 610: pip install git+...
+    except PackageNotFoundError:  # on PYTHONPATH, where git did not answer
+        return "unknown"
     return origin.get("vcs_info", {}).get("commit_id", "unknown")
 
 
