@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,6 @@ def found(parent: Path, environment: dict[str, str], monkeypatch, words: list[st
     ("first", "second"),
     [
         (torchrun("a", 0), torchrun("a", 1)),
-        (torchrun("a", 0, "mine"), torchrun("b", 1, "mine")),  # another node's torchrun of the same rendezvous
         (slurm("7", 0), slurm("7", 1)),
         (slurm("7", 0) | torchrun("a", 0), slurm("7", 1) | torchrun("b", 0)),  # requeued: another torchrun
         (torchrun("a", 0), torchrun("a", 0)),  # ranks that were added or lost do not count as a restart
@@ -83,6 +83,25 @@ def test_a_restart_finds_its_folder_among_others(tmp_path, monkeypatch, first, s
     begin(tmp_path, 2, first, ["fit", "--config", "b.yaml"])
     begin(tmp_path, 3, torchrun("y", 0) | slurm("8", 0))
     assert found(tmp_path, second, monkeypatch) == mine
+
+
+def test_a_run_id_is_of_this_torchrun_only(tmp_path, monkeypatch):
+    """The launch scripts' is the same every day."""
+    first = begin(tmp_path / "runs", 0, torchrun("a", 0, "mine"))
+    began = tmp_path / "mine_b" / "attempt_0"  # another node's torchrun, of the same rendezvous
+    began.mkdir(parents=True)
+    second = torchrun("b", 1, "mine") | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "mine_b/attempt_1/0/error.json")}
+    assert found(tmp_path / "runs", second, monkeypatch) == first
+    for seconds, expected in ((50, first), (70, None)):
+        later = time.time() + seconds
+        for folder in (began, tmp_path):
+            os.utime(folder, (later, later))
+        assert found(tmp_path / "runs", second, monkeypatch) == expected
+    os.utime(began, (0, 0))
+    assert found(tmp_path / "runs", second, monkeypatch) == first
+    record_end(first, 9)
+    assert found(tmp_path / "runs", second, monkeypatch) is None
+    assert found(tmp_path / "runs", torchrun("a", 1, "mine"), monkeypatch) == first
 
 
 @pytest.mark.parametrize("environment", [{}, slurm("7", 0), torchrun("b", 0, "mine"), torchrun("b", 1), slurm("9", 1)])
