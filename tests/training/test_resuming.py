@@ -114,13 +114,28 @@ def test_the_newest_whole_checkpoint_or_the_end(tmp_path):
     folder = begin(tmp_path, 0, {})
     assert find_resume_point(folder) == ResumePoint(folder, None, 0)
     for name in ("step=9", "step=10", "last"):
-        AtomicCheckpointIO().save_checkpoint(WHOLE, folder / "checkpoints" / f"{name}.ckpt")
+        AtomicCheckpointIO().save_checkpoint(WHOLE | {"global_step": 12}, folder / "checkpoints" / f"{name}.ckpt")
     assert find_resume_point(folder) == ResumePoint(folder, folder / "checkpoints" / "step=10.ckpt", 10)
     record_end(folder, 12)
     assert find_resume_point(folder) == ResumePoint(folder, folder / "checkpoints" / "last.ckpt", 12)
     with (folder / "starts.jsonl").open("a") as lines:
         lines.write('{"time": "2026')  # a kill in the middle of a line
     assert find_resume_point(folder).step == 12
+
+
+@pytest.mark.parametrize(("fault", "named"), [("damaged", "the checksum of"), ("older", "it is of step 6, not 12")])
+def test_a_finished_run_without_its_last_state_goes_on_before_it(tmp_path, capsys, fault, named):
+    checkpoints = begin(tmp_path, 0, {}) / "checkpoints"
+    last, newest = checkpoints / "last.ckpt", checkpoints / "step=10.ckpt"
+    AtomicCheckpointIO().save_checkpoint(WHOLE, newest)
+    AtomicCheckpointIO().save_checkpoint(WHOLE | {"global_step": 6 if fault == "older" else 12}, last)
+    record_end(checkpoints.parent, 12)
+    if fault == "damaged":
+        content = bytearray(last.read_bytes())
+        content[len(content) // 2] ^= 1
+        last.write_bytes(content)
+    assert find_resume_point(checkpoints.parent) == ResumePoint(checkpoints.parent, newest, 10)
+    assert f"syncbn: {last} is left out ({named}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, Namespace, SaveConfigCallback
 
-from syncbn.training.checkpoint_files import atomic_file, newest_whole, step_of
+from syncbn.training.checkpoint_files import atomic_file, fault_of, newest_whole, step_of
 from syncbn.training.runs import run_folder
 
 STARTS = "starts.jsonl"
@@ -150,7 +150,7 @@ def _add_line(folder: Path, what: dict[str, Any]) -> None:
 
 
 def find_resume_point(folder: Path) -> ResumePoint:
-    """The newest whole checkpoint of a run; that of the end where the training is over."""
+    """The newest whole checkpoint of a run; that of the end where the training is over and it is whole."""
 
     def say(message: str) -> None:
         print(f"syncbn: {message}", file=sys.stderr, flush=True)
@@ -158,7 +158,10 @@ def find_resume_point(folder: Path) -> ResumePoint:
     ended = [start["finished"] for start in read_starts(folder)[-1:] if "finished" in start]
     last = folder / "checkpoints" / "last.ckpt"
     if ended and last.is_file():
-        return ResumePoint(folder, last, ended[0])
+        fault = fault_of(last, ended[0])
+        if not fault:
+            return ResumePoint(folder, last, ended[0])
+        say(f"{last} is left out ({fault})")
     found = newest_whole(folder / "checkpoints", say)
     return ResumePoint(folder, found, step_of(found) if found else 0)
 
