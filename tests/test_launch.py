@@ -1,7 +1,9 @@
 """The launch scripts by their text: clean to shellcheck, marked where a site edits them, nothing said twice."""
 
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +80,40 @@ def test_failures_end_the_job_and_the_doctor_comes_first(script: Path) -> None:
         assert re.search(rf'\b{verb} "\$@"', text)
     for line in text.splitlines():
         assert not line.lstrip().startswith("srun ") or "--kill-on-bad-exit=1" in line
+
+
+def torchruns(folder: Path, **variables: str) -> list[str]:
+    """The words that launch/torchrun_multi_node.sh gives to each torchrun, on this machine."""
+    (folder / "launch").mkdir(parents=True)
+    script = shutil.copy(LAUNCH / "torchrun_multi_node.sh", folder / "launch")
+    (folder / "launch" / "environment.sh").write_text('use_network() { :; }\ntorchrun() { echo torchrun "$@"; }\n')
+    return subprocess.run(
+        ["bash", script, "WORDS"], env=os.environ | variables, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+@pytest.mark.parametrize("rejoin", ["", "1"])
+def test_a_node_that_comes_back_goes_past_the_doctor(tmp_path: Path, rejoin: str) -> None:
+    *doctor, fit = torchruns(tmp_path, FIRST_NODE="127.0.0.1", NODES="2", RENDEZVOUS_PORT="1234", REJOIN=rejoin)
+    assert "127.0.0.1:1234 " in fit and fit.endswith("-m syncbn fit WORDS")
+    assert len(doctor) == (0 if rejoin else 1)
+    for line in doctor:
+        assert "127.0.0.1:1235 " in line and line.endswith("-m syncbn doctor WORDS")
+
+
+def test_nothing_is_started_without_a_first_node(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        torchruns(tmp_path, FIRST_NODE="", NODES="2")
+    assert failed.value.stdout == ""
+    assert "FIRST_NODE: name of the node that keeps the rendezvous" in failed.value.stderr
+
+
+def test_the_first_node_is_numbered_first(tmp_path: Path) -> None:
+    addresses = [
+        re.findall(r"--local-addr=(\S+)", line)
+        for number, first in enumerate(["127.0.0.1", "localhost", "192.0.2.1", "zebra.invalid"])
+        for line in torchruns(tmp_path / str(number), FIRST_NODE=first, NODES="2", REJOIN="1")
+    ]
+    other = [f"~{socket.gethostname()}"]
+    assert addresses == [["127.0.0.1"], ["localhost"], other, other]
+    assert min("zebra.invalid", *other) == "zebra.invalid"

@@ -59,20 +59,22 @@ def run_on_one_machine(folder: Path, *words: str) -> Path:
 class Launch:
     """The script on hosts of a network, from one checkout."""
 
-    def __init__(self, net: Network, folder: Path, nodes: str, *words: str, join_timeout: int = 600) -> None:
+    def __init__(
+        self, net: Network, folder: Path, nodes: str, *words: str, join_timeout: int = 600, first: str = "node1"
+    ) -> None:
         self.net, self.folder, self.words = net, checkout(folder / "checkout"), [*WORDS, *words]
-        self.environment = environment() | {"FIRST_NODE": "node1", "NODES": nodes, "RANKS_PER_NODE": "1"}
+        self.environment = environment() | {"FIRST_NODE": first, "NODES": nodes, "RANKS_PER_NODE": "1"}
         self.environment["JOIN_TIMEOUT"] = str(join_timeout)
         self.processes = {name: self.start(name) for name in net.hosts}
 
-    def start(self, name: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, **variables: str) -> subprocess.Popen[bytes]:
         """Start the script on a host."""
         return self.net[name].start(
             "launch/torchrun_multi_node.sh",
             *self.words,
             log=self.folder / f"{name}.log",
             folder=self.folder,
-            env=self.environment,
+            env=self.environment | variables,
         )
 
     def log(self, name: str) -> str:
@@ -110,15 +112,16 @@ def test_one_host_goes_on_alone_when_the_other_loses_power(net: Network, tmp_pat
 
 
 def test_host_that_comes_back_joins_again(net: Network, reference: Path, tmp_path: Path) -> None:
-    launch = Launch(net, tmp_path, "2", *timeout(30))
+    """Although it comes first by its name, it does not become rank 0, which would begin a new run."""
+    launch = Launch(net, tmp_path, "2", *timeout(30), first="node2")
     launch.wait_for_steps(EPOCH + 5)
-    net["node2"].power_off()
-    wait_until(lambda: FAILED in launch.log("node1"), SECONDS, "node1 misses node2")
-    net.power_on("node2")
-    launch.processes["node2"] = launch.start("node2")
+    net["node1"].power_off()
+    wait_until(lambda: FAILED in launch.log("node2"), SECONDS, "node2 misses node1")
+    net.power_on("node1")
+    launch.processes["node1"] = launch.start("node1", REJOIN="1")
     for name, process in launch.processes.items():
         assert process.wait(SECONDS) == 0, launch.log(name)
-    check_same_weights(check_finished(launch.folder, launch.log("node1")), reference)
+    check_same_weights(check_finished(launch.folder, launch.log("node2")), reference)
 
 
 @pytest.mark.parametrize("noticed_by", ["collective", "watchdog"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,6 @@ def found(parent: Path, environment: dict[str, str], monkeypatch, words: list[st
     ("first", "second"),
     [
         (torchrun("a", 0), torchrun("a", 1)),
-        (torchrun("a", 0, "mine"), torchrun("b", 1, "mine")),  # another node's torchrun of the same rendezvous
         (slurm("7", 0), slurm("7", 1)),
         (slurm("7", 0) | torchrun("a", 0), slurm("7", 1) | torchrun("b", 0)),  # requeued: another torchrun
         (torchrun("a", 0), torchrun("a", 0)),  # ranks that were added or lost do not count as a restart
@@ -85,6 +85,25 @@ def test_a_restart_finds_its_folder_among_others(tmp_path, monkeypatch, first, s
     assert found(tmp_path, second, monkeypatch) == mine
 
 
+def test_a_run_id_is_of_this_torchrun_only(tmp_path, monkeypatch):
+    """The launch scripts' is the same every day."""
+    first = begin(tmp_path / "runs", 0, torchrun("a", 0, "mine"))
+    began = tmp_path / "mine_b" / "attempt_0"  # another node's torchrun, of the same rendezvous
+    began.mkdir(parents=True)
+    second = torchrun("b", 1, "mine") | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "mine_b/attempt_1/0/error.json")}
+    assert found(tmp_path / "runs", second, monkeypatch) == first
+    for seconds, expected in ((50, first), (70, None)):
+        later = time.time() + seconds
+        for folder in (began, tmp_path):
+            os.utime(folder, (later, later))
+        assert found(tmp_path / "runs", second, monkeypatch) == expected
+    os.utime(began, (0, 0))
+    assert found(tmp_path / "runs", second, monkeypatch) == first
+    record_end(first, 9)
+    assert found(tmp_path / "runs", second, monkeypatch) is None
+    assert found(tmp_path / "runs", torchrun("a", 1, "mine"), monkeypatch) == first
+
+
 @pytest.mark.parametrize("environment", [{}, slurm("7", 0), torchrun("b", 0, "mine"), torchrun("b", 1), slurm("9", 1)])
 def test_what_is_no_restart_of_it_begins_anew(tmp_path, monkeypatch, environment):
     begin(tmp_path, 0, slurm("7", 0) | torchrun("a", 0, "mine"))
@@ -95,13 +114,28 @@ def test_the_newest_whole_checkpoint_or_the_end(tmp_path):
     folder = begin(tmp_path, 0, {})
     assert find_resume_point(folder) == ResumePoint(folder, None, 0)
     for name in ("step=9", "step=10", "last"):
-        AtomicCheckpointIO().save_checkpoint(WHOLE, folder / "checkpoints" / f"{name}.ckpt")
+        AtomicCheckpointIO().save_checkpoint(WHOLE | {"global_step": 12}, folder / "checkpoints" / f"{name}.ckpt")
     assert find_resume_point(folder) == ResumePoint(folder, folder / "checkpoints" / "step=10.ckpt", 10)
     record_end(folder, 12)
     assert find_resume_point(folder) == ResumePoint(folder, folder / "checkpoints" / "last.ckpt", 12)
     with (folder / "starts.jsonl").open("a") as lines:
         lines.write('{"time": "2026')  # a kill in the middle of a line
     assert find_resume_point(folder).step == 12
+
+
+@pytest.mark.parametrize(("fault", "named"), [("damaged", "the checksum of"), ("older", "it is of step 6, not 12")])
+def test_a_finished_run_without_its_last_state_goes_on_before_it(tmp_path, capsys, fault, named):
+    checkpoints = begin(tmp_path, 0, {}) / "checkpoints"
+    last, newest = checkpoints / "last.ckpt", checkpoints / "step=10.ckpt"
+    AtomicCheckpointIO().save_checkpoint(WHOLE, newest)
+    AtomicCheckpointIO().save_checkpoint(WHOLE | {"global_step": 6 if fault == "older" else 12}, last)
+    record_end(checkpoints.parent, 12)
+    if fault == "damaged":
+        content = bytearray(last.read_bytes())
+        content[len(content) // 2] ^= 1
+        last.write_bytes(content)
+    assert find_resume_point(checkpoints.parent) == ResumePoint(checkpoints.parent, newest, 10)
+    assert f"syncbn: {last} is left out ({named}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -150,11 +150,15 @@ def describe_failure(path: Path, error: OSError) -> str:
     return f"the checkpoint {path} could not be written: {reason} ({free}{remedy}); earlier checkpoints are kept"
 
 
-def fault_of(path: Path) -> str:
+def fault_of(path: Path, step: int | None = None) -> str:
     """What is wrong with a checkpoint; "" where it is whole.
 
     A file's checksums are verified, and what training needs must be in it. A folder, as sharded strategies write, is
     taken to be whole by its name, which it is given last.
+
+    Args:
+        path: Of the checkpoint.
+        step: A file has to be of this step, where it is given: on a full disk an older one may have stayed.
     """
     if path.is_dir():
         return ""
@@ -167,7 +171,10 @@ def fault_of(path: Path) -> str:
     except Exception as error:  # whatever unpickling junk may raise
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     missing = [name for name in NEEDED if name not in checkpoint]
-    return f"it has no {', '.join(missing)}" if missing else ""
+    if missing:
+        return f"it has no {', '.join(missing)}"
+    found = checkpoint["global_step"]
+    return f"it is of step {found}, not {step}" if step not in (None, found) else ""
 
 
 def step_of(path: Path) -> int:

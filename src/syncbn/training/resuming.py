@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, Namespace, SaveConfigCallback
 
-from syncbn.training.checkpoint_files import atomic_file, newest_whole, step_of
+from syncbn.training.checkpoint_files import atomic_file, fault_of, newest_whole, step_of
 from syncbn.training.runs import run_folder
 
 STARTS = "starts.jsonl"
@@ -25,6 +25,9 @@ STARTS = "starts.jsonl"
 
 DECISION = "SYNCBN_GO_ON_FROM"
 """How a process tells those that it starts from which checkpoint to go on: its path, or nothing."""
+
+CLOCKS_DIFFER = timedelta(minutes=1)
+"""Between nodes, at most."""
 
 MATTERS = ("seed_everything", "global_batch_size", "model", "data", "trainer")
 INDIFFERENT = {"model": {"weights"}, "data": {"root", "num_workers"}}
@@ -66,9 +69,11 @@ class RestartedJob(NamedTuple):
         folders = sorted(parent.glob("version_*"), key=version_of, reverse=True)
         for name, value in known.items():
             for folder in folders if value else ():
-                for start in read_starts(folder):
-                    if start.get(name) == value and start.get("words") == list(self.words):
-                        return folder
+                starts = read_starts(folder)
+                if name == "run_id":  # which may be the same on another day
+                    starts = starts_since(starts, torchrun_began(environment))
+                if any(start.get(name) == value and start.get("words") == list(self.words) for start in starts):
+                    return folder
         return None
 
 
@@ -109,6 +114,24 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     return starts
 
 
+def torchrun_began(environment: Mapping[str, str]) -> datetime:
+    """When the torchrun that started this process did so first; now, where its folder is not to be seen."""
+    try:
+        agent = Path(environment["TORCHELASTIC_ERROR_FILE"]).parents[2]
+        # The folder itself changes with every attempt. All of these came after the start, the earliest right after it.
+        began = min(path.stat().st_mtime for path in (agent.parent, *agent.iterdir()))
+    except (KeyError, OSError):
+        return datetime.now(timezone.utc)
+    return datetime.fromtimestamp(began, timezone.utc)
+
+
+def starts_since(starts: list[dict[str, Any]], when: datetime) -> list[dict[str, Any]]:
+    """The starts recorded after a moment, give or take a minute between clocks; none of a run that is finished."""
+    if "finished" in (starts or [{}])[-1]:
+        return []
+    return [start for start in starts if datetime.fromisoformat(start["time"]) >= when - CLOCKS_DIFFER]
+
+
 def record_start(folder: Path, job: RestartedJob, point: ResumePoint | None) -> None:
     """Add a line to `STARTS`."""
     went_on = point.checkpoint.name if point and point.checkpoint else None
@@ -127,7 +150,7 @@ def _add_line(folder: Path, what: dict[str, Any]) -> None:
 
 
 def find_resume_point(folder: Path) -> ResumePoint:
-    """The newest whole checkpoint of a run; that of the end where the training is over."""
+    """The newest whole checkpoint of a run; that of the end where the training is over and it is whole."""
 
     def say(message: str) -> None:
         print(f"syncbn: {message}", file=sys.stderr, flush=True)
@@ -135,7 +158,10 @@ def find_resume_point(folder: Path) -> ResumePoint:
     ended = [start["finished"] for start in read_starts(folder)[-1:] if "finished" in start]
     last = folder / "checkpoints" / "last.ckpt"
     if ended and last.is_file():
-        return ResumePoint(folder, last, ended[0])
+        fault = fault_of(last, ended[0])
+        if not fault:
+            return ResumePoint(folder, last, ended[0])
+        say(f"{last} is left out ({fault})")
     found = newest_whole(folder / "checkpoints", say)
     return ResumePoint(folder, found, step_of(found) if found else 0)
 
