@@ -171,12 +171,14 @@ def fails(capsys, *words: str) -> str:
 
 
 @pytest.mark.usefixtures("own_folder")
-def test_a_run_is_gone_on_with_by_hand_and_by_a_restart(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_a_run_is_gone_on_with_by_hand_and_by_a_restart(tmp_path, monkeypatch, capsys, precision):
     """By the command line, in one process: half a run, then the rest of it, is the whole run."""
-    main([*WORDS_OF_A_RUN, "--runs_folder=whole"])
+    words = [*WORDS_OF_A_RUN, f"--trainer.precision={precision}"]
+    main([*words, "--runs_folder=whole"])
     for name, value in slurm("7", 0).items():
         monkeypatch.setenv(name, value)
-    main([*WORDS_OF_A_RUN, "--checkpointing.every_n_steps=4"])
+    main([*words, "--checkpointing.every_n_steps=4"])
     run = tmp_path / "runs" / "run" / "version_0"
     log = learned(run)
     assert learned(tmp_path / "whole" / "run" / "version_0") == log
@@ -185,16 +187,16 @@ def test_a_run_is_gone_on_with_by_hand_and_by_a_restart(tmp_path, monkeypatch, c
     (run / "starts.jsonl").write_text((run / "starts.jsonl").read_text().splitlines()[0] + "\n")  # as if killed before
     (run / "checkpoints" / "last.ckpt").unlink()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    main([*WORDS_OF_A_RUN, "--checkpointing.every_n_steps=4"])
+    main([*words, "--checkpointing.every_n_steps=4"])
     assert f"goes on in {Path('runs/run/version_0')} from" in capsys.readouterr().err
     assert [path.name for path in run.parent.iterdir()] == ["version_0"]
     again = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert learned(run) == log
     monkeypatch.delenv("SLURM_RESTART_COUNT")
-    by_hand = [*WORDS_OF_A_RUN, f"--resume={run}", "--trainer.max_epochs=3", "--runs_folder=other"]
+    by_hand = [*words, f"--resume={run}", "--trainer.max_epochs=3", "--runs_folder=other"]
     main(by_hand)
     assert learned(run)[: len(log)] == log and not Path("other").exists()
     assert "model.dropout=0.5, but the run" in fails(capsys, *by_hand, "--model.dropout=0.5")
-    assert "--resume nowhere is no run folder" in fails(capsys, *WORDS_OF_A_RUN, "--resume=nowhere")
+    assert "--resume nowhere is no run folder" in fails(capsys, *words, "--resume=nowhere")
     assert os.environ.get("SYNCBN_GO_ON_FROM") is None

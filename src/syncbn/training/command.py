@@ -209,6 +209,8 @@ class SyncBNCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Several checkpoints become one model, the mean of their class probabilities."""
         super().instantiate_classes()
+        if self.trainer.precision == "64-true":
+            self.model.double()  # Lightning would after it has restored a checkpoint, in single precision
         checkpoints, ckpt_path = self._get(self.config, "checkpoints", []), self._get(self.config, "ckpt_path")
         check_same_task(f"--ckpt_path {ckpt_path}", self.checkpoint_hparams, self.model.hparams)
         if checkpoints:
