@@ -1,24 +1,20 @@
-"""DeepSpeed's launcher over two hosts: it starts the ranks through ssh, and they train as one."""
+"""launch/deepspeed.sh over two hosts: it starts the ranks through ssh, and they train as one."""
 
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hosts import Network, network
+from runs import checkout, environment, run_folders
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 pytest.importorskip("deepspeed", reason="needs the extra syncbn[deepspeed]")
 
-REPOSITORY = Path(__file__).parents[2]
-CONFIGS = REPOSITORY / "configs"
 WORDS = (
-    *("fit", "--config", str(CONFIGS / "fashion_mnist.yaml")),
-    *("--config", str(CONFIGS / "strategy" / "deepspeed_zero2.yaml")),
+    *("--config", "configs/fashion_mnist.yaml", "--config", "configs/strategy/deepspeed_zero2.yaml"),
     *("--global_batch_size=32", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"),
     *("--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"),
 )
@@ -57,31 +53,24 @@ def serve_ssh(net: Network, folder: Path) -> None:
         host.start(sshd, "-D", "-e", "-f", str(config), log=folder / f"{name}-sshd.log")
 
 
+def ssh_of_the_test(folder: Path) -> Path:
+    """A folder with an `ssh` that shows the key of this test, for DeepSpeed and pdsh to find first."""
+    options = f"-i {folder / 'user'} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    command = folder / "bin" / "ssh"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} {options} "$@"\n')
+    command.chmod(0o755)
+    return command.parent
+
+
 def test_two_hosts_train_as_one(net: Network, tmp_path: Path) -> None:
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
-    variables = {
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]),
-        "GLOO_SOCKET_IFNAME": "eth0",
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
-    (tmp_path / "variables").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
-    ssh = f"-i {tmp_path / 'user'} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
-    environment = os.environ | variables
-    environment |= {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": ssh, "DS_ENV_FILE": str(tmp_path / "variables")}
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    process = net["node1"].start(
-        *(sys.executable, launcher, "--hostfile", str(hostfile), "--no_ssh_check", "--no_local_rank"),
-        *("--master_addr", net["node1"].address, "--master_port", "29700", "--module", "syncbn", *WORDS),
-        *("--trainer.devices=1", "--trainer.num_nodes=2"),
-        log=tmp_path / "log",
-        folder=tmp_path,
-        env=environment,
-    )
-    assert process.wait(1500) == 0, (tmp_path / "log").read_text()
-    printed = (tmp_path / "log").read_text()
+    folder = checkout(tmp_path / "checkout")
+    (folder / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
+    variables = environment() | {"PDSH_RCMD_TYPE": "ssh", "TMPDIR": str(tmp_path)}
+    variables["PATH"] = f"{ssh_of_the_test(tmp_path)}:{variables['PATH']}"
+    process = net["node1"].start("launch/deepspeed.sh", *WORDS, log=folder / "log", folder=folder, env=variables)
+    status, printed = process.wait(1500), (folder / "log").read_text()
+    assert status == 0, printed
     assert "global batch 32 = 2 ranks x 16 images" in printed and "test accuracy" in printed
-    [last] = tmp_path.glob("runs/fashion_mnist/version_0/checkpoints/last.ckpt")
-    assert torch.load(last, weights_only=True)["global_step"] == 4
+    [run] = run_folders(folder)
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
