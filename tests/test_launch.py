@@ -117,3 +117,23 @@ def test_the_first_node_is_numbered_first(tmp_path: Path) -> None:
     other = [f"~{socket.gethostname()}"]
     assert addresses == [["127.0.0.1"], ["localhost"], other, other]
     assert min("zebra.invalid", *other) == "zebra.invalid"
+
+
+@pytest.mark.parametrize("script", [script for script in STARTED if script.name != "deepspeed.sh"], ids=name_of)
+def test_every_start_is_in_the_container(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    shutil.copy(script, tmp_path / "launch")
+    settings = 'container=(env WHERE=inside)\nuse_network() { :; }\nend_job() { exit "$1"; }\n'
+    (tmp_path / "launch" / "environment.sh").write_text(settings)
+    for program in ("torchrun", "srun", "scontrol"):
+        (tmp_path / program).write_text('#!/bin/sh\necho "WHERE=$WHERE $*"\n')
+        (tmp_path / program).chmod(0o755)
+    variables = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_NNODES": "1"}
+    variables |= {"FIRST_NODE": "127.0.0.1", "NODES": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", tmp_path / "launch" / script.name], env=os.environ | variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    doctor, fit = done.stdout.splitlines()
+    for verb, line in (("doctor", doctor), ("fit", fit)):
+        assert "WHERE=inside" in line and f"syncbn {verb} --config" in line
