@@ -67,11 +67,12 @@ class RestartedJob(NamedTuple):
         if any(restarted):
             known |= {"run_id": self.run_id, "slurm_job": self.slurm_job}
         folders = sorted(parent.glob("version_*"), key=version_of, reverse=True)
+        began = torchrun_began(environment)
         for name, value in known.items():
             for folder in folders if value else ():
                 starts = read_starts(folder)
                 if name == "run_id":  # which may be the same on another day
-                    starts = starts_since(starts, torchrun_began(environment))
+                    starts = starts_since(starts, began)
                 if any(start.get(name) == value and start.get("words") == list(self.words) for start in starts):
                     return folder
         return None
