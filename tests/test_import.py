@@ -16,6 +16,7 @@ ORDER = [
     "ops",
     "agreement",
     "distributed",
+    "recomputing",
     "exchange",
     "functional",
     "nn",

@@ -16,6 +16,7 @@ from syncbn.nn import (
     revert_sync_batchnorm,
     sync_batch_norm_group,
 )
+from syncbn.recomputing import recompute_activations
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "estimate_population_statistics",
     "fold_batch_norm",
     "new_group",
+    "recompute_activations",
     "revert_sync_batchnorm",
     "sync_batch_norm_group",
 ]

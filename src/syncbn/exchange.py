@@ -16,6 +16,7 @@ from torch import Tensor
 from syncbn import ops
 from syncbn.agreement import LayerName, Message
 from syncbn.distributed import ID_LENGTH, Reduction, Ticket, agree, may_be_read
+from syncbn.recomputing import hooks_of_others
 
 
 class Statistics(NamedTuple):
@@ -210,4 +211,4 @@ def batches_of(totals: Tensor, signature: ops.Signature | None, channels: Sequen
 
 def may_be_recomputed() -> bool:
     """Whether this forward may be inside an activation checkpoint (reentrant or not), whose backward runs it again."""
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return not torch.is_grad_enabled() or hooks_of_others()

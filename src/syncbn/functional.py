@@ -21,6 +21,7 @@ from torch import Tensor
 from syncbn import ops
 from syncbn.distributed import all_reduce_differentiable
 from syncbn.exchange import Exchange, Memory, Route, Statistics, batches_of, refuse_single_value
+from syncbn.recomputing import hooks_of_others
 
 
 class Norm(NamedTuple):
@@ -126,6 +127,7 @@ class _Alone(torch.autograd.Function):
         found.append(Statistics(saved.mean, saved.var, M))
         ctx.settings, ctx.residuals, ctx.route, ctx.M = [setting], [norm.residual is not None], None, M
         ctx.save_for_backward(*saved)
+        _offer_outputs_again(ctx, [y])
         return y
 
     @staticmethod
@@ -175,6 +177,7 @@ class _Finish(torch.autograd.Function):
         exchange.inputs, exchange.batches = [], []
         ctx.residuals = [norm.residual is not None for norm in norms]
         ctx.save_for_backward(*kept)
+        _offer_outputs_again(ctx, outputs)
         return tuple(outputs)
 
     @staticmethod
@@ -221,6 +224,23 @@ def _normalize(norm: Norm, x: Tensor, batch: ops.BatchSums | None) -> tuple[Tens
     y, mean, var = ops.normalize_batch(x, batch, map, residual, norm.running)
     mask = y if relu and residual is not None else None
     return y, _Saved(norm.x, norm.weight, norm.bias, mask, mean, var)
+
+
+def _offer_outputs_again(ctx: Any, outputs: Sequence[Tensor]) -> None:
+    """For `recomputing`: an output without a residual follows from what the backward keeps anyway.
+
+    Not inside a checkpoint, which lets nobody look at that twice.
+    """
+    if hooks_of_others():
+        return
+    pairs = zip(outputs, ctx.residuals, strict=True)
+    ctx.versions = [None if has_residual else y._version for y, has_residual in pairs]
+    ctx.output_again = _output_again
+
+
+def _output_again(ctx: Any, i: int) -> Tensor:
+    saved = _saved(ctx)[i]
+    return ops.normalize(ops.dense(saved.x), saved.affine(ctx.settings[i]))
 
 
 def _upstream(ctx: Any, gradients: Sequence[Tensor]) -> list[ops.Upstream]:

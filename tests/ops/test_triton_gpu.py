@@ -160,6 +160,16 @@ def test_kernels_and_atens_passes_find_the_same_gradients(rows):
 
 
 @ROWS
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_an_output_is_made_again_bit_by_bit(rows, synchronised, request):
+    if synchronised:
+        request.getfixturevalue("group_of_one")
+    x, *_, weight, bias = problem((8, 96, 28, 28), torch.bfloat16, rows, device="cuda")
+    y = layer_with(weight, bias, activation="relu")(x.requires_grad_())
+    assert torch.equal(y.grad_fn.output_again(y.grad_fn, y.output_nr), y)
+
+
+@ROWS
 def test_the_same_bits_every_time(rows):
     x, dy, _, weight, bias = problem((32, 64, 56, 56), torch.bfloat16, rows, device="cuda")
     layer = layer_with(weight, bias, activation="relu")

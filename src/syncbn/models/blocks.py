@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from syncbn.models.observation import is_observed, show
 from syncbn.nn import BatchNorm, PerActivationBatchNorm, SyncBatchNorm, start_sync_batch_norm
 from syncbn.nn.fold import fold_into
+from syncbn.recomputing import compact_indices
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -296,7 +297,8 @@ def max_pool_halving(input: Tensor, odd_padding: bool) -> Tensor:
     """
     height, width = input.shape[-2:]
     padding = (height % 2, width % 2) if odd_padding else (0, 0)
-    return F.max_pool2d(input, 3, 2, padding, ceil_mode=True)
+    with compact_indices((height, width)):
+        return F.max_pool2d(input, 3, 2, padding, ceil_mode=True)
 
 
 class GlobalAveragePool(nn.Module):
@@ -349,7 +351,8 @@ class PoolBranch(nn.Module):
             # Its output lies beside those of the stride-2 convolutions, which return ceil(H/2).
             return max_pool_halving(input, odd_padding=True)
         if self.projection is None or self.kind == "max":
-            pooled = F.max_pool2d(input, 3, 1, 1)
+            with compact_indices(input.shape[-2:]):
+                pooled = F.max_pool2d(input, 3, 1, 1)
             return pooled if self.projection is None else self.projection.conv(pooled)
         # Averaging commutes with a 1x1 convolution and is cheaper after it, on fewer channels. The bias comes
         # last: the average would shrink it where it counts padding.

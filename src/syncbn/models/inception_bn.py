@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from syncbn.models.blocks import (
@@ -37,6 +36,7 @@ from syncbn.models.variants import (
     require_choice,
     resolve_variant,
 )
+from syncbn.recomputing import joined, recompute_activations
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -144,7 +144,7 @@ class InceptionModule(nn.Module):
 
         third = start_norm_activation([[double.spatial_2], [single.spatial]], [double.spatial_2.conv(y_double), y_3x3])
         y_double, y_3x3 = third.finish()
-        return torch.cat([*parts, y_3x3, y_double, *(projected or [pooled])], dim=1)
+        return joined([*parts, y_3x3, y_double, *(projected or [pooled])])
 
 
 class Stem(nn.Module):
@@ -190,7 +190,13 @@ class InceptionBN(nn.Module):
 
     In order: ``stem``, ``inception_3a`` to ``inception_5b``, ``pool`` (mean over H and W), ``dropout``, ``classifier``.
     Training synchronises 33 times forward and 33 times backward: 3 in the stem and 3 in each module.
+
+    Attributes:
+        recompute_activations: whether a training step keeps only the inputs of BatchNorm, and the backward makes their
+            outputs again: see :func:`syncbn.recompute_activations`. Off unless set.
     """
+
+    recompute_activations = False
 
     def __init__(
         self,
@@ -248,9 +254,10 @@ class InceptionBN(nn.Module):
             ValueError: for another shape than the network's, or an image that is too small.
         """
         self._check_input(input)
-        x = self.stem(input)
-        for name in self.module_names:
-            x = getattr(self, name)(x)
+        with recompute_activations(self.recompute_activations):
+            x = self.stem(input)
+            for name in self.module_names:
+                x = getattr(self, name)(x)
         return x
 
     def forward(self, input: Tensor) -> Tensor:
