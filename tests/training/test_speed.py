@@ -12,7 +12,7 @@ from torch import nn
 from syncbn.data import ImageDataModule
 from syncbn.models import InceptionBN
 from syncbn.training import ImageClassifier
-from syncbn.training.speed import compile_network, default_precision, use_fused_optimizer
+from syncbn.training.speed import compile_network, default_precision, use_fused_optimizer, use_recomputation
 
 
 def trainer_with(clip=None, precision="32-true"):
@@ -35,6 +35,12 @@ def test_the_optimiser_is_not_fused_where_gradients_are_clipped_under_autocast()
     assert use_fused_optimizer(None, on_cuda(), trainer_with(1.0)) is True
     with pytest.raises(ValueError, match=r"fused_optimizer=true contradicts trainer.gradient_clip_val=1.0"):
         use_fused_optimizer(True, on_cuda(), trainer_with(1.0, "bf16-mixed"))
+
+
+def test_activations_are_recomputed_on_cuda_alone():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert [use_recomputation(wanted, cuda) for wanted in (None, True, False)] == [True, True, False]
+    assert [use_recomputation(wanted, cpu) for wanted in (None, True, False)] == [False, True, False]
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
@@ -87,6 +93,17 @@ def test_a_fused_optimiser_leaves_the_numbers_as_they_are(tmp_path):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_recomputed_activations_leave_the_numbers_as_they_are(tmp_path, monkeypatch):
+    seen = []
+    original = InceptionBN.forward_features
+    monkeypatch.setattr(
+        InceptionBN, "forward_features", lambda self, x: seen.append(self.recompute_activations) or original(self, x)
+    )
+    expected, found = trained(tmp_path), trained(tmp_path, recompute_activations=True)
+    assert seen == [False] * 2 + [True] * 2
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_the_network_is_compiled_when_training_starts(tmp_path, monkeypatch):

@@ -61,6 +61,11 @@ def compile_network(network: nn.Module, mode: CompileMode | None, device: torch.
     network.compile(fullgraph=True, mode=mode)
 
 
+def use_recomputation(wanted: bool | None, device: torch.device) -> bool:
+    """Whether the backward recomputes activations rather than keeping them; where nobody says, on CUDA devices."""
+    return device.type == "cuda" if wanted is None else wanted
+
+
 def default_precision(options: Any) -> str | None:
     """Lightning's precision where none is given: bfloat16 autocast on GPUs that know it, else None, Lightning's own.
 
