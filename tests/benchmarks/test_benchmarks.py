@@ -66,6 +66,13 @@ def test_inference(tmp_path):
     assert all(float(row["median"]) > 0 for row in rows)
 
 
+def test_memory(tmp_path):
+    rows = benchmark("memory", tmp_path / "out")
+    peaks = {row["contender"]: float(row["median"]) for row in rows if row["unit"] == "MiB at most"}
+    assert peaks["syncbn"] < peaks["syncbn, activations kept"] < peaks["nn.BatchNorm2d"]
+    assert {row["contender"] for row in rows if row["unit"] == "ms"} == set(peaks)
+
+
 def test_shapes_are_those_of_the_network():
     shapes = layer.layer_shapes()
     assert sum(shapes.values()) == 69

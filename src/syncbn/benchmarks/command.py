@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from syncbn.benchmarks import collectives, gpu, inference, latency, layer, loader, measure, step
+from syncbn.benchmarks import collectives, gpu, inference, latency, layer, loader, measure, memory, step
 from syncbn.benchmarks.cable import may_exist
 
 SECTIONS: dict[str, Any] = {
@@ -20,6 +20,7 @@ SECTIONS: dict[str, Any] = {
     "latency": latency,
     "loader": loader,
     "inference": inference,
+    "memory": memory,
     "gpu": gpu,
 }
 """Each module has a function `run`, whose parameters are options, and KEEP_MEMORY (see `measure`)."""

@@ -5,9 +5,9 @@
     syncbn benchmark --section gpu --gpu.device cpu --quick # a dry run of the code, where there is no GPU
 
 Part "step": forward, loss, backward and update at 224 pixels, bfloat16 autocast, channels-last. Contenders: syncbn,
-over an NCCL group of one, and replayed as one CUDA graph; stock layers branch by branch with nn.SyncBatchNorm over the
-group of one, forced through its synchronised path, and with nn.BatchNorm2d (cuDNN) in the Cadene layout; if time is
-left, syncbn under torch.compile. Peak memory of each, measured by itself.
+with its activations kept, over an NCCL group of one, and replayed as one CUDA graph; stock layers branch by branch with
+nn.SyncBatchNorm over the group of one, forced through its synchronised path, and with nn.BatchNorm2d (cuDNN) in the
+Cadene layout; if time is left, syncbn under torch.compile. Peak memory of each, measured by itself.
 
 Part "layer": one layer with its ReLU at every activation shape of Inception-BN. Contenders: syncbn, over the group of
 one, nn.BatchNorm2d in eager and, if time is left, under torch.compile, nn.SyncBatchNorm as above.
@@ -40,6 +40,7 @@ from syncbn.benchmarks.gpu_step import (
     COMPILED,
     GRAPH,
     GROUP_OF_ONE,
+    KEPT,
     STOCK_SYNC,
     StepSetting,
     measure_memory,
@@ -165,7 +166,7 @@ def run(
 def measure_steps(session: Session, settings: list[StepSetting], rounds: int, warmup: int) -> None:
     """Verify once, then time the step and its memory at each setting."""
     device = settings[0].device
-    names = [OURS, GRAPH, GROUP_OF_ONE, *([STOCK_SYNC] if device == "cuda" else []), CADENE]
+    names = [OURS, GRAPH, KEPT, GROUP_OF_ONE, *([STOCK_SYNC] if device == "cuda" else []), CADENE]
     before = len(session.failed)
     session.measure("verification of the step", partial(_verified, settings[0]))
     if len(session.failed) > before:

@@ -21,6 +21,7 @@ from syncbn.benchmarks.gpu_layer import (
     stock,
 )
 from syncbn.benchmarks.gpu_timing import captured, time_in_turns
+from syncbn.benchmarks.live_tensors import MEBIBYTE, live_bytes
 from syncbn.benchmarks.measure import FORMATS, OURS, Row
 from syncbn.benchmarks.peers import stock_inception
 from syncbn.benchmarks.step import CLASSES, OracleNorm, state_and_gradients
@@ -28,6 +29,7 @@ from syncbn.models import InceptionBN, inception_bn
 from syncbn.nn import SyncBatchNorm
 
 GRAPH, COMPILED = f"{OURS}, CUDA graph", f"{OURS}, compiled"
+KEPT = f"{OURS}, activations kept"
 CADENE = f"{CUDNN}, Cadene layout"
 IMAGES_PER_SECOND, PEAK_MEMORY = "images/s", "MiB at most"
 VERIFIED_PIXELS, VERIFIED_IMAGES, TOLERANCE = 96, 2, 1e-7
@@ -71,12 +73,19 @@ def over_group_of_one(network: InceptionBN) -> InceptionBN:
 def makers(setting: StepSetting) -> dict[str, Callable[[], InceptionBN]]:
     """Builds each contender's network; all but the last are the same function."""
 
+    def ours() -> InceptionBN:
+        network = setting.network()
+        network.recompute_activations = True
+        return network
+
     def with_stock(kind: Any, variant: str = "paper") -> InceptionBN:
         return stock_inception(setting.network(variant), partial(stock, kind))
 
     found: dict[str, Callable[[], InceptionBN]] = {
-        OURS: setting.network,
-        GROUP_OF_ONE: lambda: over_group_of_one(setting.network()),
+        OURS: ours,
+        KEPT: setting.network,
+        GROUP_OF_ONE: lambda: over_group_of_one(ours()),
+        CUDNN: lambda: with_stock(StockBatchNorm),
     }
     if setting.device != "cpu":  # nn.SyncBatchNorm has no path there
         found[STOCK_SYNC] = partial(with_stock, StockSyncBatchNorm)
@@ -115,7 +124,7 @@ def build(name: str, setting: StepSetting) -> Callable[[], Any]:
     """A contender's step, ready to be timed. Whoever is stock has a stock optimiser, too."""
     base = OURS if name in (GRAPH, COMPILED) else name
     network = makers(setting)[base]()
-    step = TrainingStep(network, *setting.data(), fused=base in (OURS, GROUP_OF_ONE))
+    step = TrainingStep(network, *setting.data(), fused=base in (OURS, KEPT, GROUP_OF_ONE))
     if name == COMPILED:
         network.compile(fullgraph=True, dynamic=False)
     return captured(step, setting.device) if name == GRAPH else step
@@ -161,28 +170,28 @@ def measure_step(setting: StepSetting, names: list[str], rounds: int, warmup: in
 
 def measure_memory(setting: StepSetting, names: list[str]) -> list[Row]:
     """The most memory that tensors take in a step of each contender, parameters and optimiser among it."""
-    found: dict[str, float] = {}
-    for name in names:
-        before = torch.cuda.memory_allocated() / 2**20 if setting.device == "cuda" else 0.0
-        step = build(name, setting)
-        for _ in range(2):
-            step()
-        found[name] = peak_of(step, setting.device) - before
-        del step
-        gc.collect()
+    peak = peak_on_gpu if setting.device == "cuda" else peak_on_cpu
+    found = {name: peak(partial(build, name, setting)) / MEBIBYTE for name in names}
     return [
         Row("step", str(setting), "channels_last", 1, name, v, v, v, found[OURS] / v, PEAK_MEMORY)
         for name, v in found.items()
     ]
 
 
-def peak_of(step: Callable[[], Any], device: str) -> float:
-    """MiB of tensors at the most during a call; on a CPU, which does not count them, 1."""
-    if device == "cpu":
+def peak_on_gpu(make: Callable[[], Callable[[], Any]]) -> float:
+    """Bytes at the most during a step, less what was taken before `make` built it."""
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    step = make()
+    for _ in range(2):
         step()
-        return 1.0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**20
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_on_cpu(make: Callable[[], Callable[[], Any]]) -> float:
+    """The same of a CPU, but for what kernels take for themselves."""
+    return max(live_bytes(make))
