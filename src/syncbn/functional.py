@@ -231,7 +231,7 @@ def _offer_outputs_again(ctx: Any, outputs: Sequence[Tensor]) -> None:
 
     Not inside a checkpoint, which lets nobody look at that twice.
     """
-    if hooks_of_others():
+    if hooks_of_others() or torch.is_inference_mode_enabled():
         return
     pairs = zip(outputs, ctx.residuals, strict=True)
     ctx.versions = [None if has_residual else y._version for y, has_residual in pairs]
@@ -248,7 +248,8 @@ def _upstream(ctx: Any, gradients: Sequence[Tensor]) -> list[ops.Upstream]:
     upstream = []
     for saved, dy, setting in zip(_saved(ctx), gradients, ctx.settings, strict=True):
         x = ops.dense(saved.x)
-        upstream.append(ops.Upstream(_laid_out_like(x, dy), x, saved.affine(setting), saved.y))
+        dy = _laid_out_like(x, dy) if saved.y is not None else ops.upstream_gradient(dy, x)
+        upstream.append(ops.Upstream(dy, x, saved.affine(setting), saved.y))
     return upstream
 
 

@@ -55,6 +55,54 @@ def test_passes_are_those_of_the_reference(passes, dtype, shape, rows, relu):
     assert_near(dx, expected.x, 3 * tolerance)
 
 
+def wider(dy, rows, before, after):
+    """A tensor like dy, and equal to it, cut out of one with more channels."""
+    parts = [torch.randn(dy.shape[0], n, *dy.shape[2:]).to(dy.dtype) for n in (before, after)]
+    return laid_out(torch.cat([parts[0], dy, parts[1]], dim=1), rows)[:, before : before + dy.shape[1]]
+
+
+@pytest.mark.skipif(not native._functions, reason="not built: no compiler")
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 1, 3, 4), (1, 5, 4, 4), (3, 4, 1, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_channels_of_a_wider_gradient_are_read_where_they_lie(dtype, shape):
+    x, dy, _, weight, bias = problem(shape, dtype, False)
+    affine = ops.Affine(*native.moments(x), 1e-5, weight, bias, True)
+    part = wider(dy, False, before=2, after=3)
+    assert (ops.upstream_gradient(part, x) is part) == (x[0, 0].numel() > 1)
+    part = ops.upstream_gradient(part, x)
+    expected, found = (native.gradient(g, x, affine) for g in (dy, part))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    M = x.numel() // shape[1]
+    assert torch.equal(*(native.input_gradient(g, x, affine, expected.sums, M) for g in (dy, part)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: torch.ones((), dtype=x.dtype).expand(x.shape),
+        lambda x: torch.randn(x.shape[0], x.shape[1], x.shape[3], x.shape[2]).transpose(2, 3),
+        lambda x: torch.randn(*x.shape[:3], 2 * x.shape[3])[..., ::2],
+        lambda x: torch.randn(x.shape[0], 2 * x.shape[1], *x.shape[2:])[:, ::2],
+        lambda x: torch.randn(*x.shape[:2], 2 * x.shape[2], x.shape[3])[:, :, 1 : 1 + x.shape[2]],
+        lambda x: torch.randn(x.shape, dtype=torch.float64),
+        lambda x: torch.randn(1, *x.shape[1:]).expand(x.shape),
+    ],
+    ids=["one number", "turned", "every second column", "every second channel", "rows cut out", "float64", "repeated"],
+)
+@pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (3, 1, 5, 6), (3, 4, 1, 1)], ids=str)
+def test_a_gradient_that_lies_in_memory_in_another_way(shape, rows, make):
+    """The same numbers as of its copy."""
+    x, *_ = problem(shape, torch.float32, rows)
+    dy = make(x)
+    layer = syncbn.SyncBatchNorm(shape[1], activation="relu")
+    found, expected = (
+        torch.autograd.grad(layer(leaf), leaf, gradient)
+        for leaf, gradient in ((x.requires_grad_(), dy), (x, torch.empty_like(x).copy_(dy)))
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
 def test_a_residual_enters_before_the_relu(passes, rows):

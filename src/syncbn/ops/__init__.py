@@ -2,8 +2,8 @@
 
 This is the one dispatch point: GPU kernels (`triton_passes`) or compiled code (`native`) where these are at hand and
 take the tensor, else ATen's operators, on any device.
-x is (N, C, ...), floating point, and dense: planes or rows in memory (see `dense`). dy and residual are like it, in
-its layout. Sums and moments are float64.
+x is (N, C, ...), floating point, and dense: planes or rows in memory (see `dense`). The residual is like it, in its
+layout; dy as `upstream_gradient` returns it. Sums and moments are float64.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,9 @@ from syncbn.ops.common import (
     at_least_one,
     compute_dtype,
     dense,
+    in_rows,
     per_channel,
+    step_of,
 )
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "per_channel",
     "pivot",
     "update_running",
+    "upstream_gradient",
 ]
 
 
@@ -124,6 +127,17 @@ def input_sums(x: Tensor) -> Tensor:
 def normalize(x: Tensor, affine: Affine, residual: Tensor | None = None) -> Tensor:
     """Apply the map, with the residual added before the ReLU; like x."""
     return _passes(x).normalize(x, affine, residual)
+
+
+def upstream_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """Dy as the passes over x can read it: like x in memory and dtype, or channels cut out of such a wider tensor."""
+    if dy.dtype == x.dtype and not dy.is_neg():
+        if dy.stride() == x.stride():
+            return dy
+        # Rows on a CPU are copied: to read them twice with gaps between them takes longer.
+        if _passes(x) is native and not in_rows(x) and step_of(dy, x) is not None:
+            return dy
+    return torch.empty_like(x).copy_(dy)
 
 
 def before_relu(dy: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Affine]:

@@ -1,5 +1,6 @@
 """What every implementation of the passes shares: the map they apply, and how an activation lies in memory."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,8 +65,8 @@ class Normalized(NamedTuple):
 class Upstream(NamedTuple):
     """What the backward of one normalisation starts from.
 
-    dy: gradient of the output; x: input; affine: the map; y: output, only where the ReLU's mask cannot be computed
-    again from x, whose map then is without.
+    dy: gradient of the output, see `ops.upstream_gradient`; x: input; affine: the map; y: output, only where the
+    ReLU's mask cannot be computed again from x, whose map then is without.
     """
 
     dy: Tensor
@@ -117,6 +118,42 @@ def is_rows(x: Tensor) -> bool:
     if x.dim() == 4:
         return x.is_contiguous(memory_format=torch.channels_last)
     return x.movedim(1, -1).is_contiguous()
+
+
+def in_rows(x: Tensor) -> bool:
+    """Whether the passes read x, which is dense, as rows; else as planes."""
+    return not x.is_contiguous() or x.numel() == x.shape[0] * x.shape[1]
+
+
+def step_of(dy: Tensor, x: Tensor) -> int | None:
+    """How far apart the rows of dy (N, C, ...) are, or the images where x lies in planes; in elements.
+
+    It is what lets a pass read channels cut out of a wider tensor without a copy.
+
+    Returns:
+        None where dy does not lie in memory like x but for that distance.
+    """
+    if x.numel() == 0:
+        return 0  # nothing is read
+    C, positions = x.shape[1], [d for d in range(x.dim()) if d != 1]
+    if in_rows(x):
+        return _even_step(dy, positions) if C == 1 or dy.stride(1) == 1 else None
+    within = _even_step(dy, range(1, x.dim()))
+    return dy.stride(0) if within == 1 else None
+
+
+def _even_step(t: Tensor, dims: Sequence[int]) -> int | None:
+    """The step between neighbours along dims taken as one; None where it varies."""
+    step, following = None, 0
+    for d in reversed(dims):
+        if t.shape[d] == 1:
+            continue
+        if step is None:
+            step = t.stride(d)
+        elif t.stride(d) != following:
+            return None
+        following = t.stride(d) * t.shape[d]
+    return 1 if step is None else step
 
 
 def dense(x: Tensor) -> Tensor:

@@ -139,23 +139,34 @@ struct Chunks {
     }
 };
 
+// Planes may have been cut out of a wider tensor along the channels: their step is the number of elements from one image
+// to the next. Where a block of such a tensor starts:
+INLINE int64_t start_of(const Layout& at, int64_t step, int64_t block) {
+    return at.rows ? block * at.C : block / at.C * step + block % at.C * at.S;
+}
+
 // The four passes over the blocks [first, last) of a chunk. Reductions add to total and dot (C).
 
-// Sum of terms(c, i) over `count` consecutive rows, added to total and dot (C): few at a time, to save memory traffic.
+// Sum of terms(c, i, i) over `count` consecutive rows, added to total and dot (C): few at a time, to save memory traffic.
 template <int64_t count, class Terms>
 INLINE void add_rows(int64_t C, int64_t first, double* total, double* dot, const Terms& terms) {
 #pragma omp simd
     for (int64_t c = 0; c < C; ++c) {
         double s1 = 0, s2 = 0;
-        for (int64_t row = 0; row < count; ++row) terms(c, (first + row) * C + c, s1, s2);
+        for (int64_t row = 0; row < count; ++row) {
+            const int64_t i = (first + row) * C + c;
+            terms(c, i, i, s1, s2);
+        }
         total[c] += s1;
         dot[c] += s2;
     }
 }
 
-// Adds terms(c, i, s1, s2), which adds to s1 and s2, of every element i of the blocks.
+// Adds terms(c, i, j, s1, s2), which adds to s1 and s2, of every element of the blocks: i of x, j of a
+// tensor with that step.
 template <class Terms>
-INLINE void add_blocks(const Layout& at, int64_t first, int64_t last, double* total, double* dot, const Terms& terms) {
+INLINE void add_blocks(const Layout& at, int64_t step, int64_t first, int64_t last, double* total, double* dot,
+                       const Terms& terms) {
     constexpr int64_t AT_ONCE = 4;
     const int64_t C = at.C, S = at.S;
     if (at.rows) {
@@ -164,10 +175,10 @@ INLINE void add_blocks(const Layout& at, int64_t first, int64_t last, double* to
         return;
     }
     for (int64_t block = first; block < last; ++block) {
-        const int64_t c = block % C;
+        const int64_t c = block % C, start = start_of(at, step, block);
         double s1 = 0, s2 = 0;
 #pragma omp simd reduction(+ : s1, s2)
-        for (int64_t s = 0; s < S; ++s) terms(c, block * S + s, s1, s2);
+        for (int64_t s = 0; s < S; ++s) terms(c, block * S + s, start + s, s1, s2);
         total[c] += s1;
         dot[c] += s2;
     }
@@ -176,7 +187,7 @@ INLINE void add_blocks(const Layout& at, int64_t first, int64_t last, double* to
 template <class T>
 FOR_EACH_CPU void sum_input(const T* x, const double* pivot, const Layout& at, int64_t first, int64_t last,
                             double* total, double* dot) {
-    add_blocks(at, first, last, total, dot, [=](int64_t c, int64_t i, double& s1, double& s2) ALWAYS_INLINE {
+    add_blocks(at, 0, first, last, total, dot, [=](int64_t c, int64_t i, int64_t, double& s1, double& s2) ALWAYS_INLINE {
         const double d = static_cast<double>(load(x[i])) - pivot[c];
         s1 += d;
         s2 += d * d;
@@ -198,16 +209,17 @@ INLINE R before_relu(R dy, R deviation, R scale, R bias) {
 }
 
 template <bool relu, class T>
-FOR_EACH_CPU void sum_gradient(const T* dy, const T* x, const Coefficients<Compute<T>>& k, const Layout& at,
-                               int64_t first, int64_t last, double* total, double* dot) {
+FOR_EACH_CPU void sum_gradient(const T* dy, int64_t step, const T* x, const Coefficients<Compute<T>>& k,
+                               const Layout& at, int64_t first, int64_t last, double* total, double* dot) {
     using R = Compute<T>;
     const R *high = k.high.data(), *low = k.low.data(), *scale = k.scale.data(), *bias = k.bias.data();
-    add_blocks(at, first, last, total, dot, [=](int64_t c, int64_t i, double& s1, double& s2) ALWAYS_INLINE {
+    const auto terms = [=](int64_t c, int64_t i, int64_t j, double& s1, double& s2) ALWAYS_INLINE {
         const R deviation = (load(x[i]) - high[c]) - low[c];
-        const double g = before_relu<relu>(load(dy[i]), deviation, scale[c], bias[c]);
+        const double g = before_relu<relu>(load(dy[j]), deviation, scale[c], bias[c]);
         s1 += g;
         s2 += g * deviation;
-    });
+    };
+    add_blocks(at, step, first, last, total, dot, terms);
 }
 
 template <bool relu, bool add, class T>
@@ -240,7 +252,7 @@ FOR_EACH_CPU void normalize(const T* x, const T* residual, T* y, const Coefficie
 
 // dx = scale * dy + slope * (x - mean) + offset.
 template <bool relu, class T>
-FOR_EACH_CPU void input_gradient(const T* dy, const T* x, T* dx, const Coefficients<Compute<T>>& k,
+FOR_EACH_CPU void input_gradient(const T* dy, int64_t step, const T* x, T* dx, const Coefficients<Compute<T>>& k,
                                  const Compute<T>* slope, const Compute<T>* offset, const Layout& at, int64_t first,
                                  int64_t last) {
     using R = Compute<T>;
@@ -252,7 +264,7 @@ FOR_EACH_CPU void input_gradient(const T* dy, const T* x, T* dx, const Coefficie
     };
     for (int64_t block = first; block < last; ++block) {
         const int64_t start = block * length;
-        const T *g = dy + start, *v = x + start;
+        const T *g = dy + start_of(at, step, block), *v = x + start;
         T* to = dx + start;
         if (at.rows) {
 #pragma omp simd
@@ -350,16 +362,17 @@ int syncbn_normalize(const Layout* at, const Affine* map, const void* x, const v
 }
 
 // Writes sum dy (C), sum dy * (x - mean) (C), of dy before the ReLU; and from these, each (C) or null, dweight and dbias.
-int syncbn_gradient(const Layout* at, const Affine* map, const void* dy, const void* x, double* sums,
-                         void* dweight, void* dbias) {
+// step is that of dy.
+int syncbn_gradient(const Layout* at, const Affine* map, const void* dy, int64_t step, const void* x, double* sums,
+                    void* dweight, void* dbias) {
     const double *total = sums, *dot = sums + at->C;
     const bool known = with_type(at->dtype, [&](auto type) {
         using T = decltype(type);
         const Coefficients<Compute<T>> k(*map, at->C);
         with_flag(map->relu, [&](auto relu) {
             reduce(*at, sums, sums + at->C, [&](int64_t first, int64_t last, double* s1, double* s2) {
-                sum_gradient<relu.value>(static_cast<const T*>(dy), static_cast<const T*>(x), k, *at, first, last, s1,
-                                         s2);
+                sum_gradient<relu.value>(static_cast<const T*>(dy), step, static_cast<const T*>(x), k, *at, first,
+                                         last, s1, s2);
             });
         });
     });
@@ -374,9 +387,9 @@ int syncbn_gradient(const Layout* at, const Affine* map, const void* dy, const v
 }
 
 // Writes dx = scale * (dy - sum dy / M - (x - mean) / (var + eps) * sum dy (x - mean) / M), given the sums and M over
-// all ranks.
-int syncbn_input_gradient(const Layout* at, const Affine* map, const void* dy, const void* x, const double* sums,
-                          double M, void* dx) {
+// all ranks. step is that of dy.
+int syncbn_input_gradient(const Layout* at, const Affine* map, const void* dy, int64_t step, const void* x,
+                          const double* sums, double M, void* dx) {
     return !with_type(at->dtype, [&](auto type) {
         using T = decltype(type);
         using R = Compute<T>;
@@ -390,8 +403,8 @@ int syncbn_input_gradient(const Layout* at, const Affine* map, const void* dy, c
         }
         with_flag(map->relu, [&](auto relu) {
             Chunks(*at, INT64_MAX).for_each(at->threads, [&](int64_t, int64_t first, int64_t last) {
-                input_gradient<relu.value>(static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx),
-                                           k, slope.data(), offset.data(), *at, first, last);
+                input_gradient<relu.value>(static_cast<const T*>(dy), step, static_cast<const T*>(x),
+                                           static_cast<T*>(dx), k, slope.data(), offset.data(), *at, first, last);
             });
         });
     });

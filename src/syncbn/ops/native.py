@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from syncbn.ops.common import Affine, Gradient, Running
+from syncbn.ops.common import Affine, Gradient, Running, in_rows, step_of
 
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _WITH_MEMORY = (Tensor, torch.nn.Parameter)  # others, such as a tracer's, may have none
@@ -55,8 +55,8 @@ def _load() -> dict[str, Any]:
         "moments": [layout, *[pointer] * 3],
         "input_sums": [layout, *[pointer] * 2],
         "normalize": [layout, affine, *[pointer] * 3],
-        "gradient": [layout, affine, *[pointer] * 5],
-        "input_gradient": [layout, affine, *[pointer] * 3, number, pointer],
+        "gradient": [layout, affine, pointer, length, *[pointer] * 4],
+        "input_gradient": [layout, affine, pointer, length, *[pointer] * 2, number, pointer],
         "update_running": [length, code, *[pointer] * 2, number, number, *[pointer] * 3],
     }
     functions = {name: getattr(library, f"syncbn_{name}") for name in arguments}
@@ -107,16 +107,16 @@ def gradient(dy: Tensor, x: Tensor, affine: Affine) -> Gradient:
     plain = _plain(affine)
     sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
     weight, bias = (None if v is None else torch.empty_like(v) for v in (plain.weight, plain.bias))
-    pointers = (dy.data_ptr(), x.data_ptr(), sums.data_ptr(), _pointer(weight), _pointer(bias))
-    _call("gradient", _layout(x), _structure(plain), *pointers)
+    pointers = (x.data_ptr(), sums.data_ptr(), _pointer(weight), _pointer(bias))
+    _call("gradient", _layout(x), _structure(plain), dy.data_ptr(), _step(dy, x), *pointers)
     return Gradient(sums, _in_dtype_of(affine.weight, weight), _in_dtype_of(affine.bias, bias))
 
 
 def input_gradient(dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float) -> Tensor:
     """As `ops.input_gradient`."""
     dx, affine, sums = torch.empty_like(x), _plain(affine), sums.contiguous()
-    pointers = (dy.data_ptr(), x.data_ptr(), sums.data_ptr(), M, dx.data_ptr())
-    _call("input_gradient", _layout(x), _structure(affine), *pointers)
+    pointers = (x.data_ptr(), sums.data_ptr(), M, dx.data_ptr())
+    _call("input_gradient", _layout(x), _structure(affine), dy.data_ptr(), _step(dy, x), *pointers)
     return dx
 
 
@@ -137,8 +137,7 @@ def _call(name: str, *arguments: object) -> None:
 def _layout(x: Tensor) -> _Layout:
     N, C = x.shape[:2]
     S = x.numel() // max(1, N * C)
-    rows = S == 1 or not x.is_contiguous()
-    return _Layout(N, C, S, _CODES[x.dtype], rows, torch.get_num_threads())
+    return _Layout(N, C, S, _CODES[x.dtype], in_rows(x), torch.get_num_threads())
 
 
 def _plain(affine: Affine) -> Affine:
@@ -159,6 +158,15 @@ def _structure(affine: Affine) -> _Affine:
     parameter = bias if weight is None else weight
     code = 0 if parameter is None else _CODES[parameter.dtype]
     return _Affine(mean.data_ptr(), var.data_ptr(), _pointer(weight), _pointer(bias), eps, code, relu)
+
+
+def _step(dy: Tensor, x: Tensor) -> int:
+    if in_rows(x):
+        assert dy.stride() == x.stride(), "ops.upstream_gradient sees to it"
+        return 0  # not read
+    step = step_of(dy, x)
+    assert step is not None
+    return step
 
 
 def _in_dtype_of(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
