@@ -3,6 +3,9 @@
 import csv
 import subprocess
 import sys
+import weakref
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ import torch.distributed as dist
 
 from syncbn.benchmarks import gpu, gpu_layer, gpu_targets, measure
 from syncbn.benchmarks.gpu_step import GRAPH, StepSetting, TrainingStep, build, verify
-from syncbn.benchmarks.gpu_timing import captured
+from syncbn.benchmarks.gpu_timing import Replay, captured
 from syncbn.benchmarks.measure import Row
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -133,6 +136,39 @@ def test_a_captured_step_trains_as_the_step(group_of_one):
         replay()
     for one, two in zip(networks[0].state_dict().values(), networks[1].state_dict().values(), strict=True):
         torch.testing.assert_close(two, one, rtol=1e-2, atol=1e-3)
+
+
+def test_a_replay_keeps_what_its_graph_reads():
+    """A graph keeps no tensor alive: were a step's labels gone, a replay would read another's numbers for them."""
+    step = mock.Mock()
+    alive = weakref.ref(step)
+    graph = mock.Mock()
+    replay = Replay(graph, step)
+    del step
+    replay()
+    assert alive() is not None
+    graph.replay.assert_called_once_with()
+
+
+def test_the_forward_of_a_backward_to_be_captured_runs_where_graphs_are_captured(monkeypatch):
+    """Autograd runs a backward on its forward's stream: on another, nothing is captured, or the capture fails."""
+    entered, forwards = [], []
+
+    @contextmanager
+    def recorded(device):
+        entered.append(device)
+        yield
+        entered.pop()
+
+    backward_of = gpu_layer.backward_of
+    monkeypatch.setattr(gpu_layer, "on_capture_stream", recorded)
+    monkeypatch.setattr(gpu_layer, "backward_of", lambda *args: forwards.append(list(entered)) or backward_of(*args))
+    with gpu.group_of_one("cpu"):
+        for graphs in (False, True):
+            forwards.clear()
+            options = gpu_layer.Options("cpu", torch.float32, graphs, rounds=1, warmup=0, bandwidth=1e9)
+            gpu_layer.measure_shape((4, 8, 6, 6), "channels_last", options, compiled=False)
+            assert forwards == [["cpu"] if graphs else []] * 3
 
 
 @needs_gpu

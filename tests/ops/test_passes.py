@@ -1,5 +1,6 @@
 """The passes, compiled and as ATen's operators, against the float64 reference."""
 
+import os
 import subprocess
 import sys
 
@@ -187,7 +188,7 @@ def test_sums_do_not_depend_on_the_number_of_threads():
 
 def test_without_the_compiled_passes_atens_are_used():
     code = "import torch; from syncbn.ops import native; assert not native.takes(torch.ones(2, 2))"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"SYNCBN_NATIVE": "0"}, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "SYNCBN_NATIVE": "0"}, timeout=60)
 
 
 @pytest.mark.skipif(not native._functions, reason="not built: no compiler")

@@ -61,10 +61,13 @@ def group_of_one(nccl, monkeypatch):
 
 
 def step(layer, x, dy, residual=None):
-    """Forward and backward: (y, dx, dweight, dbias[, residual's gradient])."""
+    """Forward and backward: (y, dx, dweight, dbias[, residual's gradient]); nothing keeps the autograd graph.
+
+    It would tie x to the stream of this step, of which autograd warns in a step on another.
+    """
     y = layer(x) if residual is None else layer(x, residual)
     leaves = [x, layer.weight, layer.bias, *([] if residual is None else [residual])]
-    return (y, *torch.autograd.grad(y, leaves, dy))
+    return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
 
 def layer_with(weight, bias, **arguments):

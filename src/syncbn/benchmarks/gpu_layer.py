@@ -1,6 +1,7 @@
 """One layer with its ReLU on a GPU, against the floor of the memory's bandwidth and stock layers. See `gpu`."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +13,7 @@ from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.benchmarks import measure
-from syncbn.benchmarks.gpu_timing import captured, time_in_turns
+from syncbn.benchmarks.gpu_timing import captured, on_capture_stream, time_in_turns
 from syncbn.benchmarks.layer import Shape
 from syncbn.benchmarks.measure import FORMATS, OURS, Row
 from syncbn.nn import SyncBatchNorm
@@ -139,10 +140,11 @@ def measure_shape(shape: Shape, memory_format: str, options: Options, compiled: 
     verify(layers, x.requires_grad_(), dy)
     rows: list[Row] = []
     for direction, tensors in TENSORS_MOVED.items():
-        if direction == "forward":
-            runs = {name: forward_of(layer, x) for name, layer in layers.items()}
-        else:
-            runs = {name: backward_of(layer, x, dy) for name, layer in layers.items()}
+        with on_capture_stream(options.device) if options.graphs else nullcontext():
+            if direction == "forward":
+                runs = {name: forward_of(layer, x) for name, layer in layers.items()}
+            else:
+                runs = {name: backward_of(layer, x, dy) for name, layer in layers.items()}
         if options.graphs:
             runs = {name: captured(run, options.device) for name, run in runs.items()}
         times = time_in_turns(runs, options.rounds, options.warmup, options.device)

@@ -2,7 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,25 +17,56 @@ MOST_REPEATS = 200
 WARMUP_CALLS = 4  # until ranks have agreed, kernels are compiled, and the optimiser has its state
 
 
-def captured(run: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """The same as a CUDA graph, which leaves out what the host needs to launch it; on a CPU `run` itself.
+class Replay:
+    """Replays a graph, and keeps `run`: the graph itself holds none of the tensors that it reads and writes.
 
     What `run` returns, and gradients that it makes anew, lie in the graph's memory and are overwritten by each replay.
+
+    Args:
+        graph: captured.
+        run: what was captured.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Any]) -> None:
+        self.graph, self.run = graph, run
+
+    def __call__(self) -> None:
+        """All that `run` does on the device."""
+        self.graph.replay()
+
+
+def captured(run: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """The same as a CUDA graph, which leaves out what the host needs to launch it; on a CPU `run` itself."""
+    with on_capture_stream(device):
+        for _ in range(WARMUP_CALLS):
+            run()
+    if device == "cpu":
+        return run
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=_capture_stream()):
+        run()
+    return Replay(graph, run)
+
+
+@contextmanager
+def on_capture_stream(device: str) -> Iterator[None]:
+    """Run on the stream on which graphs are captured; on a CPU there is none.
+
+    A backward runs on its forward's stream, so that the forward of one that is to be captured belongs here, too.
     """
     if device == "cpu":
-        for _ in range(WARMUP_CALLS):
-            run()
-        return run
-    stream = torch.cuda.Stream()
+        yield
+        return
+    stream = _capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(WARMUP_CALLS):
-            run()
+        yield
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+
+
+@cache
+def _capture_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
 
 
 def time_in_turns(

@@ -67,9 +67,11 @@ __all__ = [
 
 def message_of(sums: Sequence[Tensor], counts: Sequence[int], signature: tuple[int, int]) -> Tensor:
     """One flat float64 message: sums, counts, id and its square."""
-    device = sums[0].device
+    numbers, device = (*counts, *signature), sums[0].device
+    if torch.compiler.is_compiling():  # a tensor would be copied from the host in every step: no CUDA graphs
+        return torch.cat([*sums, *(torch.full((1,), n, dtype=torch.float64, device=device) for n in numbers)])
     make = _tail if device.type == "cpu" else _tail_on_device
-    return torch.cat([*sums, make((*counts, *signature), device)])
+    return torch.cat([*sums, make(numbers, device)])
 
 
 def _tail(numbers: tuple[int, ...], device: torch.device) -> Tensor:
