@@ -27,6 +27,10 @@ BARE |= {"partials", "counters"}
 WITH_RESIDUAL = {"count", "signature"}
 # With mean and variance given.
 NO_SUMS = {*BARE, "sums"}
+SHARED_MEMORY = 227 * 1024  # of a multiprocessor
+SMALLEST_SHARED_MEMORY = 99 * 1024  # that a program can have, of all GPUs that the kernels run on: 8.6 and 8.9
+MOST_SPILLED = 16  # bytes, between what comes before a loop and what comes after
+LARGE = [((256, 192, 56, 56), False), ((32, 192, 28, 28), True), ((256, 256, 14, 14), True)]
 TENSORS = {"input_sums": 1, "normalize": 1, "gradient": 2, "input_gradient": 2}
 
 
@@ -55,7 +59,7 @@ def arguments(name, names, plan, absent, x_type, compute):
             yield "constexpr", "partials" not in absent, False
         elif argument == "COMPUTE":
             yield "constexpr", compute, False
-        elif argument.startswith("BLOCK"):
+        elif argument in plan.tile:
             yield "constexpr", plan.tile[argument], False
         else:
             yield "*fp64", None, False
@@ -71,25 +75,41 @@ def compiled(name, plan, absent, x_type="*bf16", compute=tl.float32):
     return triton.compile(ASTSource(kernel, signature, constants, aligned), target=TARGET, options=options)
 
 
-def registers(code):
-    """Of one thread, as the assembler gave them out."""
+def usage(code):
+    """Of one thread, as the assembler gave them out: (registers, bytes of those that had no place)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return int(re.search(r"REG:(\d+)", usage.stdout)[1])
+        found = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return tuple(int(re.search(rf"{what}:(\d+)", found.stdout)[1]) for what in ("REG", "STACK"))
+
+
+def check_memory_accesses(name, plan, binary, planes):
+    """All tiles that a program has under way are copied in as few pieces as there can be, and fit."""
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, (0x\w+)", binary.asm["ptx"])
+    # 16 bytes at a time, or the memory's bandwidth is out of reach.
+    width = 2 * plan.tile["ALIGNED"] if planes else 16
+    tile = plan.tile["BLOCK_C"] * plan.tile["BLOCK_I"] * 2
+    pieces = TENSORS[name] * tile // (32 * plan.tile["num_warps"] * width)
+    assert [int(size, 16) for size in copies] == [width] * pieces * plan.tile["STAGES"], (name, plan, copies)
+    assert binary.metadata.shared < SHARED_MEMORY // 2, "two programs on a multiprocessor"
+    if name in ("normalize", "input_gradient"):
+        assert re.search({16: r"st\.global\.v4\.b32", 8: r"st\.global\.v2\.b32"}[width], binary.asm["ptx"]), name
 
 
 def main():
     for name, tensors in TENSORS.items():
-        for shape, planes in (((256, 192, 56, 56), False), ((32, 192, 28, 28), True)):
-            binary = compiled(name, plan_of(shape, planes, 2, tensors, 132), ON_RANKS)
-            assert registers(binary.asm["cubin"]) <= MOST_REGISTERS, name
-            # 16 bytes at a time, or the memory's bandwidth is out of reach.
-            assert "ld.global.v4.b32" in binary.asm["ptx"], name
-            if name in ("normalize", "input_gradient"):
-                assert "st.global.v4.b32" in binary.asm["ptx"], name
-            print(name, shape, "planes" if planes else "rows", registers(binary.asm["cubin"]), "registers")
+        for shape, planes in LARGE:
+            plan = plan_of(shape, planes, 2, tensors, 132)
+            binary = compiled(name, plan, ON_RANKS)
+            used, spilled = usage(binary.asm["cubin"])
+            assert used <= MOST_REGISTERS, name
+            assert spilled <= MOST_SPILLED, name
+            check_memory_accesses(name, plan, binary, planes)
+            print(name, shape, "planes" if planes else "rows", used, "registers", spilled, "bytes spilled")
+        if name in ("normalize", "gradient"):  # which may read one tensor more
+            binary = compiled(name, plan_of(LARGE[0][0], False, 2, tensors, 132), WITH_RESIDUAL)
+            assert binary.metadata.shared <= SMALLEST_SHARED_MEMORY, name
         for shape, planes in (((5, 33, 7, 9), False), ((1, 2049), True), ((3, 1, 9, 9), True)):
             plan = plan_of(shape, planes, 8, tensors, 132)
             for absent in (BARE, WITH_RESIDUAL, NO_SUMS) if name == "normalize" else (BARE, WITH_RESIDUAL):
