@@ -11,7 +11,7 @@ tensors that a pass reads, or more of smaller ones. With four stages 64 to 96 KB
 of shared memory that an H100 has (twice that where a residual is added). GPUs of 100 KB run one such program at a time,
 which still has 32 KB under way. A program of one chunk has two stages: a place for its one tile. It has that, and not a
 plain load, since a program's first copies start before it computes its coefficients, roots and divisions in float64 of
-some 1000 instructions; a plain load would start after.
+500 to 1000 instructions; a plain load would start after.
 
 More programs would only add to what the last one must merge (16 bytes a channel and program), and larger tiles would
 take the registers: a thread of 256 may use 128 for two programs on a multiprocessor, and a reduction's two accumulators
