@@ -27,6 +27,9 @@ BARE |= {"partials", "counters"}
 WITH_RESIDUAL = {"count", "signature"}
 # With mean and variance given.
 NO_SUMS = {*BARE, "sums"}
+SHARED_MEMORY = 227 * 1024  # of a multiprocessor
+SMALLEST_SHARED_MEMORY = 99 * 1024  # that a program can have, of all GPUs that the kernels run on: 8.6 and 8.9
+LARGE = [((256, 192, 56, 56), False), ((32, 192, 28, 28), True), ((256, 256, 14, 14), True)]
 TENSORS = {"input_sums": 1, "normalize": 1, "gradient": 2, "input_gradient": 2}
 
 
@@ -55,7 +58,7 @@ def arguments(name, names, plan, absent, x_type, compute):
             yield "constexpr", "partials" not in absent, False
         elif argument == "COMPUTE":
             yield "constexpr", compute, False
-        elif argument.startswith("BLOCK"):
+        elif argument in plan.tile:
             yield "constexpr", plan.tile[argument], False
         else:
             yield "*fp64", None, False
@@ -71,25 +74,59 @@ def compiled(name, plan, absent, x_type="*bf16", compute=tl.float32):
     return triton.compile(ASTSource(kernel, signature, constants, aligned), target=TARGET, options=options)
 
 
-def registers(code):
-    """Of one thread, as the assembler gave them out."""
+def disassembled(code):
+    """(Registers of a thread, address and text of every instruction), as the assembler made them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return int(re.search(r"REG:(\d+)", usage.stdout)[1])
+        usage, instructions = (
+            subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
+    found = re.findall(r"/\*([0-9a-f]+)\*/ +(.*?);", instructions)
+    return int(re.search(r"REG:(\d+)", usage)[1]), [(int(address, 16), text) for address, text in found]
+
+
+def loop_with_copies(instructions):
+    """From where the first branch back over the last copy to shared memory leads."""
+    copies = [address for address, text in instructions if "LDGSTS" in text]
+    assert copies, "nothing is copied to shared memory"
+    last = copies[-1]
+    for end, text in instructions:
+        target = re.search(r"BRA.* 0x([0-9a-f]+)", text)
+        if end > last and target and int(target[1], 16) <= last:
+            return [text for address, text in instructions if int(target[1], 16) <= address <= end]
+    raise AssertionError("no loop")
+
+
+def check_memory_accesses(name, plan, binary, planes):
+    """All tiles under way are copied in as few pieces as there can be; a loop over rows finds registers for all."""
+    registers, instructions = disassembled(binary.asm["cubin"])
+    assert registers <= MOST_REGISTERS, name
+    assert binary.metadata.shared < SHARED_MEMORY // 2, "two programs on a multiprocessor"
+    # 16 bytes at a time, or the memory's bandwidth is out of reach.
+    width = 2 * plan.tile["ALIGNED"] if planes else 16
+    pieces = TENSORS[name] * plan.tile["BLOCK_C"] * plan.tile["BLOCK_I"] * 2 // (32 * plan.tile["num_warps"] * width)
+    loop, whole = loop_with_copies(instructions), [text for _, text in instructions]
+    for code, copied in ((loop, 1), (whole, plan.tile["STAGES"])):
+        copies = [text for text in code if "LDGSTS" in text]
+        assert len(copies) == pieces * copied, (name, copies)
+        assert all(f".{8 * width} " in text for text in copies), (name, copies)
+    assert planes or not [text for text in loop if re.search("LDL|STL", text)], name
+    stores = [text for text in loop if "STG" in text]
+    assert len(stores) == (pieces // TENSORS[name] if name in ("normalize", "input_gradient") else 0), (name, stores)
+    print(name, plan.tile, registers, "registers", len(loop), "instructions in the loop")
 
 
 def main():
     for name, tensors in TENSORS.items():
-        for shape, planes in (((256, 192, 56, 56), False), ((32, 192, 28, 28), True)):
-            binary = compiled(name, plan_of(shape, planes, 2, tensors, 132), ON_RANKS)
-            assert registers(binary.asm["cubin"]) <= MOST_REGISTERS, name
-            # 16 bytes at a time, or the memory's bandwidth is out of reach.
-            assert "ld.global.v4.b32" in binary.asm["ptx"], name
-            if name in ("normalize", "input_gradient"):
-                assert "st.global.v4.b32" in binary.asm["ptx"], name
-            print(name, shape, "planes" if planes else "rows", registers(binary.asm["cubin"]), "registers")
+        for shape, planes in LARGE:
+            plan = plan_of(shape, planes, 2, tensors, 132)
+            binary = compiled(name, plan, ON_RANKS)
+            check_memory_accesses(name, plan, binary, planes)
+        if name in ("normalize", "gradient"):  # which may read one tensor more
+            binary = compiled(name, plan_of(LARGE[0][0], False, 2, tensors, 132), WITH_RESIDUAL)
+            assert binary.metadata.shared <= SMALLEST_SHARED_MEMORY, name
         for shape, planes in (((5, 33, 7, 9), False), ((1, 2049), True), ((3, 1, 9, 9), True)):
             plan = plan_of(shape, planes, 8, tensors, 132)
             for absent in (BARE, WITH_RESIDUAL, NO_SUMS) if name == "normalize" else (BARE, WITH_RESIDUAL):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from syncbn.ops import triton_passes
-from syncbn.ops.triton_plan import BYTES_UNDER_WAY, COUNTERS, LONGEST_SUM, plan_of
+from syncbn.ops.triton_plan import COUNTERS, LONGEST_SUM, MOST_STAGES, RESIDENT_BYTES, plan_of
 
 HERE = Path(__file__).parent
 NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -94,14 +94,28 @@ def test_a_plan_fills_the_gpu(shape, planes, element_size, tensors):
         assert last == elements - 1
     assert plan.grid[0] * block_c >= C
     assert block_c & (block_c - 1) == block_i & (block_i - 1) == 0
-    assert block_c * block_i * element_size * tensors <= BYTES_UNDER_WAY / 2
+    assert block_c * block_i * element_size * tensors <= RESIDENT_BYTES / 2
     chunks = outer * max(1, -(-inner // block_i))
     assert 1 <= plan.splits <= chunks
     assert -(-chunks // plan.splits) <= LONGEST_SUM
+    assert plan.tile["STAGES"] == (2 if plan.splits == chunks else MOST_STAGES)
+    assert plan.tile["ONE_BLOCK"] == (outer == 1)
+    if plan.tile["ALIGNED"] > 1:
+        numbers = [inner, *(stride for stride in (outer_stride, channel_stride, inner_stride) if stride != 1)]
+        assert not any(number % plan.tile["ALIGNED"] for number in numbers)
     programs = plan.grid[0] * plan.splits
     assert plan.splits == 1 or plan.grid[0] <= COUNTERS
     if elements >= multiprocessors * 2048:  # enough for everyone
         assert programs >= 0.75 * multiprocessors
+
+
+@pytest.mark.parametrize(
+    ("area", "element_size", "aligned"), [(112, 2, 8), (14, 2, 4), (7, 2, 1), (14, 4, 4), (2, 8, 2)]
+)
+def test_how_much_of_a_plane_is_loaded_at_once(area, element_size, aligned):
+    shape = (32, 64, area, area)
+    assert plan_of(shape, True, element_size, 1, 132).tile["ALIGNED"] == aligned
+    assert plan_of(shape, False, element_size, 1, 132).tile["ALIGNED"] == 1, "Triton finds it out from C"
 
 
 def test_plans_of_the_passes_of_one_direction_are_one():

@@ -252,7 +252,8 @@ def test_addresses_have_64_bits(monkeypatch):
     for part in (near, far):
         part.copy_(torch.randn(C * S, generator=generator))
     x = torch.stack([near, far]).view(2, C, S)
-    plan = Plan((C, 2, S, apart, S, 1), (1, 2), {"BLOCK_C": 4, "BLOCK_I": 8})
+    tile = {"BLOCK_C": 4, "BLOCK_I": 8, "ALIGNED": 8, "ONE_BLOCK": False, "STAGES": 2}
+    plan = Plan((C, 2, S, apart, S, 1), (1, 2), tile)
     monkeypatch.setattr(triton_passes, "_plan", lambda x, tensors: plan)
     near = near.view(1, C, S)
     assert_near(

@@ -5,6 +5,9 @@ those read last may still be in the cache.
 
 Elements are computed with in COMPUTE: float32, or float64 for float64. Sums over programs and coefficients per channel
 are float64. What several kernels or ranks must find bitwise alike is written with fma, so that no compiler chooses.
+
+The loops over chunks copy the tiles that come next to shared memory while they compute (STAGES, see `triton_plan`). The
+mask of such a copy would have to be kept until its tile is used, so sums do without it, or derive another from `held`.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -52,6 +55,9 @@ def input_sums(
     COMPUTE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """Sum x (C) and sum x^2 (C) at sums_at of a message, and the number of elements at count_at (none below 0).
@@ -60,19 +66,20 @@ def input_sums(
     where the mean is large or one element is.
     """
     c, exists = channels_of_program(C, BLOCK_C)
-    tile = offsets_in_chunk(c, channel_stride, inner_stride, BLOCK_I)
+    tile = offsets_in_chunk(c, channel_stride, inner_stride, BLOCK_I, ALIGNED)
     split = tl.program_id(1)
-    start, held = find_chunk(split, inner, outer_stride, inner_stride, BLOCK_I)
-    ok = inside(held, exists, BLOCK_I)
-    v = tl.load(x + start + tile, mask=ok, other=0.0).to(COMPUTE)
-    pivot = tl.sum(v, 1) / tl.maximum(held, 1).to(COMPUTE)
-    z = tl.where(ok, v - pivot[:, None], 0.0)
-    s1, s2, seen = z, z * z, held
-    for k in range(split + splits, number_of_chunks(outer, inner, BLOCK_I), splits):
-        start, held = find_chunk(k, inner, outer_stride, inner_stride, BLOCK_I)
+    pivot = tl.zeros((BLOCK_C,), COMPUTE)
+    s1 = tl.zeros((BLOCK_C, BLOCK_I), COMPUTE)
+    s2 = tl.zeros((BLOCK_C, BLOCK_I), COMPUTE)
+    seen = tl.cast(0, tl.int64)
+    for k in tl.range(split, number_of_chunks(outer, inner, BLOCK_I), splits, num_stages=STAGES):
+        start, held = find_chunk(k, inner, outer_stride, inner_stride, BLOCK_I, ALIGNED, ONE_BLOCK)
         ok = inside(held, exists, BLOCK_I)
         v = tl.load(x + start + tile, mask=ok, other=0.0).to(COMPUTE)
-        z = tl.where(ok, v - pivot[:, None], 0.0)
+        if k == split:
+            pivot = tl.sum(v, 1) / tl.maximum(held, 1).to(COMPUTE)
+        missing = tl.arange(0, BLOCK_I) >= held  # a channel that does not exist has zeros, and so a pivot of 0
+        z = tl.where(missing[None, :], 0.0, v - pivot[:, None])
         s1 += z
         s2 += z * z
         seen += held
@@ -134,6 +141,9 @@ def normalize(
     COMPUTE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Write y, the map of x, with the residual added before the ReLU.
 
@@ -141,7 +151,7 @@ def normalize(
     averages. Where sums is None they are read instead. NaN where the ranks disagree, or have one element in all.
     """
     c, exists = channels_of_program(C, BLOCK_C)
-    tile = offsets_in_chunk(c, channel_stride, inner_stride, BLOCK_I)
+    tile = offsets_in_chunk(c, channel_stride, inner_stride, BLOCK_I, ALIGNED)
     split = tl.program_id(1)
     if sums is not None:
         total_M = elements_of(count, M)
@@ -165,8 +175,8 @@ def normalize(
         var = tl.load(var_out + c, mask=exists, other=0.0)
     high, low, scale, shift = coefficients(mean, var, weight, bias, c, exists, eps, COMPUTE)
     chunks = number_of_chunks(outer, inner, BLOCK_I)
-    for k in range(split, chunks, splits):
-        start, held = find_chunk(chunks - 1 - k, inner, outer_stride, inner_stride, BLOCK_I)
+    for k in tl.range(split, chunks, splits, num_stages=STAGES):
+        start, held = find_chunk(chunks - 1 - k, inner, outer_stride, inner_stride, BLOCK_I, ALIGNED, ONE_BLOCK)
         ok = inside(held, exists, BLOCK_I)
         v = tl.load(x + start + tile, mask=ok, other=0.0).to(COMPUTE)
         out = ((v - high) - low) * scale + shift
@@ -244,6 +254,9 @@ def gradient(
     COMPUTE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """Sum g (C) and sum g * (x - mean) (C) at sums_at of a message, and the parameters' gradients.
@@ -252,15 +265,15 @@ def gradient(
     that is given; g is then written to cut.
     """
     c, exists = channels_of_program(C, BLOCK_C)
-    tile = offsets_in_chunk(c, channel_stride, inner_stride, BLOCK_I)
+    tile = offsets_in_chunk(c, channel_stride, inner_stride, BLOCK_I, ALIGNED)
     split = tl.program_id(1)
     v_mean = tl.load(mean + c, mask=exists, other=0.0)
     v_var = tl.load(var + c, mask=exists, other=0.0)
     high, low, scale, shift = coefficients(v_mean, v_var, weight, bias, c, exists, eps, COMPUTE)
     s1 = tl.zeros((BLOCK_C, BLOCK_I), COMPUTE)
     s2 = tl.zeros((BLOCK_C, BLOCK_I), COMPUTE)
-    for k in range(split, number_of_chunks(outer, inner, BLOCK_I), splits):
-        start, held = find_chunk(k, inner, outer_stride, inner_stride, BLOCK_I)
+    for k in tl.range(split, number_of_chunks(outer, inner, BLOCK_I), splits, num_stages=STAGES):
+        start, held = find_chunk(k, inner, outer_stride, inner_stride, BLOCK_I, ALIGNED, ONE_BLOCK)
         ok = inside(held, exists, BLOCK_I)
         g = tl.load(dy + start + tile, mask=ok, other=0.0).to(COMPUTE)
         deviation = (tl.load(x + start + tile, mask=ok, other=0.0).to(COMPUTE) - high) - low
@@ -270,7 +283,7 @@ def gradient(
             g = tl.where(tl.load(y + start + tile, mask=ok, other=0.0).to(COMPUTE) <= 0.0, 0.0, g)
             tl.store(cut + start + tile, g, mask=ok)
         s1 += g
-        s2 += tl.where(ok, g * deviation, 0.0)
+        s2 += g * deviation  # g is 0 outside
     total, dot = tl.sum(s1.to(tl.float64), 1), tl.sum(s2.to(tl.float64), 1)
 
     deviation_scale = 1.0 / tl.sqrt(v_var + eps)
@@ -310,10 +323,13 @@ def input_gradient(
     COMPUTE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Write dx = scale * g + slope * (x - mean) + offset, given the sums (2C) of `gradient` over all ranks."""
     c, exists = channels_of_program(C, BLOCK_C)
-    tile = offsets_in_chunk(c, channel_stride, inner_stride, BLOCK_I)
+    tile = offsets_in_chunk(c, channel_stride, inner_stride, BLOCK_I, ALIGNED)
     split = tl.program_id(1)
     v_mean = tl.load(mean + c, mask=exists, other=0.0)
     v_var = tl.load(var + c, mask=exists, other=0.0)
@@ -324,8 +340,8 @@ def input_gradient(
     dot = tl.load(sums + C + c, mask=exists, other=0.0)
     slope = (dot / (v_var + eps) * share).to(COMPUTE)[:, None]
     chunks = number_of_chunks(outer, inner, BLOCK_I)
-    for k in range(split, chunks, splits):
-        start, held = find_chunk(chunks - 1 - k, inner, outer_stride, inner_stride, BLOCK_I)
+    for k in tl.range(split, chunks, splits, num_stages=STAGES):
+        start, held = find_chunk(chunks - 1 - k, inner, outer_stride, inner_stride, BLOCK_I, ALIGNED, ONE_BLOCK)
         ok = inside(held, exists, BLOCK_I)
         g = tl.load(dy + start + tile, mask=ok, other=0.0).to(COMPUTE)
         deviation = (tl.load(x + start + tile, mask=ok, other=0.0).to(COMPUTE) - high) - low

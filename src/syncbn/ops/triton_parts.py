@@ -4,6 +4,10 @@ Letters: N batch, C channels, H W space. One description serves both layouts: an
 `inner` elements, and element (o, c, i) lies at o * outer_stride + c * channel_stride + i * inner_stride. Planes have
 outer N and inner H*W; rows (channels-last) have outer 1 and inner N*H*W.
 
+Two constants tell the compiler what it cannot find out: ONE_BLOCK, that outer is 1; and ALIGNED, more than 1 for planes
+only, of how many elements both their length and all their strides but 1 are multiples (Triton looks for 16 only). Such
+a hint counts where a value is computed, not where it is an argument.
+
 Every kernel runs on a grid (channel blocks, splits). A program reads tiles of BLOCK_C channels x BLOCK_I elements: of
 its channel block, the chunks split, split + splits, split + 2 * splits, ... of all outer * cdiv(inner, BLOCK_I).
 """
@@ -24,19 +28,32 @@ def channels_of_program(C, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def offsets_in_chunk(c, channel_stride, inner_stride, BLOCK_I: tl.constexpr):
+def offsets_in_chunk(c, channel_stride, inner_stride, BLOCK_I: tl.constexpr, ALIGNED: tl.constexpr):
     """Offsets (BLOCK_C, BLOCK_I) in a chunk; 64 bits, as all addresses."""
+    of_channels = c.to(tl.int64) * channel_stride
+    if ALIGNED > 1:
+        of_channels = tl.multiple_of(of_channels, ALIGNED)
     i = tl.arange(0, BLOCK_I)
-    return c.to(tl.int64)[:, None] * channel_stride + i.to(tl.int64)[None, :] * inner_stride
+    return of_channels[:, None] + i.to(tl.int64)[None, :] * inner_stride
 
 
 @triton.jit
-def find_chunk(k, inner, outer_stride, inner_stride, BLOCK_I: tl.constexpr):
+def find_chunk(
+    k, inner, outer_stride, inner_stride, BLOCK_I: tl.constexpr, ALIGNED: tl.constexpr, ONE_BLOCK: tl.constexpr
+):
     """Where chunk k begins, and how many elements of a channel it holds."""
-    chunks = tl.maximum(tl.cdiv(inner, BLOCK_I), 1)
-    first = tl.cast(k % chunks, tl.int64) * BLOCK_I
-    start = tl.cast(k // chunks, tl.int64) * outer_stride + first * inner_stride
-    return start, tl.minimum(inner - first, BLOCK_I)
+    if ONE_BLOCK:
+        first = tl.cast(k, tl.int64) * BLOCK_I
+        start = first * inner_stride
+    else:
+        chunks = tl.maximum(tl.cdiv(inner, BLOCK_I), 1)
+        first = tl.cast(k % chunks, tl.int64) * BLOCK_I
+        start = tl.cast(k // chunks, tl.int64) * outer_stride + first * inner_stride
+    held = tl.cast(tl.minimum(inner - first, BLOCK_I), tl.int32)
+    if ALIGNED > 1:
+        start = tl.multiple_of(start, ALIGNED)
+        held = tl.multiple_of(held, ALIGNED)
+    return start, held
 
 
 @triton.jit

@@ -3,25 +3,36 @@
 No autotuning when a program runs: it would make the order of a sum depend on timings, stall the device, and fail while
 a CUDA graph is captured. Letters: N batch, C channels, M elements per channel.
 
-The reasoning, in bytes and multiprocessors. To keep a memory of 3 to 5 TB/s busy at a latency of 0.7 us, 2 to 3.5 MB
-must be under way: 16 to 26 KB for each of 132 multiprocessors. So each gets 32 KB of tiles: two of 16 KB, counting all
-tensors that a pass reads, or more of smaller ones. More programs would only add to what the last one must merge (16
-bytes a channel and program), and larger tiles would take the registers: a thread of 256 may use 128 for two programs
-on a multiprocessor, and a reduction's two accumulators for each of 32 elements are 64 of them.
+The reasoning, in bytes and multiprocessors. To keep a memory of 3 to 5 TB/s busy at a latency of 0.7 to 1 us, 2 to 5 MB
+must be under way: 16 to 38 KB for each of 132 multiprocessors, at all times. So programs do not wait for what they
+asked for last: with S stages, a program's next S - 1 tiles are copied to shared memory while it computes with one, and
+S - 2 are still under way when the oldest arrives. A multiprocessor gets 32 KB of tiles: two of 16 KB, counting all
+tensors that a pass reads, or more of smaller ones. With four stages 64 to 96 KB are then under way, in 96 KB of the 227
+of shared memory that an H100 has (twice that where a residual is added). GPUs of 100 KB run one such program at a time,
+which still has 32 KB under way. A program of one chunk has two stages: a place for its one tile. It has that, and not a
+plain load, since a program's first copies start before it computes its coefficients, roots and divisions in float64 of
+500 to 1000 instructions; a plain load would start after.
+
+More programs would only add to what the last one must merge (16 bytes a channel and program), and larger tiles would
+take the registers: a thread of 256 may use 128 for two programs on a multiprocessor, and a reduction's two accumulators
+for each of 32 elements are 64 of them.
 
 Rows (channels-last) are read in pieces of BLOCK_C channels: 64, which in bfloat16 are a whole cache line of 128 bytes,
 or 32 where else much of the last block would be empty. Of planes, a tile takes one whole piece of each of up to 32
-channels: a thread keeps four coefficients of every channel that it meets.
+channels: a thread keeps four coefficients of every channel that it meets. How many of a plane's elements can be copied
+at once depends on what divides its area: 8 bytes of bfloat16 for 14x14.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import gcd, prod
 from typing import Any
 
-BYTES_UNDER_WAY = 32 * 1024  # on each multiprocessor
-TILE_BYTES = BYTES_UNDER_WAY // 2
+RESIDENT_BYTES = 32 * 1024  # of a tile of each program on a multiprocessor
+TILE_BYTES = RESIDENT_BYTES // 2
+MOST_STAGES = 4
+WIDEST_LOAD = 16  # bytes
 SMALLEST_TILE = 1024  # elements
 ELEMENTS_PER_WARP = 256  # of a small tile: 8 for each thread
 MOST_WARPS, WARPS_PER_MULTIPROCESSOR = 8, 64
@@ -39,7 +50,8 @@ class Plan:
     Attributes:
         layout: C, outer, inner, outer_stride, channel_stride, inner_stride: see triton_parts.py.
         grid: (channel blocks, splits).
-        tile: BLOCK_C and BLOCK_I, powers of two, and how to compile: num_warps, maxnreg.
+        tile: BLOCK_C and BLOCK_I, powers of two; ALIGNED, ONE_BLOCK: see triton_parts.py; STAGES; and how to compile:
+            num_warps, maxnreg.
     """
 
     layout: tuple[int, int, int, int, int, int]
@@ -75,11 +87,17 @@ def plan_of(shape: Sequence[int], planes: bool, element_size: int, tensors: int,
         elements //= 2
     tile = block_c * block_i
     warps = min(MOST_WARPS, max(1, tile // ELEMENTS_PER_WARP))
-    at_once = min(BYTES_UNDER_WAY // (tile * element_size * tensors), WARPS_PER_MULTIPROCESSOR // warps)
+    at_once = min(RESIDENT_BYTES // (tile * element_size * tensors), WARPS_PER_MULTIPROCESSOR // warps)
     splits = min(chunks, at_once * multiprocessors // channel_blocks)
     splits = max(1, splits, -(-chunks // LONGEST_SUM)) if channel_blocks <= COUNTERS else 1
-    compiled = {"num_warps": warps, "maxnreg": MOST_REGISTERS}
-    return Plan(layout, (channel_blocks, splits), {"BLOCK_C": block_c, "BLOCK_I": block_i, **compiled})
+    constants = {
+        "BLOCK_C": block_c,
+        "BLOCK_I": block_i,
+        "ALIGNED": gcd(inner, WIDEST_LOAD // element_size) if layout[4] > 1 else 1,
+        "ONE_BLOCK": outer == 1,
+        "STAGES": MOST_STAGES if chunks > splits else 2,
+    }
+    return Plan(layout, (channel_blocks, splits), {**constants, "num_warps": warps, "maxnreg": MOST_REGISTERS})
 
 
 def _layout(shape: Sequence[int], planes: bool) -> tuple[int, int, int, int, int, int]:
