@@ -30,14 +30,16 @@ NO_SUMS = {*BARE, "sums"}
 SHARED_MEMORY = 227 * 1024  # of a multiprocessor
 SMALLEST_SHARED_MEMORY = 99 * 1024  # that a program can have, of all GPUs that the kernels run on: 8.6 and 8.9
 LARGE = [((256, 192, 56, 56), False), ((32, 192, 28, 28), True), ((256, 256, 14, 14), True)]
+STRIDES = ("outer_stride", "inner_stride")
 TENSORS = {"input_sums": 1, "normalize": 1, "gradient": 2, "input_gradient": 2}
 
 
-def arguments(name, names, plan, absent, x_type, compute):
+def arguments(name, names, plan, absent, x_type, compute, cut):
     """(type, value of a constant or None, divisible by 16) of each argument."""
     layout = dict(
         zip(("C", "outer", "inner", "outer_stride", "channel_stride", "inner_stride"), plan.layout, strict=True)
     )
+    layout |= {f"dy_{what}": layout[what] * (2 if cut and layout[what] > 1 else 1) for what in STRIDES}
     for argument in names:
         if argument in absent or (name == "gradient" and argument == "y" and "y_read" in absent):
             yield "constexpr", None, False
@@ -54,6 +56,8 @@ def arguments(name, names, plan, absent, x_type, compute):
             yield ("constexpr", 1, False) if size == 1 else ("i32", None, size % 16 == 0)
         elif argument in ("counters", "steps"):
             yield "*i32" if argument == "counters" else "*i64", None, True
+        elif argument == "DY_LIKE_X":
+            yield "constexpr", not cut, False
         elif argument in ("RELU", "SPLIT"):
             yield "constexpr", "partials" not in absent, False
         elif argument == "COMPUTE":
@@ -64,9 +68,9 @@ def arguments(name, names, plan, absent, x_type, compute):
             yield "*fp64", None, False
 
 
-def compiled(name, plan, absent, x_type="*bf16", compute=tl.float32):
+def compiled(name, plan, absent, x_type="*bf16", compute=tl.float32, cut=False):
     kernel = getattr(triton_kernels, name)
-    found = list(arguments(name, kernel.arg_names, plan, absent, x_type, compute))
+    found = list(arguments(name, kernel.arg_names, plan, absent, x_type, compute, cut))
     signature = {n: kind for n, (kind, _, _) in zip(kernel.arg_names, found, strict=True)}
     constants = {(i,): value for i, (kind, value, _) in enumerate(found) if kind == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, (_, _, divisible) in enumerate(found) if divisible}
@@ -122,8 +126,9 @@ def main():
     for name, tensors in TENSORS.items():
         for shape, planes in LARGE:
             plan = plan_of(shape, planes, 2, tensors, 132)
-            binary = compiled(name, plan, ON_RANKS)
-            check_memory_accesses(name, plan, binary, planes)
+            for cut in (False, True) if name in ("gradient", "input_gradient") else (False,):
+                binary = compiled(name, plan, ON_RANKS, cut=cut)
+                check_memory_accesses(name, plan, binary, planes)
         if name in ("normalize", "gradient"):  # which may read one tensor more
             binary = compiled(name, plan_of(LARGE[0][0], False, 2, tensors, 132), WITH_RESIDUAL)
             assert binary.metadata.shared <= SMALLEST_SHARED_MEMORY, name

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from launches import Launches, passes_for_gpus
-from norm_problems import assert_near, problem
+from norm_problems import assert_near, laid_out, problem
 
 import syncbn
 from ranks import run_ranks
@@ -67,6 +67,19 @@ def test_kernels_are_the_reference(dtype, shape, rows, relu, many_programs):
     assert_near(gradient.bias, true.beta, 2 * wide)
     assert_near(dx, true.x, 3 * tolerance)
     assert (dx.dtype, dx.stride()) == (dtype, x.stride())
+
+
+@ROWS
+@pytest.mark.parametrize("shape", [(3, 5), (2, 70, 5, 5), (3, 5, 40, 29)], ids=str)
+def test_channels_of_a_wider_gradient_are_read_where_they_lie(shape, rows, many_programs):
+    x, dy, _, weight, bias = problem(shape, torch.float32, rows)
+    wide = laid_out(torch.cat([dy.flip(0), dy, dy.flip(0)[:, :2]], dim=1), rows)
+    part = wide[:, shape[1] : 2 * shape[1]]
+    with passes_for_gpus():
+        assert ops.upstream_gradient(part, x) is part
+    expected, found = (step(x, g, weight, bias, True) for g in (dy, part))
+    assert torch.equal(found[1].sums, expected[1].sums)
+    assert torch.equal(found[2], expected[2])
 
 
 @pytest.mark.parametrize("shape", [(2, 2049), (2, 257, 3, 1)], ids=str)

@@ -136,8 +136,10 @@ def upstream_gradient(dy: Tensor, x: Tensor) -> Tensor:
     if dy.dtype == x.dtype and not dy.is_neg():
         if dy.stride() == x.stride():
             return dy
+        passes = _passes(x)
         # Rows on a CPU are copied: to read them twice with gaps between them takes longer.
-        if _passes(x) is native and not in_rows(x) and step_of(dy, x) is not None:
+        reads_parts = passes is triton_passes or (passes is native and not in_rows(x))
+        if reads_parts and step_of(dy, x) is not None:
             return dy
     return torch.empty_like(x).copy_(dy)
 

@@ -33,6 +33,7 @@ from syncbn.ops.triton_parts import (
 
 # Arguments whose value must not make another variant of a kernel.
 _PLAIN = ["outer", "splits", "sums_at", "count_at", "id"]
+_ANYWHERE = ["count", "signature"]  # in a message
 
 
 @triton.jit(do_not_specialize=[*_PLAIN, "length"])
@@ -110,7 +111,7 @@ def _unbiased(var, M):
     return var * (M / tl.maximum(M - 1.0, 1.0))
 
 
-@triton.jit(do_not_specialize=_PLAIN)
+@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_ANYWHERE)
 def normalize(
     x,
     residual,
@@ -246,6 +247,8 @@ def gradient(
     outer_stride,
     channel_stride,
     inner_stride,
+    dy_outer_stride,
+    dy_inner_stride,
     splits,
     sums_at,
     length,
@@ -257,15 +260,18 @@ def gradient(
     ALIGNED: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    DY_LIKE_X: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """Sum g (C) and sum g * (x - mean) (C) at sums_at of a message, and the parameters' gradients.
 
+    Dy may be channels cut out of a wider tensor, and then has strides of its own.
     g is dy where the ReLU let pass, else 0. Whether it did is computed again from x with RELU, and read from y where
     that is given; g is then written to cut.
     """
     c, exists = channels_of_program(C, BLOCK_C)
     tile = offsets_in_chunk(c, channel_stride, inner_stride, BLOCK_I, ALIGNED)
+    dy_tile = tile if DY_LIKE_X else offsets_in_chunk(c, channel_stride, dy_inner_stride, BLOCK_I, ALIGNED)
     split = tl.program_id(1)
     v_mean = tl.load(mean + c, mask=exists, other=0.0)
     v_var = tl.load(var + c, mask=exists, other=0.0)
@@ -274,8 +280,11 @@ def gradient(
     s2 = tl.zeros((BLOCK_C, BLOCK_I), COMPUTE)
     for k in tl.range(split, number_of_chunks(outer, inner, BLOCK_I), splits, num_stages=STAGES):
         start, held = find_chunk(k, inner, outer_stride, inner_stride, BLOCK_I, ALIGNED, ONE_BLOCK)
+        dy_start = start
+        if not DY_LIKE_X:
+            dy_start, _ = find_chunk(k, inner, dy_outer_stride, dy_inner_stride, BLOCK_I, ALIGNED, ONE_BLOCK)
         ok = inside(held, exists, BLOCK_I)
-        g = tl.load(dy + start + tile, mask=ok, other=0.0).to(COMPUTE)
+        g = tl.load(dy + dy_start + dy_tile, mask=ok, other=0.0).to(COMPUTE)
         deviation = (tl.load(x + start + tile, mask=ok, other=0.0).to(COMPUTE) - high) - low
         if RELU:
             g = tl.where(deviation * scale + shift <= 0.0, 0.0, g)
@@ -296,7 +305,7 @@ def gradient(
         _write_gradient(message, dweight, dbias, total, dot, deviation_scale, c, exists, C, sums_at)
 
 
-@triton.jit(do_not_specialize=_PLAIN)
+@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_ANYWHERE)
 def input_gradient(
     dy,
     x,
@@ -318,6 +327,8 @@ def input_gradient(
     outer_stride,
     channel_stride,
     inner_stride,
+    dy_outer_stride,
+    dy_inner_stride,
     splits,
     RELU: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -326,10 +337,12 @@ def input_gradient(
     ALIGNED: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    DY_LIKE_X: tl.constexpr,
 ):
     """Write dx = scale * g + slope * (x - mean) + offset, given the sums (2C) of `gradient` over all ranks."""
     c, exists = channels_of_program(C, BLOCK_C)
     tile = offsets_in_chunk(c, channel_stride, inner_stride, BLOCK_I, ALIGNED)
+    dy_tile = tile if DY_LIKE_X else offsets_in_chunk(c, channel_stride, dy_inner_stride, BLOCK_I, ALIGNED)
     split = tl.program_id(1)
     v_mean = tl.load(mean + c, mask=exists, other=0.0)
     v_var = tl.load(var + c, mask=exists, other=0.0)
@@ -341,9 +354,13 @@ def input_gradient(
     slope = (dot / (v_var + eps) * share).to(COMPUTE)[:, None]
     chunks = number_of_chunks(outer, inner, BLOCK_I)
     for k in tl.range(split, chunks, splits, num_stages=STAGES):
-        start, held = find_chunk(chunks - 1 - k, inner, outer_stride, inner_stride, BLOCK_I, ALIGNED, ONE_BLOCK)
+        k_back = chunks - 1 - k
+        start, held = find_chunk(k_back, inner, outer_stride, inner_stride, BLOCK_I, ALIGNED, ONE_BLOCK)
+        dy_start = start
+        if not DY_LIKE_X:
+            dy_start, _ = find_chunk(k_back, inner, dy_outer_stride, dy_inner_stride, BLOCK_I, ALIGNED, ONE_BLOCK)
         ok = inside(held, exists, BLOCK_I)
-        g = tl.load(dy + start + tile, mask=ok, other=0.0).to(COMPUTE)
+        g = tl.load(dy + dy_start + dy_tile, mask=ok, other=0.0).to(COMPUTE)
         deviation = (tl.load(x + start + tile, mask=ok, other=0.0).to(COMPUTE) - high) - low
         if RELU:
             g = tl.where(deviation * scale + shift <= 0.0, 0.0, g)

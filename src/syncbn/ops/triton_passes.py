@@ -19,7 +19,19 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from syncbn.ops.aten import Sums, moments_of
-from syncbn.ops.common import Affine, BatchSums, Gradient, Map, Normalized, Running, Signature, Upstream, compute_dtype
+from syncbn.ops.common import (
+    Affine,
+    BatchSums,
+    Gradient,
+    Map,
+    Normalized,
+    Running,
+    Signature,
+    Upstream,
+    compute_dtype,
+    in_rows,
+    step_of,
+)
 from syncbn.ops.triton_plan import COUNTERS, Plan, plan_of
 
 _KNOWN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -125,9 +137,11 @@ def input_gradient(
             *_expected(signature),
             *_parameters(affine),
             *plan.layout,
+            *_strides_of_gradient(dy, x),
             plan.splits,
             RELU=affine.relu,
             COMPUTE=_compute(x),
+            DY_LIKE_X=dy.stride() == x.stride(),
             **plan.tile,
         )
     return dx
@@ -218,12 +232,14 @@ def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int) -> tuple[
             *_workspace(x, plan),
             *_parameters(affine),
             *plan.layout,
+            *_strides_of_gradient(dy, x),
             plan.splits,
             at,
             len(message),
             id,
             RELU=affine.relu,
             COMPUTE=_compute(x),
+            DY_LIKE_X=dy.stride() == x.stride(),
             SPLIT=plan.splits > 1,
             **plan.tile,
         )
@@ -258,6 +274,13 @@ def _compute(x: Tensor) -> Any:
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels start on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _strides_of_gradient(dy: Tensor, x: Tensor) -> tuple[int, int]:
+    """Outer and inner stride: see triton_parts.py."""
+    step = step_of(dy, x)
+    assert step is not None, "ops.upstream_gradient sees to it"
+    return (0, step) if in_rows(x) else (step, 1)
 
 
 def _number(M: float | Tensor) -> tuple[Tensor | None, float]:
