@@ -250,6 +250,22 @@ def test_bad_inputs(x, text, training):
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize(
+    "value",
+    [torch.ones(2), torch.ones(4), torch.ones(1, 3), torch.ones(3, device="meta")],
+    ids=["2", "4", "1x3", "meta"],
+)
+def test_tensors_that_do_not_fit(value, name, training):
+    """Compiled code reads them by their address: past the end of a short one there is other memory."""
+    layer = SyncBatchNorm(3).train(training)
+    setattr(layer, name, nn.Parameter(value) if name in ("weight", "bias") else value)
+    with pytest.raises(ValueError, match=rf"{name} of size.* on .*3 channels.*cpu") as caught:
+        layer(torch.randn(4, 3, 5))
+    assert_one_line(caught)
+
+
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 1), (1, 3, 5), (4, 3, 5, 1), (3, 5)], ids=str)
 def test_residual_of_another_size(shape, training):
     """Not broadcast: x's gradient formula and the residual's would both have to know."""

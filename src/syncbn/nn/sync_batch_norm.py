@@ -294,6 +294,7 @@ class _Entry:
                 raise ValueError(
                     f"expected SyncBatchNorm layers, got {type(layer).__name__}: convert it with convert_sync_batchnorm"
                 )
+            _check_tensors(layer, input.device)
         first = self.layers[0]
         _check_input(input, sum(layer.num_features for layer in self.layers))
         if len(self.layers) > 1:
@@ -358,9 +359,24 @@ def _check_input(input: Tensor, channels: int) -> None:
         raise ValueError(f"expected a floating point input, got {input.dtype}: convert it with .float()")
 
 
+def _check_tensors(layer: BatchNorm, device: torch.device) -> None:
+    """The passes read the layer's tensors by their address alone."""
+    for name in ("weight", "bias", *_BUFFERS):
+        v = getattr(layer, name)
+        if v is not None and (v.shape != (layer.num_features,) or v.device != device):
+            raise ValueError(
+                f"{name} of size {list(v.shape)} on {v.device} in a layer of {layer.num_features} channels, for an "
+                f"input on {device}: give it size [{layer.num_features}], and move the layer with .to({str(device)!r})"
+            )
+
+
 def _check_siblings(layers: Sequence[BatchNorm]) -> None:
-    for what in ("eps", "activation", "training", "affine", "track_running_stats"):
-        values = {getattr(layer, what) for layer in layers}
+    settings = {
+        what: {getattr(layer, what) for layer in layers}
+        for what in ("eps", "activation", "training", "affine", "track_running_stats")
+    }
+    settings["bias"] = {layer.bias is not None for layer in layers}
+    for what, values in settings.items():
         if len(values) > 1:
             raise ValueError(f"layers side by side in one input must have the same {what}, got {values}")
 
