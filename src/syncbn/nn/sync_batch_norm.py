@@ -35,13 +35,16 @@ class BatchNorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        *,
-        activation: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
     ) -> None:
         _check_arguments(num_features, eps, momentum, activation)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # not handed on: older versions of torch do not take it
+            self.register_parameter("bias", None)
         self.activation = activation
         self._adopt()
         self._keep_statistics_wide(self._buffers)
@@ -107,7 +110,9 @@ class BatchNorm(_BatchNorm):
             ops.update_running(running, *statistics)
 
     def _running(self) -> ops.Running | None:
-        if self.running_mean is None or self.running_var is None:
+        if self.running_mean is None or self.running_var is None or not self.track_running_stats:
+            return None
+        if self.momentum is None and self.num_batches_tracked is None:  # no count to average over
             return None
         return ops.Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
 
@@ -133,9 +138,10 @@ class SyncBatchNorm(BatchNorm):
         track_running_stats: keep running_mean and running_var (C), float32 or wider, the latter unbiased over the
             global batch; bitwise the same on all ranks.
         process_group: the ranks that normalise together; None for all.
-        activation: None, or "relu" to apply it in the same pass.
         device: of parameters and buffers.
         dtype: of the parameters.
+        bias: without it, an affine layer learns weight alone.
+        activation: None, or "relu" to apply it in the same pass.
 
     Raises:
         ValueError: an argument out of range; a process group that this rank is not in.
@@ -150,10 +156,11 @@ class SyncBatchNorm(BatchNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: dist.ProcessGroup | None = None,
-        *,
-        activation: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
     ) -> None:
         super().__init__(
             num_features,
@@ -161,9 +168,10 @@ class SyncBatchNorm(BatchNorm):
             momentum,
             affine,
             track_running_stats,
+            device,
+            dtype,
+            bias=bias,
             activation=activation,
-            device=device,
-            dtype=dtype,
         )
         self.process_group = process_group
 
