@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn import distributed, ops
 from syncbn.agreement import LayerName
 from syncbn.exchange import Memory, Route, Statistics, may_be_recomputed
-from syncbn.functional import Norm, Started, batch_norm, composed, start
+from syncbn.functional import Norm, Started, batch_norm, composed, only_operators, start
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
 
@@ -204,7 +204,7 @@ class PendingBatchNorm:
         self.route = _route([layer for e in self.live for layer in e.layers])
         self.memory = self.live[0].layers[0]._memory if self.live else Memory()
         self.started: Started | None = None
-        if self.route is not None and not torch.compiler.is_compiling():
+        if self.route is not None and not only_operators():
             self.started = start([e.input for e in self.live], self.route, self.memory)
 
     def finish(self, residuals: Sequence[Tensor | None] | None = None) -> list[Tensor]:
@@ -225,7 +225,7 @@ class PendingBatchNorm:
 
     def _normalize(self, norms: list[Norm]) -> list[Tensor]:
         repeated = False
-        if torch.compiler.is_compiling():
+        if only_operators():
             outputs, statistics = composed(norms, self.route)
             statistics = [s.detach() for s in statistics]
         elif self.started is not None:

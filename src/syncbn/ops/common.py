@@ -102,6 +102,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_WITH_MEMORY = (Tensor, torch.nn.Parameter)  # others, such as a tracer's, may have none
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether x lies in this process's memory, and no tracer or transform has to see what is done with it."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return x.is_cpu and type(x) in _WITH_MEMORY and not torch._C._are_functorch_transforms_active()
+
+
 def at_least_one(M: Any) -> Any:
     """max(M, 1), so that an empty batch divides by no zero."""
     return M.clamp(min=1) if isinstance(M, Tensor) else max(M, 1.0)
