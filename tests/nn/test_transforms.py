@@ -1,14 +1,14 @@
-"""The layer under torch.func, forward-mode AD and fake tensors, alone: what nn.BatchNorm2d does."""
+"""The layer under torch.func, forward-mode AD, torch.fx and fake tensors, alone: what nn.BatchNorm2d does."""
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import nn
+from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
-from syncbn import SyncBatchNorm
+from syncbn import SyncBatchNorm, convert_sync_batchnorm
 
 pytestmark = [  # torch's own, of its decompositions and of operators that it batches in a loop
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -66,6 +66,29 @@ def test_dual_numbers_update_the_averages():
 def test_averages_cannot_be_updated_inside_a_transform():
     with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
         gradients(SyncBatchNorm(3), torch.randn(4, 3, 5))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_symbolic_trace_takes_a_layer_for_one_node(training):
+    network = nn.Sequential(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3), SyncBatchNorm(3, activation="relu"))
+    convert_sync_batchnorm(network).train(training)
+    graph = fx.symbolic_trace(network)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    x = torch.randn(4, 3, 5)
+    assert_close(graph(x), network(x))
+
+
+def test_symbolic_trace_with_a_residual():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = SyncBatchNorm(3, activation="relu")
+
+        def forward(self, x):
+            return self.bn(x, x.square())
+
+    block, x = Block(), torch.randn(4, 3, 5)
+    assert_close(fx.symbolic_trace(block)(x), block(x))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import distributed, ops
@@ -59,6 +59,8 @@ class BatchNorm(_BatchNorm):
         Returns:
             Like input, in its dtype and memory format.
         """
+        if isinstance(input, fx.Proxy):
+            return call_in_graph(self, input, residual)
         return start_sync_batch_norm([self], [input]).finish([residual])[0]
 
     def extra_repr(self) -> str:
@@ -115,6 +117,12 @@ class BatchNorm(_BatchNorm):
         if self.momentum is None and self.num_batches_tracked is None:  # no count to average over
             return None
         return ops.Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+
+
+def call_in_graph(layer: BatchNorm, *inputs: Any) -> Any:
+    """The layer as one node of the graph that torch.fx traces, as it takes torch's own layers."""
+    tracer = inputs[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), inputs, {})
 
 
 def layers_built() -> int:
