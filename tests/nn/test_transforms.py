@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
+from ranks import run_ranks
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
 
 pytestmark = [  # torch's own, of its decompositions and of operators that it batches in a loop
@@ -109,3 +110,17 @@ def test_what_make_fx_records_depends_on_the_input(training):
     x = torch.randn(4, 3, 5)
     with torch.no_grad():
         assert_close(graph(x), layer(x))
+
+
+def gradients_on_ranks(rank):
+    torch.manual_seed(0)
+    ours, theirs, x = both()
+    part = slice(2 * rank, 2 * rank + 2)
+    (found, dx), (whole, whole_dx) = gradients(ours, x[part]), gradients(theirs, x)
+    assert_close(dx, whole_dx[part])
+    torch.distributed.all_reduce(found["weight"])  # each rank has its share
+    assert_close(found["weight"], whole["weight"])
+
+
+def test_gradients_of_two_ranks_are_those_of_one():
+    run_ranks(gradients_on_ranks, 2)
