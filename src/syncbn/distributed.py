@@ -255,10 +255,13 @@ class _AllReduce(torch.autograd.Function):
     """Sum over ranks. Every rank's output depends on every rank's input, so the gradients are summed too."""
 
     @staticmethod
-    def forward(ctx: Any, message: Tensor, group_name: str) -> Tensor:
-        ctx.group_name = group_name
+    def forward(message: Tensor, group_name: str) -> Tensor:
         reduced = torch.ops._c10d_functional.all_reduce(message.contiguous(), "sum", group_name)
         return torch.ops._c10d_functional.wait_tensor(reduced)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group_name = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

@@ -7,7 +7,7 @@ gradient sums and start's node waits for it; autograd runs what lies between the
 Two implementations of the same numbers:
 - fused: the passes of `syncbn.ops` inside two autograd nodes. The default.
 - composed: plain differentiable operators around a differentiable all-reduce. For torch.compile, which fuses them
-  itself, and for second derivatives.
+  itself, for second derivatives, and for torch.func and forward-mode AD.
 
 Source: Algorithm 1 and its gradients in Ioffe & Szegedy 2015.
 """
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from syncbn import ops
 from syncbn.distributed import all_reduce_differentiable
@@ -44,6 +45,13 @@ class Norm(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What autograd sees: the first four fields."""
         return self[:4]
+
+
+def only_operators() -> bool:
+    """Whether `composed` is needed: under torch.compile, torch.func's transforms and forward-mode AD."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class Started:

@@ -169,6 +169,53 @@ def test_extra_repr():
     assert "world" in repr(layer)
 
 
+@pytest.mark.parametrize("kind", [SyncBatchNorm, syncbn.nn.BatchNorm])
+def test_device_and_dtype_may_be_positional(kind):
+    group = (None,) if kind is SyncBatchNorm else ()
+    layer = kind(3, 1e-5, 0.1, True, True, *group, "meta", torch.float64)
+    assert layer.weight.is_meta
+    assert layer.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", [SyncBatchNorm, syncbn.nn.BatchNorm])
+def test_without_bias(kind):
+    layer, plain = kind(3, bias=False), nn.BatchNorm1d(3)
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
+    x = torch.randn(4, 3, 5)
+    torch.testing.assert_close(layer(x), plain(x))
+    torch.testing.assert_close(layer.eval()(x), plain.eval()(x))
+
+
+def test_statistics_that_are_no_longer_tracked():
+    """As nn.BatchNorm2d: training normalises by the batch and leaves them as they are."""
+    layer = shaken(SyncBatchNorm(3))
+    layer.track_running_stats = False
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.randn(4, 3, 5)
+    torch.testing.assert_close(layer(x).mean((0, 2)), layer.bias)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("momentum", [None, 0.1])
+def test_no_count_of_batches(momentum):
+    """As nn.BatchNorm2d: without a count there is no cumulative average to take."""
+    layer, plain = SyncBatchNorm(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
+    layer.num_batches_tracked = plain.num_batches_tracked = None
+    x = torch.randn(4, 3, 5)
+    torch.testing.assert_close(layer(x), plain(x))
+    torch.testing.assert_close(layer.running_mean, plain.running_mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_count_of_another_dtype(dtype):
+    """load_state_dict(assign=True) takes any; the address of a narrow one must not be written to as of a wide one."""
+    layer = SyncBatchNorm(3)
+    counts = torch.zeros(2, dtype=dtype)
+    layer.num_batches_tracked = counts[0]
+    layer(torch.randn(4, 3, 5))
+    assert counts.tolist() == [1, 0]
+
+
 # ---- process groups as attributes ----------------------------------------------------------------
 
 
@@ -250,6 +297,22 @@ def test_bad_inputs(x, text, training):
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize(
+    "value",
+    [torch.ones(2), torch.ones(4), torch.ones(1, 3), torch.ones(3, device="meta")],
+    ids=["2", "4", "1x3", "meta"],
+)
+def test_tensors_that_do_not_fit(value, name, training):
+    """Compiled code reads them by their address: past the end of a short one there is other memory."""
+    layer = SyncBatchNorm(3).train(training)
+    setattr(layer, name, nn.Parameter(value) if name in ("weight", "bias") else value)
+    with pytest.raises(ValueError, match=rf"{name} of size.* on .*3 channels.*cpu") as caught:
+        layer(torch.randn(4, 3, 5))
+    assert_one_line(caught)
+
+
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 1), (1, 3, 5), (4, 3, 5, 1), (3, 5)], ids=str)
 def test_residual_of_another_size(shape, training):
     """Not broadcast: x's gradient formula and the residual's would both have to know."""
@@ -277,7 +340,7 @@ def test_no_layers_at_all():
     assert sync_batch_norm_group([], []) == []
 
 
-@pytest.mark.parametrize("option", [{"eps": 1e-3}, {"activation": "relu"}, {"affine": False}])
+@pytest.mark.parametrize("option", [{"eps": 1e-3}, {"activation": "relu"}, {"affine": False}, {"bias": False}])
 def test_siblings_that_differ(option):
     a, b = SyncBatchNorm(3), SyncBatchNorm(3, **option)
     with pytest.raises(ValueError, match=next(iter(option))) as caught:

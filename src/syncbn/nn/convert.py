@@ -7,13 +7,13 @@ they were. This is also why only classes whose behaviour is known are converted.
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from syncbn import distributed
-from syncbn.nn.sync_batch_norm import BatchNorm, SyncBatchNorm
+from syncbn.nn.sync_batch_norm import BatchNorm, SyncBatchNorm, call_in_graph
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -23,6 +23,8 @@ class SyncBatchNormAct(SyncBatchNorm):
 
     def forward(self, input: Any, residual: Any = None) -> Any:
         """Normalise, then apply the layer's own `drop` and `act`."""
+        if isinstance(input, fx.Proxy):
+            return call_in_graph(self, input, residual)
         drop: Any = self.drop
         act: Any = self.act
         return act(drop(super().forward(input, residual)))

@@ -7,13 +7,13 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import distributed, ops
 from syncbn.agreement import LayerName
 from syncbn.exchange import Memory, Route, Statistics, may_be_recomputed
-from syncbn.functional import Norm, Started, batch_norm, composed, start
+from syncbn.functional import Norm, Started, batch_norm, composed, only_operators, start
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
 
@@ -35,13 +35,16 @@ class BatchNorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        *,
-        activation: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
     ) -> None:
         _check_arguments(num_features, eps, momentum, activation)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # not handed on: older versions of torch do not take it
+            self.register_parameter("bias", None)
         self.activation = activation
         self._adopt()
         self._keep_statistics_wide(self._buffers)
@@ -56,6 +59,8 @@ class BatchNorm(_BatchNorm):
         Returns:
             Like input, in its dtype and memory format.
         """
+        if isinstance(input, fx.Proxy):
+            return call_in_graph(self, input, residual)
         return start_sync_batch_norm([self], [input]).finish([residual])[0]
 
     def extra_repr(self) -> str:
@@ -107,9 +112,17 @@ class BatchNorm(_BatchNorm):
             ops.update_running(running, *statistics)
 
     def _running(self) -> ops.Running | None:
-        if self.running_mean is None or self.running_var is None:
+        if self.running_mean is None or self.running_var is None or not self.track_running_stats:
+            return None
+        if self.momentum is None and self.num_batches_tracked is None:  # no count to average over
             return None
         return ops.Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+
+
+def call_in_graph(layer: BatchNorm, *inputs: Any) -> Any:
+    """The layer as one node of the graph that torch.fx traces, as it takes torch's own layers."""
+    tracer = inputs[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), inputs, {})
 
 
 def layers_built() -> int:
@@ -133,9 +146,10 @@ class SyncBatchNorm(BatchNorm):
         track_running_stats: keep running_mean and running_var (C), float32 or wider, the latter unbiased over the
             global batch; bitwise the same on all ranks.
         process_group: the ranks that normalise together; None for all.
-        activation: None, or "relu" to apply it in the same pass.
         device: of parameters and buffers.
         dtype: of the parameters.
+        bias: without it, an affine layer learns weight alone.
+        activation: None, or "relu" to apply it in the same pass.
 
     Raises:
         ValueError: an argument out of range; a process group that this rank is not in.
@@ -150,10 +164,11 @@ class SyncBatchNorm(BatchNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: dist.ProcessGroup | None = None,
-        *,
-        activation: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
     ) -> None:
         super().__init__(
             num_features,
@@ -161,9 +176,10 @@ class SyncBatchNorm(BatchNorm):
             momentum,
             affine,
             track_running_stats,
+            device,
+            dtype,
+            bias=bias,
             activation=activation,
-            device=device,
-            dtype=dtype,
         )
         self.process_group = process_group
 
@@ -196,7 +212,7 @@ class PendingBatchNorm:
         self.route = _route([layer for e in self.live for layer in e.layers])
         self.memory = self.live[0].layers[0]._memory if self.live else Memory()
         self.started: Started | None = None
-        if self.route is not None and not torch.compiler.is_compiling():
+        if self.route is not None and not only_operators():
             self.started = start([e.input for e in self.live], self.route, self.memory)
 
     def finish(self, residuals: Sequence[Tensor | None] | None = None) -> list[Tensor]:
@@ -217,7 +233,7 @@ class PendingBatchNorm:
 
     def _normalize(self, norms: list[Norm]) -> list[Tensor]:
         repeated = False
-        if torch.compiler.is_compiling():
+        if only_operators():
             outputs, statistics = composed(norms, self.route)
             statistics = [s.detach() for s in statistics]
         elif self.started is not None:
@@ -294,6 +310,7 @@ class _Entry:
                 raise ValueError(
                     f"expected SyncBatchNorm layers, got {type(layer).__name__}: convert it with convert_sync_batchnorm"
                 )
+            _check_tensors(layer, input.device)
         first = self.layers[0]
         _check_input(input, sum(layer.num_features for layer in self.layers))
         if len(self.layers) > 1:
@@ -358,9 +375,24 @@ def _check_input(input: Tensor, channels: int) -> None:
         raise ValueError(f"expected a floating point input, got {input.dtype}: convert it with .float()")
 
 
+def _check_tensors(layer: BatchNorm, device: torch.device) -> None:
+    """The passes read the layer's tensors by their address alone."""
+    for name in ("weight", "bias", *_BUFFERS):
+        v = getattr(layer, name)
+        if v is not None and (v.shape != (layer.num_features,) or v.device != device):
+            raise ValueError(
+                f"{name} of size {list(v.shape)} on {v.device} in a layer of {layer.num_features} channels, for an "
+                f"input on {device}: give it size [{layer.num_features}], and move the layer with .to({str(device)!r})"
+            )
+
+
 def _check_siblings(layers: Sequence[BatchNorm]) -> None:
-    for what in ("eps", "activation", "training", "affine", "track_running_stats"):
-        values = {getattr(layer, what) for layer in layers}
+    settings = {
+        what: {getattr(layer, what) for layer in layers}
+        for what in ("eps", "activation", "training", "affine", "track_running_stats")
+    }
+    settings["bias"] = {layer.bias is not None for layer in layers}
+    for what, values in settings.items():
         if len(values) > 1:
             raise ValueError(f"layers side by side in one input must have the same {what}, got {values}")
 

@@ -215,6 +215,7 @@ def input_gradient(
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """One step of the moving averages towards mean and M / (M - 1) * var; none where M is 0."""
     alike = running.mean.dtype == running.var.dtype and running.mean.is_contiguous() and running.var.is_contiguous()
+    alike = alike and (running.steps is None or running.steps.dtype == torch.int64)
     (_passes(running.mean) if alike else aten).update_running(running, mean, var, M)
 
 

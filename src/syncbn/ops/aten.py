@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.ops.common import Affine, Gradient, Running, at_least_one, compute_dtype, per_channel
+from syncbn.ops.common import Affine, Gradient, Running, at_least_one, compute_dtype, has_memory, per_channel
 
 _ROWS = 512  # how many an accumulator takes
 _WIDTH = 4096  # accumulators side by side: few calls, whose data still stay in a near cache
@@ -141,7 +141,7 @@ def _sums_about_pivot(x: Tensor) -> tuple[Sums, Tensor | None]:
     if x.numel() == 0:
         zero = x.new_zeros(x.shape[1], dtype=dtype)
         return Sums(zero, zero), None
-    if x.device.type == "cpu" and x.dtype == dtype:
+    if x.is_cpu and x.dtype == dtype and has_memory(x):
         sums, M = _sums_of_products(x, x, None), x.numel() // x.shape[1]
         if not bool((sums.total.square() > 0.5 * M * sums.dot).any()):  # mean^2 exceeds the variance nowhere
             return sums, None
@@ -154,7 +154,7 @@ def _about_mean(x: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
     """Values in the compute dtype and a centre (C), whose difference is x - mean to the compute dtype's precision."""
     dtype = compute_dtype(x.dtype)
     high = affine.mean.to(dtype)
-    if x.device.type == "cpu" and x.dtype == dtype and not bool((affine.mean.square() > affine.var).any()):
+    if x.is_cpu and x.dtype == dtype and has_memory(x) and not bool((affine.mean.square() > affine.var).any()):
         return x, high
     return torch.sub(x, per_channel(high, x)), (affine.mean - high).to(dtype)
 

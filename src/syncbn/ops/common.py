@@ -103,6 +103,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_MODES = torch._C._TorchDispatchModeKey
+_TRACERS = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
+_WITH_MEMORY = (Tensor, torch.nn.Parameter)  # others, such as a tracer's, may have none
+
+
+def has_memory(x: Tensor) -> bool:
+    """Whether x has memory of its own, and no tracer or transform has to see what is done with it."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACERS)):
+        return False
+    return type(x) in _WITH_MEMORY and not torch._C._are_functorch_transforms_active()
+
+
 def at_least_one(M: Any) -> Any:
     """max(M, 1), so that an empty batch divides by no zero."""
     return M.clamp(min=1) if isinstance(M, Tensor) else max(M, 1.0)

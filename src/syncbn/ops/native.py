@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from syncbn.ops.common import Affine, Gradient, Running, in_rows, step_of
+from syncbn.ops.common import Affine, Gradient, Running, has_memory, in_rows, step_of
 
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_WITH_MEMORY = (Tensor, torch.nn.Parameter)  # others, such as a tracer's, may have none
 
 
 class _Layout(ctypes.Structure):
@@ -76,9 +75,7 @@ _KNOWN = {
 
 def takes(x: Tensor) -> bool:
     """Whether these passes can process x."""
-    if torch.compiler.is_compiling():  # which traces operators, and these are none
-        return False
-    return x.dtype in _KNOWN and x.is_cpu and type(x) in _WITH_MEMORY and not x.is_neg()
+    return x.is_cpu and x.dtype in _KNOWN and has_memory(x) and not x.is_neg()
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,22 +29,21 @@ from syncbn.ops.common import (
     Signature,
     Upstream,
     compute_dtype,
+    has_memory,
     in_rows,
     step_of,
 )
 from syncbn.ops.triton_plan import COUNTERS, Plan, plan_of
 
 _KNOWN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-_WITH_MEMORY = (Tensor, torch.nn.Parameter)  # others, such as a tracer's, may have none
 _STREAMS = 64  # that get counters at once
 _NO_PLACE = -1
 
 
 def takes(x: Tensor) -> bool:
     """Whether these passes can process x."""
-    if not x.is_cuda or torch.compiler.is_compiling():  # whose own kernels these would keep from fusing
-        return False
-    return x.dtype in _KNOWN and type(x) in _WITH_MEMORY and not x.is_neg() and _usable(x.device)
+    # torch.compile traces: these kernels would keep its own from fusing.
+    return x.is_cuda and x.dtype in _KNOWN and has_memory(x) and not x.is_neg() and _usable(x.device)
 
 
 @cache
