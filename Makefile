@@ -6,7 +6,7 @@ BIN := .venv/bin
 PACKAGE := .venv/package
 INSTALLED := .venv/installed
 
-.PHONY: train test test-cluster lint format benchmark docs clean
+.PHONY: train test test-gpu test-cluster lint format benchmark docs clean
 
 # Two processes: on the CPU, or on GPUs where there are two. One GPU can hold one of them only.
 train: $(PACKAGE)
@@ -21,6 +21,11 @@ test: lint
 # tests that miss something are skipped.
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'cluster or slow'
+
+# On a machine with an NVIDIA GPU: the kernels and whole steps against float64, then every figure, in ten minutes.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/ops/test_triton_gpu.py tests/ops/test_triton_kernels.py tests/benchmarks/test_gpu.py
+	$(BIN)/syncbn benchmark --section gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
