@@ -23,14 +23,26 @@ class SynchronisedDDPStrategy(DDPStrategy):
 
     Args:
         timeout_seconds: How long a rank waits for the others in a collective before it gives up.
+        gradient_as_bucket_view: Whether gradients are such views.
+        broadcast_buffers: Whether rank 0's are, at every step. Null, like ``forward_sync_buffers`` null,
+            do not: a config that names this class holds them so.
         **options: Of Lightning's ``DDPStrategy`` and of ``torch.nn.parallel.DistributedDataParallel``.
     """
 
     strategy_name = "syncbn_ddp"
 
-    def __init__(self, timeout_seconds: float = TIMEOUT_SECONDS, **options: Any) -> None:
-        options = {BUFFER_OPTION: False, "gradient_as_bucket_view": True} | options
-        super().__init__(timeout=timedelta(seconds=timeout_seconds), **options)
+    def __init__(
+        self,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        gradient_as_bucket_view: bool = True,
+        broadcast_buffers: bool | None = None,
+        **options: Any,
+    ) -> None:
+        wanted = options.pop("forward_sync_buffers", None)
+        options[BUFFER_OPTION] = bool(broadcast_buffers if wanted is None else wanted)
+        super().__init__(
+            timeout=timedelta(seconds=timeout_seconds), gradient_as_bucket_view=gradient_as_bucket_view, **options
+        )
 
 
 if SynchronisedDDPStrategy.strategy_name not in StrategyRegistry:
