@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from syncbn.ops import triton_kernels
-from syncbn.ops.triton_plan import MOST_REGISTERS, Plan, plan_of
+from syncbn.ops.triton_plan import MOST_REGISTERS, Plan, aligned_to, plan_of
 
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -30,16 +30,17 @@ NO_SUMS = {*BARE, "sums"}
 SHARED_MEMORY = 227 * 1024  # of a multiprocessor
 SMALLEST_SHARED_MEMORY = 99 * 1024  # that a program can have, of all GPUs that the kernels run on: 8.6 and 8.9
 LARGE = [((256, 192, 56, 56), False), ((32, 192, 28, 28), True), ((256, 256, 14, 14), True)]
-STRIDES = ("outer_stride", "inner_stride")
 TENSORS = {"input_sums": 1, "normalize": 1, "gradient": 2, "input_gradient": 2}
 
 
-def arguments(name, names, plan, absent, x_type, compute, cut):
-    """(type, value of a constant or None, divisible by 16) of each argument."""
+def arguments(name, names, plan, absent, x_type, compute, step):
+    """(type, value of a constant or None, divisible by 16) of each argument; step is dy's, 0 where dy lies like x."""
     layout = dict(
         zip(("C", "outer", "inner", "outer_stride", "channel_stride", "inner_stride"), plan.layout, strict=True)
     )
-    layout |= {f"dy_{what}": layout[what] * (2 if cut and layout[what] > 1 else 1) for what in STRIDES}
+    rows = layout["channel_stride"] == 1
+    layout["dy_outer_stride"] = 0 if rows else step or layout["outer_stride"]
+    layout["dy_inner_stride"] = step or layout["inner_stride"] if rows else 1
     for argument in names:
         if argument in absent or (name == "gradient" and argument == "y" and "y_read" in absent):
             yield "constexpr", None, False
@@ -57,7 +58,7 @@ def arguments(name, names, plan, absent, x_type, compute, cut):
         elif argument in ("counters", "steps"):
             yield "*i32" if argument == "counters" else "*i64", None, True
         elif argument == "DY_LIKE_X":
-            yield "constexpr", not cut, False
+            yield "constexpr", not step, False
         elif argument in ("RELU", "SPLIT"):
             yield "constexpr", "partials" not in absent, False
         elif argument == "COMPUTE":
@@ -68,9 +69,9 @@ def arguments(name, names, plan, absent, x_type, compute, cut):
             yield "*fp64", None, False
 
 
-def compiled(name, plan, absent, x_type="*bf16", compute=tl.float32, cut=False):
+def compiled(name, plan, absent, x_type="*bf16", compute=tl.float32, step=0):
     kernel = getattr(triton_kernels, name)
-    found = list(arguments(name, kernel.arg_names, plan, absent, x_type, compute, cut))
+    found = list(arguments(name, kernel.arg_names, plan, absent, x_type, compute, step))
     signature = {n: kind for n, (kind, _, _) in zip(kernel.arg_names, found, strict=True)}
     constants = {(i,): value for i, (kind, value, _) in enumerate(found) if kind == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, (_, _, divisible) in enumerate(found) if divisible}
@@ -126,9 +127,12 @@ def main():
     for name, tensors in TENSORS.items():
         for shape, planes in LARGE:
             plan = plan_of(shape, planes, 2, tensors, 132)
-            for cut in (False, True) if name in ("gradient", "input_gradient") else (False,):
-                binary = compiled(name, plan, ON_RANKS, cut=cut)
-                check_memory_accesses(name, plan, binary, planes)
+            check_memory_accesses(name, plan, compiled(name, plan, ON_RANKS), planes)
+            if name in ("gradient", "input_gradient"):  # of a tensor of twice the channels; and with 4 numbers appended
+                own = plan.layout[3] if planes else plan.layout[0]
+                for step in (2 * own, own + 4) if planes else (2 * own,):
+                    apart = aligned_to(plan, step) if planes else plan
+                    check_memory_accesses(name, apart, compiled(name, apart, ON_RANKS, step=step), planes)
         if name in ("normalize", "gradient"):  # which may read one tensor more
             binary = compiled(name, plan_of(LARGE[0][0], False, 2, tensors, 132), WITH_RESIDUAL)
             assert binary.metadata.shared <= SMALLEST_SHARED_MEMORY, name

@@ -104,6 +104,29 @@ def test_a_gradient_that_lies_in_memory_in_another_way(shape, rows, make):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(4, 3, 6, 6).contiguous(memory_format=torch.channels_last)[2][None],
+        torch.randn(1, 6).t(),
+        torch.randn(1, 6, 1).transpose(0, 1),
+        torch.randn(1, 6, 3).permute(1, 2, 0),
+    ],
+    ids=["one of several images", "one channel", "one channel, one position", "one position"],
+)
+def test_strides_where_there_is_nothing_to_step_over(x):
+    layer, residual = syncbn.SyncBatchNorm(x.shape[1], activation="relu"), torch.randn(x.shape)
+    found, expected = (
+        torch.autograd.grad(layer(leaf, residual).square().sum(), [leaf, layer.weight])
+        for leaf in (
+            x.detach().requires_grad_(),
+            x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(),
+        )
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert_near(a, b.double(), 1e-5)
+
+
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
 def test_a_residual_enters_before_the_relu(passes, rows):

@@ -171,7 +171,21 @@ def test_an_output_is_made_again_bit_by_bit(rows, synchronised, request):
         request.getfixturevalue("group_of_one")
     x, *_, weight, bias = problem((8, 96, 28, 28), torch.bfloat16, rows, device="cuda")
     y = layer_with(weight, bias, activation="relu")(x.requires_grad_())
-    assert torch.equal(y.grad_fn.output_again(y.grad_fn, y.output_nr), y)
+    again = y.grad_fn.outputs_again.recipe(y.grad_fn, y.output_nr)
+    assert torch.equal(again.tensor(), y)
+
+
+@pytest.mark.parametrize("area", [(8, 8), (14, 14)])
+@pytest.mark.parametrize("more", [3, 4, 8])
+def test_a_gradient_whose_images_are_oddly_far_apart(area, more):
+    """As where numbers are appended to what a layer gave: its images' gradients begin anywhere."""
+    x, dy, _, weight, bias = problem((64, 32, *area), torch.bfloat16, False, device="cuda")
+    flat = torch.cat([dy.flatten(1), dy.new_zeros(len(dy), more)], dim=1)
+    apart = flat[:, : dy[0].numel()].view(dy.shape)
+    assert apart.stride() != dy.stride()
+    layer = layer_with(weight, bias, activation="relu")
+    x.requires_grad_()
+    assert all(torch.equal(a, b) for a, b in zip(step(layer, x, apart), step(layer, x, dy), strict=True))
 
 
 @ROWS

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from syncbn.ops import triton_passes
-from syncbn.ops.triton_plan import COUNTERS, LONGEST_SUM, MOST_STAGES, RESIDENT_BYTES, plan_of
+from syncbn.ops.triton_plan import COUNTERS, LONGEST_SUM, MOST_STAGES, RESIDENT_BYTES, aligned_to, plan_of
 
 HERE = Path(__file__).parent
 NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -116,6 +116,12 @@ def test_how_much_of_a_plane_is_loaded_at_once(area, element_size, aligned):
     shape = (32, 64, area, area)
     assert plan_of(shape, True, element_size, 1, 132).tile["ALIGNED"] == aligned
     assert plan_of(shape, False, element_size, 1, 132).tile["ALIGNED"] == 1, "Triton finds it out from C"
+
+
+def test_a_gradient_whose_images_are_oddly_far_apart():
+    plan, own = plan_of((32, 64, 14, 14), True, 2, 2, 132), 64 * 14 * 14
+    assert [aligned_to(plan, own + more).tile["ALIGNED"] for more in (1, 2, 3, 4)] == [1, 2, 1, 4]
+    assert aligned_to(plan, 2 * own) is plan
 
 
 def test_plans_of_the_passes_of_one_direction_are_one():

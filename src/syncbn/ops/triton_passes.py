@@ -33,7 +33,7 @@ from syncbn.ops.common import (
     in_rows,
     step_of,
 )
-from syncbn.ops.triton_plan import COUNTERS, Plan, plan_of
+from syncbn.ops.triton_plan import COUNTERS, Plan, aligned_to, plan_of
 
 _KNOWN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _STREAMS = 64  # that get counters at once
@@ -124,7 +124,7 @@ def input_gradient(
     dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float | Tensor, signature: Signature | None = None
 ) -> Tensor:
     """As `ops.input_gradient`."""
-    dx, plan = torch.empty_like(x), _plan(x, 2)
+    dx, plan, strides = torch.empty_like(x), *_plan_of_gradient(dy, x)
     kernel = _kernels().input_gradient
     with _on(x.device):
         kernel[plan.grid](
@@ -136,7 +136,7 @@ def input_gradient(
             *_expected(signature),
             *_parameters(affine),
             *plan.layout,
-            *_strides_of_gradient(dy, x),
+            *strides,
             plan.splits,
             RELU=affine.relu,
             COMPUTE=_compute(x),
@@ -216,7 +216,7 @@ def _launch_normalize(
 
 def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int) -> tuple[Upstream, Gradient]:
     dy, x, affine, y = one
-    plan = _plan(x, 2)
+    plan, strides = _plan_of_gradient(dy, x)
     cut = None if y is None else torch.empty_like(x)
     weight, bias = (None if v is None else torch.empty_like(v).contiguous() for v in (affine.weight, affine.bias))
     with _on(x.device):
@@ -231,7 +231,7 @@ def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int) -> tuple[
             *_workspace(x, plan),
             *_parameters(affine),
             *plan.layout,
-            *_strides_of_gradient(dy, x),
+            *strides,
             plan.splits,
             at,
             len(message),
@@ -258,6 +258,18 @@ def _plan(x: Tensor, tensors: int) -> Plan:
     return plan_of(x.shape, x.is_contiguous(), x.element_size(), tensors, _multiprocessors(x.device))
 
 
+def _plan_of_gradient(dy: Tensor, x: Tensor) -> tuple[Plan, tuple[int, int]]:
+    """The plan of a pass over x and dy, and dy's outer and inner stride: see triton_parts.py."""
+    plan = _plan(x, 2)
+    if dy.stride() == x.stride():
+        return plan, (plan.layout[3], plan.layout[5])
+    step = step_of(dy, x)
+    assert step is not None, "ops.upstream_gradient sees to it"
+    if in_rows(x):
+        return plan, (0, step)
+    return aligned_to(plan, step), (step, 1)
+
+
 @cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":  # in tests, where Triton's interpreter runs one program after the other
@@ -273,13 +285,6 @@ def _compute(x: Tensor) -> Any:
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels start on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _strides_of_gradient(dy: Tensor, x: Tensor) -> tuple[int, int]:
-    """Outer and inner stride: see triton_parts.py."""
-    step = step_of(dy, x)
-    assert step is not None, "ops.upstream_gradient sees to it"
-    return (0, step) if in_rows(x) else (step, 1)
 
 
 def _number(M: float | Tensor) -> tuple[Tensor | None, float]:

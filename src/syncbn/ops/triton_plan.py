@@ -24,7 +24,7 @@ at once depends on what divides its area: 8 bytes of bfloat16 for 14x14.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd, prod
 from typing import Any
@@ -98,6 +98,12 @@ def plan_of(shape: Sequence[int], planes: bool, element_size: int, tensors: int,
         "STAGES": MOST_STAGES if chunks > splits else 2,
     }
     return Plan(layout, (channel_blocks, splits), {**constants, "num_warps": warps, "maxnreg": MOST_REGISTERS})
+
+
+def aligned_to(plan: Plan, step: int) -> Plan:
+    """The plan for planes of which one tensor's images lie `step` elements apart."""
+    aligned = gcd(plan.tile["ALIGNED"], step)
+    return plan if aligned == plan.tile["ALIGNED"] else replace(plan, tile={**plan.tile, "ALIGNED": aligned})
 
 
 def _layout(shape: Sequence[int], planes: bool) -> tuple[int, int, int, int, int, int]:
