@@ -11,12 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from ranks import run_ranks
+from syncbn import recomputing
 from syncbn.benchmarks.gpu_layer import CUDNN
 from syncbn.benchmarks.gpu_step import KEPT, StepSetting
 from syncbn.benchmarks.live_tensors import live_bytes
 from syncbn.benchmarks.measure import OURS
 from syncbn.benchmarks.memory import measure_courses
 from syncbn.models import inception_bn
+from syncbn.models.blocks import max_pool_halving
 from syncbn.nn import BatchNorm
 
 BIG = 2**20  # bytes of an activation of `block`
@@ -29,24 +31,24 @@ def same(found, expected):
 
 
 def network_gradients(rank, recompute, **options):
-    """Of the images and all parameters; and the buffers after it."""
+    """Of the images and all parameters; and the buffers."""
     torch.manual_seed(0)
     network = inception_bn(5, width_multiplier=0.125, stem="small", **options)
     network.recompute_activations = recompute
     images = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(rank), requires_grad=True)
     loss = F.cross_entropy(network(images), torch.tensor([0, 1, 2, 3]))
     leaves = [images, *(p for p in network.parameters() if p.requires_grad)]
-    return [*torch.autograd.grad(loss, leaves, retain_graph=True), *network.buffers()], loss
+    return [*torch.autograd.grad(loss, leaves), *network.buffers()]
 
 
 @pytest.mark.parametrize("options", [{}, {"variant": "slim"}, {"activation": "sigmoid"}, {"norm": "none"}], ids=str)
 def test_a_network_has_the_same_gradients(options):
-    (kept, _), (recomputed, _) = (network_gradients(0, again, **options) for again in (False, True))
+    kept, recomputed = (network_gradients(0, again, **options) for again in (False, True))
     assert same(recomputed, kept)
 
 
 def compared_on_a_rank(rank):
-    return same(*(network_gradients(rank, again)[0] for again in (False, True)))
+    return same(*(network_gradients(rank, again) for again in (False, True)))
 
 
 def test_so_on_ranks():
@@ -54,9 +56,15 @@ def test_so_on_ranks():
 
 
 def test_a_second_backward_through_the_same_graph():
-    kept, loss = network_gradients(0, True)
-    loss.backward()  # the third time
-    assert same(kept, network_gradients(0, False)[0])
+    def twice(again):
+        block, x = Block(), images().requires_grad_()
+        with syncbn.recompute_activations(again):
+            loss = block(x).square().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        return [x.grad, *(p.grad for p in block.parameters())]
+
+    assert same(twice(True), twice(False))
 
 
 def test_second_derivatives():
@@ -126,8 +134,12 @@ def a_part_and_its_rest(x):
     return torch.cat([x[:, :1], 2 * x[:, 1:]], dim=1)
 
 
+def its_bits(x):
+    return x * x.view(torch.int32).sign()
+
+
 @pytest.mark.parametrize(
-    "change", [None, changed_in_place, changed_behind_the_back, changed_after_a_copy, a_part_and_its_rest]
+    "change", [None, changed_in_place, changed_behind_the_back, changed_after_a_copy, a_part_and_its_rest, its_bits]
 )
 def test_whatever_happens_to_an_output_before_it_is_saved(change):
     assert same(block_gradients(True, change=change), block_gradients(False, change=change))
@@ -158,9 +170,9 @@ def test_views_of_an_output_share_what_is_made_again():
         with syncbn.recompute_activations(again):
             y = layer(x)
             if again:
-                node = y.grad_fn
-                original = node.output_again
-                node.output_again = lambda *arguments: made.append(1) or original(*arguments)
+                outputs = y.grad_fn.outputs_again
+                make = outputs.make
+                outputs.make = lambda *arguments: made.append(1) or make(*arguments)
             parts = y.split(2, dim=1)
             z = sum(conv(part) for conv, part in zip(convs, parts, strict=True))
         return torch.autograd.grad(z.square().mean(), [x, *layer.parameters(), *convs[0].parameters()])
@@ -268,14 +280,83 @@ def test_off_without_gradients_and_where_it_is_disabled():
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("size", [(12, 10), (200, 200)], ids=str)
-def test_indices_of_pools_in_fewer_bytes(size):
-    from syncbn.models.blocks import max_pool_halving
+@pytest.mark.parametrize(("size", "saved"), [((12, 10), 2), ((200, 200), 4)], ids=str)
+def test_indices_of_pools_in_fewer_bytes(size, saved):
+    kept = {}
 
     def gradient(again):
         x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0), requires_grad=True)
         with syncbn.recompute_activations(again):
-            y = max_pool_halving(x, odd_padding=True)
-        return torch.autograd.grad(y.square().sum(), x)
+            kept[again] = live_bytes(lambda: lambda: outputs.append(max_pool_halving(x, odd_padding=True)))[-1]
+        return torch.autograd.grad(outputs[-1].square().sum(), x)
 
+    outputs = []
     assert same(gradient(True), gradient(False))
+    pooled = outputs[-1].numel()
+    assert kept[False] == 2 * pooled * (4 + 8)  # of two calls
+    assert kept[True] == 2 * pooled * (4 + saved)
+
+
+def small_network():
+    torch.manual_seed(0)
+    return inception_bn(5, width_multiplier=0.125, stem="small")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_network_without_gradients_inside(mode):
+    """As a teacher's, whose features then keep nothing else alive."""
+    network, x = small_network().eval(), images()[:, :3]
+    with mode():
+        expected = network.forward_features(x)
+    with syncbn.recompute_activations(), mode():
+        features = network.forward_features(x)
+    assert torch.equal(features, expected)
+    assert features not in recomputing._joined
+
+
+def test_under_torch_func_activations_are_kept():
+    network, x = small_network().eval(), images()[:, :3]
+    network.recompute_activations = True
+
+    def loss(parameters):
+        return torch.func.functional_call(network, parameters, (x,)).sum()
+
+    gradients = torch.func.grad(loss)(dict(network.named_parameters()))
+    assert all(g.isfinite().all() for g in gradients.values())
+
+
+def test_features_can_be_saved(tmp_path):
+    network = small_network()
+    network.recompute_activations = True
+    features = network.forward_features(images()[:, :3])
+    torch.save(features, tmp_path / "features.pt")
+    assert torch.equal(torch.load(tmp_path / "features.pt"), features)
+
+
+def test_functions_of_others_may_call_their_attributes_as_they_like():
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.versions = ctx.outputs_again = [0]
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy
+
+    x, conv = images().requires_grad_(), nn.Conv2d(4, 2, 3)
+    with syncbn.recompute_activations():
+        conv(Own.apply(x)).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_view_without_a_gradient_outlives_the_layer():
+    layer, conv, x = BatchNorm(4, activation="relu"), nn.Conv2d(4, 2, 3), images().requires_grad_()
+    with syncbn.recompute_activations():
+        y = layer(x)
+        with torch.no_grad():
+            part = y[:2]
+        z = conv(part)
+    y.mean().backward()
+    z.sum().backward()
+    assert conv.weight.grad is not None

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from syncbn import ops
 from syncbn.distributed import all_reduce_differentiable
 from syncbn.exchange import Exchange, Memory, Route, Statistics, batches_of, refuse_single_value
-from syncbn.recomputing import hooks_of_others
+from syncbn.recomputing import OutputsAgain, hooks_of_others
 
 
 class Norm(NamedTuple):
@@ -242,8 +242,7 @@ def _offer_outputs_again(ctx: Any, outputs: Sequence[Tensor]) -> None:
     if hooks_of_others() or torch.is_inference_mode_enabled():
         return
     pairs = zip(outputs, ctx.residuals, strict=True)
-    ctx.versions = [None if has_residual else y._version for y, has_residual in pairs]
-    ctx.output_again = _output_again
+    ctx.outputs_again = OutputsAgain([None if residual else y._version for y, residual in pairs], _output_again)
 
 
 def _output_again(ctx: Any, i: int) -> Tensor:

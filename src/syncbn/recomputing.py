@@ -4,8 +4,8 @@ A layer keeps its input x for its own backward. Its output y, normalised and aft
 comes next: a convolution, a pool. But y follows from x in one pass over memory. So within `recompute_activations`
 whoever saves y saves a recipe of it, by which the first who needs it in the backward makes it again.
 
-It stands on torch's saved-tensor hooks. A layer's autograd node has `output_again(node, i)`, which makes its output i,
-and `versions` of its outputs, None for what has no recipe. Of a tensor that consists of outputs, `joined` knows it.
+It stands on torch's saved-tensor hooks. A layer's autograd node has `outputs_again`, which knows how to make each of
+its outputs; of a tensor that consists of outputs, `joined` remembers it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,29 +17,35 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _Hooks: TypeAlias = tuple[Callable[..., Any], Callable[..., Any]]
-_JOINED = "_syncbn_recipe"
+_joined = WeakTensorKeyDictionary()
 
 
 @contextmanager
 def recompute_activations(enabled: bool = True) -> Iterator[None]:
     """In this context, what follows syncbn's layers keeps no outputs of theirs for the backward, which remakes them.
 
-    Costs one pass over each such output in the backward (2 of the 8 times that a layer moves its activation become
-    10) and changes no number. Worth it for layers that apply their ReLU themselves (``activation="relu"``) without a
-    residual; the outputs of others are kept. Does nothing under torch.compile, which makes this choice itself,
-    and inside an activation checkpoint.
+    The gradients stay the same bit by bit. The passes of a layer move its activation 8 times; this adds 2. Worth it
+    for layers that apply their ReLU themselves (``activation="relu"``); the outputs of those with a residual are kept.
+    Does nothing where others have set saved-tensor hooks (activation checkpoints, `save_on_cpu`), under torch.func,
+    and under torch.compile, which makes this choice itself.
+
+    An output must not be changed behind autograd's back, as through ``y.data``: the backward would not see it. What
+    follows an output needs what the layer keeps: where its gradients are taken after a backward through the layer, that
+    one must ``retain_graph``.
 
     Args:
-        enabled: whether to do so at all.
+        enabled: whether to do so; False leaves a surrounding context as it is.
 
     Example:
         >>> with syncbn.recompute_activations():
         ...     loss = F.cross_entropy(network(images), labels)
         >>> loss.backward()
     """
-    idle = not enabled or torch.compiler.is_compiling() or not torch.is_grad_enabled() or _top_hooks() is not None
+    idle = not enabled or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    idle = idle or _top_hooks() is not None or torch._C._are_functorch_transforms_active()
     with nullcontext() if idle else saved_tensors_hooks(_pack, _unpack):
         yield
 
@@ -58,10 +64,10 @@ def hooks_of_others() -> bool:
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """`torch.cat` of parts (N, C, ...) along the channels, which a backward can make again of its parts."""
     result = torch.cat(list(parts), dim=1)
-    if is_recomputing():
+    if is_recomputing() and result.requires_grad:
         kept = [_pack(part) for part in parts]
         recipe = Recipe(lambda: torch.cat([_unpack(part) for part in kept], dim=1))
-        setattr(result, _JOINED, (recipe, result._version))
+        _joined[result] = recipe, result._version
     return result
 
 
@@ -98,6 +104,26 @@ class Recipe:
         return self._made
 
 
+class OutputsAgain:
+    """Makes the outputs of a layer's autograd node again.
+
+    Args:
+        versions: of the outputs as they were made; None for those that cannot be made again.
+        make: from the node and the number of the output.
+    """
+
+    def __init__(self, versions: Sequence[int | None], make: Callable[[Any, int], Tensor]) -> None:
+        self.versions, self.make = versions, make
+        self._recipes: WeakValueDictionary[int, Recipe] = WeakValueDictionary()
+
+    def recipe(self, node: Any, i: int) -> Recipe:
+        """Of output i; the same for all who ask."""
+        recipe = self._recipes.get(i)
+        if recipe is None:
+            recipe = self._recipes[i] = Recipe(partial(self.make, node, i))
+        return recipe
+
+
 class _View(NamedTuple):
     """Part of a tensor that is made again."""
 
@@ -115,7 +141,10 @@ class _Compact(NamedTuple):
 
 def _pack(tensor: Tensor) -> Any:
     base = tensor if tensor._base is None else tensor._base
-    recipe, version = getattr(base, _JOINED, None) or _recipe_of_output(base)
+    # Whose user does not lie behind the layer in the graph may come when the layer has let go of its input.
+    if tensor.grad_fn is None or tensor.dtype != base.dtype or tensor.is_neg():
+        return tensor
+    recipe, version = _joined.get(base) or _recipe_of_output(base)
     if recipe is None or version != base._version:  # changed since
         return tensor
     return _View(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
@@ -130,18 +159,13 @@ def _unpack(packed: Any) -> Tensor:
 
 
 def _recipe_of_output(tensor: Tensor) -> tuple[Recipe | None, int | None]:
-    """Of a layer's output, the same for all who ask, and the version of the tensor that it makes."""
+    """The recipe of a layer's output, and the version of the tensor that it makes."""
     node: Any = tensor.grad_fn
-    versions = getattr(node, "versions", None)
-    if versions is None:
+    outputs = getattr(node, "outputs_again", None)
+    if not isinstance(outputs, OutputsAgain):
         return None, None
-    i = tensor.output_nr
-    if not hasattr(node, "recipes"):
-        node.recipes = WeakValueDictionary()
-    recipe: Recipe | None = node.recipes.get(i)
-    if recipe is None:
-        recipe = node.recipes[i] = Recipe(partial(node.output_again, node, i))
-    return recipe, versions[i]
+    version = outputs.versions[tensor.output_nr]
+    return (None if version is None else outputs.recipe(node, tensor.output_nr)), version
 
 
 def _top_hooks() -> _Hooks | None:

@@ -16,7 +16,7 @@ class LiveTensors(TorchDispatchMode):
     """Counts, within its context, the bytes of what operators return for as long as it lives.
 
     Attributes:
-        course: bytes after each operator.
+        course: bytes after each operator, less what was let go before the next.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def live_bytes(make: Callable[[], Callable[[], Any]]) -> list[int]:
-    """Bytes of all tensors alive after each operator of a step, parameters and optimiser among them.
+    """The course over a step of the bytes of all tensors alive, parameters and optimiser among them.
 
     Args:
         make: builds what the step needs, and returns the step.

@@ -7,7 +7,8 @@ Counted is what torch's operators return, for as long as it lives: parameters, o
 what a kernel takes for itself. So it is also what a step needs on a GPU, but for the libraries' workspaces.
 
 Contenders: syncbn; syncbn with the activations kept; stock layers, nn.BatchNorm2d and a ReLU in place, branch by branch
-(nn.SyncBatchNorm keeps the same tensors). Their time is measured, too: what is not kept is computed again.
+(by its source nn.SyncBatchNorm keeps the same tensors). Their time is measured, too: what is not kept is computed
+again.
 """
 
 from collections.abc import Mapping

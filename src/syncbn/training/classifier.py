@@ -81,8 +81,8 @@ class ImageClassifier(Evaluated):
         channels_last: Lay out images and weights channels-last, which is faster on most devices.
         fused_optimizer: Update all parameters in one kernel. Null does so on CUDA devices.
         recompute_activations: Keep only the inputs of BatchNorm for the backward, which makes the outputs again:
-            about half the memory of a step for a few percent of its time. Null does so on CUDA devices. See
-            `syncbn.recompute_activations`.
+            about half the memory of a step (counted on a CPU) for some percent of its time (predicted for GPUs: 7).
+            Null does so on CUDA devices. See `syncbn.recompute_activations`.
         compile: Mode of torch.compile, which makes one graph of the network in training: "default",
             "reduce-overhead" (CUDA graphs, for small batches), "max-autotune". Null runs the layers one by one.
         freeze: What is not trained: patterns of names of parameters or modules, such as "stem" or "inception_3*". A
