@@ -65,7 +65,7 @@ def run(
         width: factor on the channels.
         rounds: timings of each contender that count.
         quick: a smoke run, tiny.
-        output: folder for the CSV and the figures.
+        output: folder for the CSV and the figure.
     """
     torch.set_num_threads(1)
     if quick:
@@ -81,10 +81,11 @@ def run(
     for row in rows[: len(courses)]:
         table.add_row(row.contender, f"{row.median:,.0f}", f"{row.ratio:.3f}")
     console.print(table)
-    measure.publish(rows, output, "memory", "A training step's time, activations kept or not", 1, console)
-    path = output / f"{measure.environment(1)['date']}-memory-course.png"
-    plot_courses(courses, path, f"Inception-BN, {counted}, bfloat16 autocast")
-    console.print(f"{path}", soft_wrap=True)
+    measure.show(rows, "A training step's time, activations kept or not", console)
+    path = output / f"{measure.environment(1)['date']}-memory.csv"
+    measure.write_csv(rows, path, 1)
+    plot_courses(courses, path.with_suffix(".png"), f"Inception-BN, {counted}, bfloat16 autocast")
+    console.print(f"{path} and its .png", soft_wrap=True)
 
 
 def plot_courses(courses: Mapping[str, list[int]], path: Path, title: str) -> None:
