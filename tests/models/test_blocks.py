@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from syncbn.models.blocks import Conv2dSame, max_pool_halving, same_padding
+from syncbn.models.blocks import Conv2dSame, SeparableConv2d, max_pool_halving, same_padding
+from syncbn.models.observation import observe_outputs
 
 
 def images(n=2, size=32, channels=3, dtype=torch.float32):
@@ -65,3 +66,37 @@ def test_halving_pool(size):
     same = F.max_pool2d(slow_pad(x, 3, 2, "same", -math.inf), 3, 2)
     torch.testing.assert_close(max_pool_halving(x, odd_padding=True), same)
     torch.testing.assert_close(max_pool_halving(x, odd_padding=False), F.max_pool2d(x, 3, 2, ceil_mode=True))
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_training_runs_a_separable_convolution_as_one(padding, bias):
+    """Output and gradients are those of the two convolutions, though neither is called."""
+    conv = SeparableConv2d(3, 10, 7, 2, depth_multiplier=8, padding=padding, bias=bias).double()
+    x = images(size=19, dtype=torch.float64).requires_grad_()
+    leaves = [x, *conv.parameters()]
+    expected = conv.pointwise(conv.depthwise(x))
+    dy = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, leaves, dy)
+    conv.depthwise.register_forward_pre_hook(lambda *_: pytest.fail("called"))
+    found = conv(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves, dy), gradients)
+
+
+def test_evaluation_and_observation_run_both_parts_of_a_separable_convolution():
+    conv = SeparableConv2d(3, 8, 7, 2, depth_multiplier=8, padding="same", bias=True)
+    x = images(size=16)
+    expected = conv.pointwise(conv.depthwise(x))
+    assert torch.equal(conv.eval()(x), expected)
+    seen = []
+    observe_outputs(conv.train().depthwise, seen.append)
+    assert torch.equal(conv(x), expected)
+    assert [y.shape for y in seen] == [(2, 24, 8, 8)]
+
+
+def test_the_weight_of_a_separable_convolution_is_rounded_once_under_autocast():
+    conv = SeparableConv2d(3, 8, 7, 2, depth_multiplier=8, padding="symmetric", bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv.dense_weight().dtype == torch.float32
+        assert conv(images(size=16)).dtype == torch.bfloat16

@@ -69,10 +69,14 @@ class Conv2dSame(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Pad by the input's size, then convolve."""
+        return super().forward(self.pad(input))
+
+    def pad(self, input: Tensor) -> Tensor:
+        """What is convolved: the input with its zeros."""
         (top, bottom), (left, right) = (
             same_padding(size, self.kernel_size[0], self.stride[0]) for size in input.shape[-2:]
         )
-        return super().forward(F.pad(input, (left, right, top, bottom)))
+        return F.pad(input, (left, right, top, bottom))
 
 
 def make_conv(
@@ -92,7 +96,12 @@ def make_conv(
 
 
 class SeparableConv2d(nn.Module):
-    """A depthwise, then a pointwise convolution: (N, C, H, W) -> (N, out_channels, H/stride, W/stride)."""
+    """A depthwise, then a pointwise convolution: (N, C, H, W) -> (N, out_channels, H/stride, W/stride).
+
+    With nothing between them both are one dense convolution, whose weights are the product of theirs. Training runs
+    that one: a depthwise convolution has a slow backward, and nothing between the two has to be kept. Evaluation runs
+    them one after the other, and so rounds as the published networks do.
+    """
 
     def __init__(
         self,
@@ -111,8 +120,23 @@ class SeparableConv2d(nn.Module):
         self.pointwise = make_conv(depth, out_channels, 1, 1, padding=padding, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve each channel by itself, then mix the channels."""
-        return self.pointwise(self.depthwise(input))
+        """Convolve."""
+        if not self.training or is_observed(self.depthwise) or is_observed(self.pointwise):
+            return self.pointwise(self.depthwise(input))
+        first = self.depthwise
+        input = first.pad(input) if isinstance(first, Conv2dSame) else input
+        return F.conv2d(input, self.dense_weight(), self.pointwise.bias, first.stride, first.padding)
+
+    def dense_weight(self) -> Tensor:
+        """The weights (out_channels, C, kernel, kernel) of both as one."""
+        by_input = (
+            self.depthwise.groups,
+            -1,
+        )  # channel c of the input has the multiplier's channels c * m to c * m + m
+        deep = self.depthwise.weight.squeeze(1).unflatten(0, by_input)
+        wide = self.pointwise.weight.flatten(1).unflatten(1, by_input)
+        with torch.autocast(deep.device.type, enabled=False):  # rounded once, by the convolution
+            return torch.einsum("ocm,cmhw->ochw", wide, deep)
 
 
 class ConvNorm(nn.Module):
