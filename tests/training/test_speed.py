@@ -12,7 +12,13 @@ from torch import nn
 from syncbn.data import ImageDataModule
 from syncbn.models import InceptionBN
 from syncbn.training import ImageClassifier
-from syncbn.training.speed import compile_network, default_precision, use_fused_optimizer, use_recomputation
+from syncbn.training.speed import (
+    compile_network,
+    default_benchmark,
+    default_precision,
+    use_fused_optimizer,
+    use_recomputation,
+)
 
 
 def trainer_with(clip=None, precision="32-true"):
@@ -65,6 +71,21 @@ def test_default_precision(options, cuda, bf16, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     assert default_precision(options) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "cuda", "expected"),
+    [
+        ({"accelerator": "auto"}, True, True),
+        ({"accelerator": "auto"}, False, None),
+        ({"accelerator": "cpu"}, True, None),
+        ({"accelerator": "gpu", "benchmark": False}, True, False),
+        ({"accelerator": "gpu", "deterministic": "warn"}, True, None),
+    ],
+)
+def test_default_benchmark(options, cuda, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert default_benchmark(options) == expected
 
 
 def trained(folder, **options):

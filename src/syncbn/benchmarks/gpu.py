@@ -15,6 +15,7 @@ The floor is the time in which the bytes that must move do move, at the bandwidt
 3 tensors forward (x is read twice, y written), 5 backward (dy and x are read twice, dx written). An activation that
 fits into the cache may be faster than that.
 
+For all of them cuDNN tries its convolutions out and takes the fastest, as `syncbn fit` has it do.
 Whatever is timed is verified first, and written to the CSV at once. What fails is named, and the rest goes on.
 """
 
@@ -135,7 +136,8 @@ def run(
     session = Session(path, seconds, console)
     rounds, warmup = (2, 0) if quick else (rounds, warmup)
     # Backwards are timed again and again, so that what a compiled one reads must be left to it.
-    with group_of_one(device), functorch_config.patch(donated_buffer=False):
+    convolutions_tried_out = torch.backends.cudnn.flags(enabled=True, benchmark=True)
+    with group_of_one(device), functorch_config.patch(donated_buffer=False), convolutions_tried_out:
         bandwidth = copy_bandwidth(rounds, device)
         console.print(f"{name}: a copy moves {bandwidth / 1e12:.2f} TB/s")
         options = Options(device, DTYPES[dtype], graphs, rounds, warmup, bandwidth)

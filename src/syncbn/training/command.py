@@ -44,7 +44,7 @@ from syncbn.training.retrieval import NEIGHBOURS
 from syncbn.training.run_logs import run_loggers
 from syncbn.training.run_summary import RunSummary
 from syncbn.training.runs import RunRecord, claim_run_folder, run_folder
-from syncbn.training.speed import default_precision
+from syncbn.training.speed import default_benchmark, default_precision
 from syncbn.training.stopping import STOPPED, describe_lost_rank
 from syncbn.training.strategies import SynchronisedDDPStrategy
 from syncbn.training.throughput import Throughput
@@ -205,6 +205,7 @@ class SyncBNCLI(LightningCLI):
             return
         options = self._get(self.config, "trainer")
         options["precision"] = default_precision(options)
+        options["benchmark"] = default_benchmark(options)
 
     def instantiate_classes(self) -> None:
         """Several checkpoints become one model, the mean of their class probabilities."""

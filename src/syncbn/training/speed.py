@@ -74,5 +74,21 @@ def default_precision(options: Any) -> str | None:
     """
     if options.get("precision") is not None or options.get("plugins"):
         return options.get("precision")
-    on_gpu = options.get("accelerator") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return "bf16-mixed" if _on_gpu(options) and torch.cuda.is_bf16_supported(including_emulation=False) else None
+
+
+def default_benchmark(options: Any) -> bool | None:
+    """Whether cuDNN tries its convolutions out and takes the fastest; where nobody says, on GPUs.
+
+    Not where runs are to be deterministic: another run might take another one.
+
+    Args:
+        options: the trainer's, by name.
+    """
+    if options.get("benchmark") is not None or options.get("deterministic"):
+        return options.get("benchmark")
+    return True if _on_gpu(options) else None
+
+
+def _on_gpu(options: Any) -> bool:
+    return options.get("accelerator") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
