@@ -118,6 +118,7 @@ class Exchange:
         self.may_be_recomputed = may_be_recomputed()  # here, since inside a Function's forward no gradients are enabled
         self.recomputed = False
         self.inputs: list[Tensor] = []
+        self.spans: Sequence[ops.Span | None] = []
         self.batches: list[ops.BatchSums] = []
         self.results: list[Statistics] = []
         self.reduction: Reduction | None = None
@@ -125,10 +126,11 @@ class Exchange:
         self.upstream: list[ops.Upstream] | None = None
         self.gradient_reduction: Reduction | None = None
 
-    def launch(self, inputs: Sequence[Tensor]) -> None:
-        """Sum the inputs (N, C, ...) locally and send the message."""
-        self.inputs = [ops.dense(x) for x in inputs]
-        self.channels, self.device = [x.shape[1] for x in inputs], inputs[0].device
+    def launch(self, inputs: Sequence[Tensor], spans: Sequence[ops.Span | None]) -> None:
+        """Sum the inputs (N, C, ...), or where there is a span its channels alone, locally and send the message."""
+        self.inputs = [dense_part(x, span) for x, span in zip(inputs, spans, strict=True)]
+        self.spans = spans
+        self.channels, self.device = [x.shape[1] for x in self.inputs], inputs[0].device
         if self.may_be_recomputed or self.memory.entries:
             self.to_keep = ops.forward_message(self.inputs, (0, 0))
             self.recomputed = self.memory.is_repeated(self.to_keep)
@@ -162,7 +164,7 @@ class Exchange:
         return found
 
     def input_gradients(self, needed: Sequence[bool]) -> list[Tensor | None]:
-        """Wait for the sums of the backward; dx of each input, None where not needed."""
+        """Wait for the sums of the backward; dx of each input as `gradients_of_inputs` returns them."""
         upstream, self.upstream = self.upstream, None
         if upstream is None:  # second derivatives were asked for, and computed otherwise
             return [None] * len(needed)
@@ -170,10 +172,8 @@ class Exchange:
         assert reduction is not None
         totals, signature = reduction.wait()
         sums = totals[:-ID_LENGTH].split([2 * one.x.shape[1] for one in upstream])
-        return [
-            ops.input_gradient(one.dy, one.x, one.affine, own, statistics.M, signature) if wanted else None
-            for one, own, statistics, wanted in zip(upstream, sums, self.results, needed, strict=True)
-        ]
+        Ms = [statistics.M for statistics in self.results]
+        return gradients_of_inputs(upstream, self.spans, sums, Ms, needed, signature)
 
     def _ticket(self, direction: str, counts: int) -> Ticket:
         group, layers, layers_built = self.route
@@ -189,6 +189,36 @@ class Exchange:
             totals = totals if signature is None else signature.poisoned(totals)
             self.memory.keep(self.to_keep, totals)
         return totals, signature
+
+
+def dense_part(x: Tensor, span: ops.Span | None) -> Tensor:
+    """What the passes process of an input x."""
+    x = ops.dense(x)
+    return x if span is None else span.of(x)
+
+
+def gradients_of_inputs(
+    upstream: Sequence[ops.Upstream],
+    spans: Sequence[ops.Span | None],
+    sums: Sequence[Tensor],
+    Ms: Sequence[float | Tensor],
+    needed: Sequence[bool],
+    signature: ops.Signature | None = None,
+) -> list[Tensor | None]:
+    """Dx of each input, None where not needed. Spans of one input follow each other, and the first gets all of it."""
+    found: list[Tensor | None] = []
+    whole: Tensor | None = None
+    for (dy, x, affine, _), span, own, M, wanted in zip(upstream, spans, sums, Ms, needed, strict=True):
+        if not wanted:
+            found.append(None)
+        elif span is None:
+            found.append(ops.input_gradient(dy, x, affine, own, M, signature))
+        else:
+            found.append(span.whole_like(x) if span.first == 0 else None)
+            whole = whole if found[-1] is None else found[-1]
+            assert whole is not None
+            ops.input_gradient(dy, x, affine, own, M, signature, into=span.of(whole))
+    return found
 
 
 def refuse_single_value(M: float, shape: Sequence[int], P: int) -> None:

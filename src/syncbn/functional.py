@@ -21,7 +21,16 @@ from torch.autograd import forward_ad
 
 from syncbn import ops
 from syncbn.distributed import all_reduce_differentiable
-from syncbn.exchange import Exchange, Memory, Route, Statistics, batches_of, refuse_single_value
+from syncbn.exchange import (
+    Exchange,
+    Memory,
+    Route,
+    Statistics,
+    batches_of,
+    dense_part,
+    gradients_of_inputs,
+    refuse_single_value,
+)
 from syncbn.recomputing import OutputsAgain, hooks_of_others
 
 
@@ -30,7 +39,7 @@ class Norm(NamedTuple):
 
     x: (N, C, ...), floating point; weight, bias: (C) or None; residual: like x or None, added before the activation;
     activation: None or "relu"; running: moving averages to update in the same pass, or None. The composed form
-    updates none.
+    updates none. span: where x holds the channels of several layers, which are meant; such a norm has no residual.
     """
 
     x: Tensor
@@ -40,6 +49,12 @@ class Norm(NamedTuple):
     eps: float
     activation: str | None
     running: ops.Running | None = None
+    span: ops.Span | None = None
+
+    @property
+    def part(self) -> Tensor:
+        """What of x is normalised."""
+        return self.x if self.span is None else self.span.of(self.x)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -80,29 +95,40 @@ class Started:
         return list(outputs), self.exchange.results
 
 
-def start(inputs: Sequence[Tensor], route: Route, memory: Memory) -> Started:
-    """Sum inputs (N, C, ...) locally and launch their one message."""
+def start(
+    inputs: Sequence[Tensor], route: Route, memory: Memory, spans: Sequence[ops.Span | None] | None = None
+) -> Started:
+    """Sum inputs (N, C, ...), or the spans of them, locally and launch their one message."""
     exchange = Exchange(route, memory)
-    return Started(exchange, _Start.apply(exchange, *inputs))
+    return Started(exchange, _Start.apply(exchange, spans or [None] * len(inputs), *inputs))
 
 
-def batch_norm(norm: Norm) -> tuple[Tensor, Statistics]:
-    """Normalise by this rank's batch alone; the output like the input, and the statistics.
+def batch_norm(norms: Sequence[Norm]) -> tuple[list[Tensor], list[Statistics]]:
+    """Normalise one activation by this rank's batch alone.
+
+    Args:
+        norms: one of the whole activation, or one for each span of it, in order.
+
+    Returns:
+        The output of each, and the statistics.
 
     Raises:
         ValueError: one value per channel.
     """
-    M = norm.x.numel() // norm.x.shape[1]
-    refuse_single_value(M, norm.x.shape, P=1)
+    x = norms[0].x
+    M = x.numel() // x.shape[1]
+    refuse_single_value(M, x.shape, P=1)
     found: list[Statistics] = []
-    return _Alone.apply(found, M, norm[4:], *norm.tensors), found[0]
+    outputs = _Alone.apply(found, M, [norm[4:] for norm in norms], *(t for norm in norms for t in norm.tensors))
+    return list(outputs), found
 
 
 def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], list[Statistics]]:
     """The same normalisation as differentiable operators, over a group or, with no route, alone."""
-    shifted = [_shifted(norm.x) for norm in norms]
+    shifted = [_shifted(norm.part) for norm in norms]
     sums = [ops.composed_sums(s.values) for s in shifted]
     counts = [norm.x.numel() // norm.x.shape[1] for norm in norms]
+    channels = [norm.part.shape[1] for norm in norms]
     if route is None:
         for M, norm in zip(counts, norms, strict=True):
             refuse_single_value(M, norm.x.shape, P=1)
@@ -112,56 +138,60 @@ def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], 
     else:
         sums = [ops.about_origin(s, x.pivot, M) for s, x, M in zip(sums, shifted, counts, strict=True)]
         # The layers' names are out of a tracer's reach; their widths are not.
-        id = 1 + sum(i * norm.x.shape[1] for i, norm in enumerate(norms, 1)) % 2**20
+        id = 1 + sum(i * C for i, C in enumerate(channels, 1)) % 2**20
         message = ops.message_of([t for s in sums for t in s], counts, (id, id**2))
         totals = all_reduce_differentiable(message, route.group, id)
-        batches = batches_of(totals, None, [norm.x.shape[1] for norm in norms])
+        batches = batches_of(totals, None, channels)
         # var = E[x^2] - E[x]^2, which float64 can afford
         statistics = [Statistics(*ops.moments_of(ops.Sums(*b.sums.chunk(2)), None, b.M), b.M) for b in batches]
     outputs = [_composed_normalize(n, s, *st[:2]) for n, s, st in zip(norms, shifted, statistics, strict=True)]
     return outputs, statistics
 
 
-_Setting: TypeAlias = tuple[float, str | None, ops.Running | None]  # of a Norm: eps, activation, running
+_Setting: TypeAlias = tuple[float, str | None, ops.Running | None, ops.Span | None]  # of a Norm, what is no tensor
 
 
 class _Alone(torch.autograd.Function):
-    """One normalisation by this rank's batch."""
+    """Normalisations of one activation by this rank's batch."""
 
     @staticmethod
-    def forward(ctx: Any, found: list[Statistics], M: int, setting: _Setting, *tensors: Any) -> Tensor:
-        norm = Norm._make((*tensors, *setting))
-        y, saved = _normalize(norm, ops.dense(norm.x), None)
-        found.append(Statistics(saved.mean, saved.var, M))
-        ctx.settings, ctx.residuals, ctx.route, ctx.M = [setting], [norm.residual is not None], None, M
-        ctx.save_for_backward(*saved)
-        _offer_outputs_again(ctx, [y])
-        return y
+    def forward(
+        ctx: Any, found: list[Statistics], M: int, settings: list[_Setting], *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        ctx.route, ctx.M = None, M
+        norms = _norms(settings, tensors)
+        pairs = [_normalize(norm, dense_part(norm.x, norm.span), None) for norm in norms]
+        found += [Statistics(saved.mean, saved.var, M) for _, saved in pairs]
+        return _keep(ctx, norms, pairs)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         if torch.is_grad_enabled():
-            return (None, None, None, *_composed_gradients(ctx, [dy]))
-        ((one, gradient),), _ = ops.backward_sums(_upstream(ctx, [dy]), None)
-        dx = None
-        if ctx.needs_input_grad[3]:
-            dx = ops.input_gradient(one.dy, one.x, one.affine, gradient.sums, ctx.M)
-        return (None, None, None, dx, gradient.weight, gradient.bias, one.dy if ctx.residuals[0] else None)
+            return (None, None, None, *_composed_gradients(ctx, gradients))
+        found, _ = ops.backward_sums(_upstream(ctx, gradients), None)
+        dxs = gradients_of_inputs(
+            [one for one, _ in found],
+            [span for *_, span in ctx.settings],
+            [gradient.sums for _, gradient in found],
+            [ctx.M] * len(found),
+            ctx.needs_input_grad[3::4],
+        )
+        return (None, None, None, *_returned(ctx, found, dxs))
 
 
 class _Start(torch.autograd.Function):
     """Inputs in, a token out that ties finish's node to this one; neither it nor its gradient holds anything."""
 
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, exchange: Exchange, spans: Sequence[ops.Span | None], *inputs: Tensor) -> Tensor:
         ctx.exchange = exchange
         ctx.set_materialize_grads(False)
-        exchange.launch(inputs)
+        exchange.launch(inputs, spans)
         return inputs[0].new_empty((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, _token: Tensor | None) -> Any:
-        return (None, *ctx.exchange.input_gradients(ctx.needs_input_grad[1:]))
+        return (None, None, *ctx.exchange.input_gradients(ctx.needs_input_grad[2:]))
 
 
 class _Finish(torch.autograd.Function):
@@ -171,22 +201,15 @@ class _Finish(torch.autograd.Function):
     def forward(
         ctx: Any, exchange: Exchange, settings: list[_Setting], _token: Tensor, *tensors: Any
     ) -> tuple[Tensor, ...]:
-        ctx.exchange, ctx.settings, ctx.route = exchange, settings, exchange.route
+        ctx.exchange, ctx.route = exchange, exchange.route
         exchange.receive()
-        quadruples = zip(*[iter(tensors)] * 4, strict=True)
-        norms = [Norm._make((*four, *setting)) for four, setting in zip(quadruples, settings, strict=True)]
-        outputs: list[Tensor] = []
-        kept: list[Tensor | None] = []
+        norms, pairs = _norms(settings, tensors), []
         for norm, x, batch in zip(norms, exchange.inputs, exchange.batches, strict=True):
             y, saved = _normalize(norm, x, batch)
             exchange.results.append(Statistics(saved.mean, saved.var, batch.M))
-            outputs.append(y)
-            kept += saved
+            pairs.append((y, saved))
         exchange.inputs, exchange.batches = [], []
-        ctx.residuals = [norm.residual is not None for norm in norms]
-        ctx.save_for_backward(*kept)
-        _offer_outputs_again(ctx, outputs)
-        return tuple(outputs)
+        return _keep(ctx, norms, pairs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -197,10 +220,7 @@ class _Finish(torch.autograd.Function):
             found = ctx.exchange.launch_gradient(upstream)
         else:
             found, _ = ops.backward_sums(upstream, None)
-        returned: list[Tensor | None] = []
-        for (one, gradient), has_residual in zip(found, ctx.residuals, strict=True):
-            returned += [None, gradient.weight, gradient.bias, one.dy if has_residual else None]
-        return (None, None, None, *returned)
+        return (None, None, None, *_returned(ctx, found, [None] * len(found)))
 
 
 class _Saved(NamedTuple):
@@ -214,7 +234,7 @@ class _Saved(NamedTuple):
     var: Tensor
 
     def affine(self, setting: _Setting) -> ops.Affine:
-        eps, activation, _ = setting
+        eps, activation, *_ = setting
         relu = activation == "relu" and self.y is None
         return ops.Affine(self.mean, self.var, eps, self.weight, self.bias, relu)
 
@@ -224,8 +244,32 @@ def _saved(ctx: Any) -> list[_Saved]:
     return [_Saved(*row) for row in rows]
 
 
+def _norms(settings: Sequence[_Setting], tensors: Sequence[Any]) -> list[Norm]:
+    quadruples = zip(*[iter(tensors)] * 4, strict=True)
+    return [Norm._make((*four, *setting)) for four, setting in zip(quadruples, settings, strict=True)]
+
+
+def _keep(ctx: Any, norms: Sequence[Norm], pairs: Sequence[tuple[Tensor, _Saved]]) -> tuple[Tensor, ...]:
+    """Keep what the backward needs; returns the outputs."""
+    outputs = tuple(y for y, _ in pairs)
+    ctx.settings, ctx.residuals = [norm[4:] for norm in norms], [norm.residual is not None for norm in norms]
+    ctx.save_for_backward(*(t for _, saved in pairs for t in saved))
+    _offer_outputs_again(ctx, outputs)
+    return outputs
+
+
+def _returned(
+    ctx: Any, found: Sequence[tuple[ops.Upstream, ops.Gradient]], dxs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of the tensors of each norm."""
+    returned: list[Tensor | None] = []
+    for (one, gradient), dx, has_residual in zip(found, dxs, ctx.residuals, strict=True):
+        returned += [dx, gradient.weight, gradient.bias, one.dy if has_residual else None]
+    return returned
+
+
 def _normalize(norm: Norm, x: Tensor, batch: ops.BatchSums | None) -> tuple[Tensor, _Saved]:
-    """Y, and what the backward needs; x is the norm's, dense. Alone where there is no batch."""
+    """Y, and what the backward needs; x is the norm's part, as `dense_part`. Alone where there is no batch."""
     relu = norm.activation == "relu"
     residual = None if norm.residual is None else _laid_out_like(x, norm.residual)
     map = ops.Map(norm.eps, norm.weight, norm.bias, relu)
@@ -246,15 +290,15 @@ def _offer_outputs_again(ctx: Any, outputs: Sequence[Tensor]) -> None:
 
 
 def _output_again(ctx: Any, i: int) -> Tensor:
-    saved = _saved(ctx)[i]
-    return ops.normalize(ops.dense(saved.x), saved.affine(ctx.settings[i]))
+    saved, setting = _saved(ctx)[i], ctx.settings[i]
+    return ops.normalize(dense_part(saved.x, setting[-1]), saved.affine(setting))
 
 
 def _upstream(ctx: Any, gradients: Sequence[Tensor]) -> list[ops.Upstream]:
     """What the backward starts from. The parameters' gradients will be this rank's share: DDP averages them."""
     upstream = []
     for saved, dy, setting in zip(_saved(ctx), gradients, ctx.settings, strict=True):
-        x = ops.dense(saved.x)
+        x = dense_part(saved.x, setting[-1])
         dy = _laid_out_like(x, dy) if saved.y is not None else ops.upstream_gradient(dy, x)
         upstream.append(ops.Upstream(dy, x, saved.affine(setting), saved.y))
     return upstream
@@ -276,11 +320,12 @@ def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | 
     """All of finish's gradients through `composed`, differentiable again."""
     norms, dys = [], []
     for saved, dy, setting in zip(_saved(ctx), gradients, ctx.settings, strict=True):
-        eps, activation, _ = setting
-        norms.append(Norm(saved.x, saved.weight, saved.bias, None, eps, None))
+        eps, activation, _, span = setting
+        part = saved.x if span is None else span.of(saved.x)
+        norms.append(Norm(part, saved.weight, saved.bias, None, eps, None))
         if activation == "relu":
             with torch.no_grad():
-                x = ops.dense(saved.x)
+                x = dense_part(saved.x, span)
                 y = ops.normalize(x, saved.affine(setting)) if saved.y is None else saved.y
                 mask = _cut_by_relu(torch.ones_like(y), y)
             dy = dy * mask
@@ -290,8 +335,10 @@ def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | 
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, dys, create_graph=True, allow_unused=True))
     returned = [None if t is None or not t.requires_grad else next(found) for t in tensors]
-    for i, has_residual in enumerate(ctx.residuals):
+    for i, (has_residual, (*_, span)) in enumerate(zip(ctx.residuals, ctx.settings, strict=True)):
         returned[4 * i + 3] = dys[i] if has_residual else None
+        if span is not None:
+            returned[4 * i] = span.among_zeros(returned[4 * i])
     return returned
 
 

@@ -213,9 +213,9 @@ def count_messages(network, x, monkeypatch):
             finished.append(1)
             return self.pending.finish()
 
-    def start(layers, inputs):
+    def start(layers, inputs, split):
         started.append([len(entry) if isinstance(entry, list) else 1 for entry in layers])
-        return Counted(real(layers, inputs))
+        return Counted(real(layers, inputs, split))
 
     monkeypatch.setattr(blocks, "start_sync_batch_norm", start)
     network(x)
@@ -265,9 +265,9 @@ def test_work_between_start_and_finish_lies_between_them_in_backward_too(monkeyp
     module, log, messages = inception_bn(**SMALL).inception_3a, [], iter("123")
     real = blocks.start_sync_batch_norm
 
-    def start(layers, inputs):
+    def start(layers, inputs, split):
         number = next(messages)
-        pending = real(layers, [Logged.apply(x, log, f"start {number}") for x in inputs])
+        pending = real(layers, [Logged.apply(x, log, f"start {number}") for x in inputs], split)
         finish = pending.finish
         pending.finish = lambda: [Logged.apply(y, log, f"finish {number}") for y in finish()]
         return pending

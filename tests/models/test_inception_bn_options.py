@@ -227,7 +227,7 @@ def test_per_activation_head(activation, monkeypatch):
     torch.testing.assert_close(y, getattr(torch, activation)(expected))
     started = []
     real = blocks.start_sync_batch_norm
-    monkeypatch.setattr(blocks, "start_sync_batch_norm", lambda *a: started.append(1) or real(*a))
+    monkeypatch.setattr(blocks, "start_sync_batch_norm", lambda *a, **k: started.append(1) or real(*a, **k))
     network(images(4, 64))
     assert len(started) == 33
     with pytest.raises(ValueError, match=r"built for images of \(64, 64\), got .* \(32, 32\)"):

@@ -267,3 +267,32 @@ def test_outputs_of_a_group_may_be_worked_on_in_place():
     inputs = [torch.randn(4, 3, 5, requires_grad=True), torch.randn(4, 2, requires_grad=True)]
     for y in sync_batch_norm_group(layers, inputs):
         nn.functional.relu(y, inplace=True).pow(2).sum().backward(retain_graph=True)
+
+
+def split(rank):
+    """Outputs of layers side by side, together and apart, in training and evaluation."""
+    found = []
+    for apart in (False, True):
+        torch.manual_seed(rank)
+        layers = [[SyncBatchNorm(C).double() for C in (2, 3)], SyncBatchNorm(4).double()]
+        inputs = [torch.randn(3, C, 2, 2).double().requires_grad_() for C in (5, 4)]
+        ys = start_sync_batch_norm(layers, inputs, split=apart).finish()
+        ys = ys if apart else [*ys[0].split([2, 3], dim=1), ys[1]]
+        gradients = torch.autograd.grad(sum((y**3).sum() for y in ys), inputs)
+        for layer in nn.ModuleList([*layers[0], layers[1]]):
+            layer.eval()
+        evaluated = start_sync_batch_norm(layers, inputs, split=apart).finish()
+        evaluated = evaluated if apart else [*evaluated[0].split([2, 3], dim=1), evaluated[1]]
+        found.append([*ys, *gradients, *evaluated])
+    return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("P", [1, 2])
+def test_layers_side_by_side_return_an_output_each(P):
+    assert run_ranks(split, P) == [True] * P
+
+
+def test_an_output_each_and_residuals():
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="got 1 residuals and split=True: leave one of them out"):
+        start_sync_batch_norm([[SyncBatchNorm(2), SyncBatchNorm(2)]], [x], split=True).finish([x])

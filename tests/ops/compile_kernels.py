@@ -34,13 +34,14 @@ TENSORS = {"input_sums": 1, "normalize": 1, "gradient": 2, "input_gradient": 2}
 
 
 def arguments(name, names, plan, absent, x_type, compute, step):
-    """(type, value of a constant or None, divisible by 16) of each argument; step is dy's, 0 where dy lies like x."""
+    """(type, value of a constant or None, divisible by 16) of each argument; step is dy's or y's, 0 where it is x's."""
     layout = dict(
         zip(("C", "outer", "inner", "outer_stride", "channel_stride", "inner_stride"), plan.layout, strict=True)
     )
     rows = layout["channel_stride"] == 1
-    layout["dy_outer_stride"] = 0 if rows else step or layout["outer_stride"]
-    layout["dy_inner_stride"] = step or layout["inner_stride"] if rows else 1
+    for other in ("dy", "y"):
+        layout[f"{other}_outer_stride"] = 0 if rows else step or layout["outer_stride"]
+        layout[f"{other}_inner_stride"] = step or layout["inner_stride"] if rows else 1
     for argument in names:
         if argument in absent or (name == "gradient" and argument == "y" and "y_read" in absent):
             yield "constexpr", None, False
@@ -57,7 +58,7 @@ def arguments(name, names, plan, absent, x_type, compute, step):
             yield ("constexpr", 1, False) if size == 1 else ("i32", None, size % 16 == 0)
         elif argument in ("counters", "steps"):
             yield "*i32" if argument == "counters" else "*i64", None, True
-        elif argument == "DY_LIKE_X":
+        elif argument in ("DY_LIKE_X", "Y_LIKE_X"):
             yield "constexpr", not step, False
         elif argument in ("RELU", "SPLIT"):
             yield "constexpr", "partials" not in absent, False
@@ -128,6 +129,10 @@ def main():
         for shape, planes in LARGE:
             plan = plan_of(shape, planes, 2, tensors, 132)
             check_memory_accesses(name, plan, compiled(name, plan, ON_RANKS), planes)
+            # x cut out of a tensor of twice the channels; y and dy are not
+            dense = plan.layout[3] if planes else plan.layout[0]
+            cut = plan_of(shape, planes, 2, tensors, 132, 2 * dense)
+            check_memory_accesses(name, cut, compiled(name, cut, ON_RANKS, step=dense), planes)
             if name in ("gradient", "input_gradient"):  # of a tensor of twice the channels; and with 4 numbers appended
                 own = plan.layout[3] if planes else plan.layout[0]
                 for step in (2 * own, own + 4) if planes else (2 * own,):

@@ -18,6 +18,7 @@ _BOOKKEEPING = {
     "empty_like",
     "empty_strided",
     "new_empty",
+    "new_empty_strided",
     "permute",
     "select",
     "slice",

@@ -3,6 +3,7 @@
 Fresh memory holds NaN, so that whatever a kernel leaves unwritten shows.
 """
 
+import copy
 import mmap
 from collections import Counter
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from launches import Launches, passes_for_gpus
 from norm_problems import assert_near, laid_out, problem
+from torch import nn
 
 import syncbn
 from ranks import run_ranks
 from syncbn import ops
+from syncbn.models import inception_bn
 from syncbn.ops import aten, reference, triton_passes
 from syncbn.ops.triton_plan import Plan
 
@@ -283,14 +286,14 @@ def test_addresses_have_64_bits(monkeypatch):
 # ---- the layer -----------------------------------------------------------------------------------
 
 
-def launches_of_a_step(make_inputs, layers):
+def launches_of_a_step(make_inputs, layers, split=False):
     """What one training step of the layers' group puts on a device: (forward, backward), by name."""
     inputs, residuals = make_inputs()
     launches = Launches()
     with launches:
-        ys = syncbn.nn.start_sync_batch_norm(layers, inputs).finish(residuals)
+        ys = syncbn.nn.start_sync_batch_norm(layers, inputs, split).finish(residuals)
     forward = launches.take()
-    leaves = [*inputs, *(p for layer in layers for p in layer.parameters())]
+    leaves = [*inputs, *(p for entry in layers for p in nn.ModuleList(entry if split else [entry]).parameters())]
     leaves += [r for r in residuals or [] if r is not None]
     dys = [torch.ones_like(y) for y in ys]
     with launches:
@@ -344,6 +347,117 @@ def test_layers_in_one_message_are_two_kernels_each_and_one_collective_each_way(
         true = reference.batch_norm_gradients(y.square(), x, activation=activation)
         assert_near(torch.cat([dxs[i] for *_, dxs, _ in results]), true.x, 2e-5)
         assert torch.equal(results[0][-1][i], results[1][-1][i])
+
+
+def side_by_side(rank, rows, dtype=torch.float64):
+    """Three layers of one activation and one of another, in one message; gradients lie in memory in every way."""
+    torch.manual_seed(rank)
+    layers = [[syncbn.SyncBatchNorm(C, activation="relu").to(dtype) for C in (6, 16, 3)], [syncbn.SyncBatchNorm(4)]]
+    layers[1][0].to(dtype)
+    for layer in (*layers[0], *layers[1]):
+        torch.nn.init.uniform_(layer.weight, 0.5, 2, generator=torch.Generator().manual_seed(layer.num_features))
+
+    def make():
+        xs = [laid_out(torch.randn(3 + rank, C, 4, 5, dtype=dtype) + 1, rows) for C in (25, 4)]
+        return [x.requires_grad_() for x in xs], None
+
+    with passes_for_gpus():
+        counted = [launches_of_a_step(make, layers, split=True) for _ in range(2)][-1]  # the first makes counters
+        xs, _ = make()
+        ys = syncbn.nn.start_sync_batch_norm(layers, xs, split=True).finish()
+        wide = laid_out(torch.randn(3 + rank, 40, 4, 5, dtype=dtype), rows)
+        dys = [wide[:, 2:8], laid_out(wide[:, 8:24], rows), wide[:, 24:27], laid_out(wide[:, :4], not rows)]
+        parameters = [p for entry in layers for layer in entry for p in layer.parameters()]
+        gradients = torch.autograd.grad(ys, [*xs, *parameters], dys)
+    assert all(dx.stride() == x.stride() for dx, x in zip(gradients, xs))  # noqa: B905 - the rest are parameters'
+    assert all(laid_out(y, rows).stride() == y.stride() for y in ys)
+    running = [(layer.running_mean, layer.running_var, layer.num_batches_tracked) for layer in (*layers[0], *layers[1])]
+    xs, ys, dys = ([t.detach() for t in ts] for ts in (xs, ys, dys))
+    weights = [p.detach() for p in parameters]
+    return counted, [*xs[0].split([6, 16, 3], 1), xs[1]], ys, dys, gradients, weights, running
+
+
+def check_side_by_side(results):
+    for i, activation in enumerate(["relu"] * 3 + [None]):
+        x, y, dy = (torch.cat([found[k][i] for found in results]) for k in (1, 2, 3))
+        gamma, beta = results[0][5][2 * i : 2 * i + 2]
+        expected = reference.batch_norm(x, gamma, beta, activation=activation)
+        assert_near(y, expected.y, 1e-12)
+        true = reference.batch_norm_gradients(dy, x, gamma, beta, activation=activation)
+        parts = [(*found[4][0].split([6, 16, 3], 1), found[4][1]) for found in results]
+        assert_near(torch.cat([part[i] for part in parts]), true.x, 1e-11)
+        assert_near(sum(found[4][2 + 2 * i] for found in results), true.gamma, 1e-11)
+        assert_near(sum(found[4][3 + 2 * i] for found in results), true.beta, 1e-11)
+        assert all(found[6][i][2] == 3 for found in results)
+        assert all(torch.equal(found[6][i][1], results[0][6][i][1]) for found in results)
+
+
+@ROWS
+def test_layers_side_by_side_alone(rows, many_programs):
+    found = side_by_side(0, rows)
+    forward, backward = found[0]
+    assert forward == {"input_sums": 4, "normalize": 4}
+    assert backward == {"gradient": 4, "input_gradient": 4}
+    check_side_by_side([found])
+
+
+@ROWS
+def test_layers_side_by_side_over_ranks(rows):
+    results = run_ranks(side_by_side, 2, rows)
+    for (forward, backward), *_ in results:
+        assert (forward["input_sums"], forward["normalize"], forward["allreduce"]) == (4, 4, 1)
+        assert backward == {"gradient": 4, "allreduce": 1, "input_gradient": 4}
+    check_side_by_side(results)
+
+
+@ROWS
+def test_layers_side_by_side_differentiated_twice_and_recomputed(rows):
+    layers = [syncbn.SyncBatchNorm(C, activation="relu").double() for C in (2, 1)]
+    x = laid_out(torch.randn(3, 3, 2, 2, dtype=torch.float64), rows).requires_grad_()
+
+    def outputs(x):
+        return tuple(syncbn.nn.start_sync_batch_norm([layers], [x], split=True).finish())
+
+    with passes_for_gpus():
+        assert torch.autograd.gradgradcheck(outputs, (x,))
+        expected = torch.autograd.grad(sum(y.square().sum() for y in outputs(x)), x)
+        with syncbn.recompute_activations():
+            loss = sum(y.square().sum() for y in outputs(x))
+        assert torch.equal(*torch.autograd.grad(loss, x), *expected)
+        y = torch.utils.checkpoint.checkpoint(outputs, x, use_reentrant=False)
+        assert torch.equal(*torch.autograd.grad(sum(part.square().sum() for part in y), x), *expected)
+
+
+def step_of_a_module(module, recomputed, launches):
+    """Output, gradients and buffers of a training step."""
+    x = torch.randn(2, 24, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with launches:
+        with syncbn.recompute_activations(recomputed):
+            y = module(x)
+        gradients = torch.autograd.grad(y, [x, *module.parameters()], y.detach().square())
+    return [y.detach(), *gradients], list(module.buffers())
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_an_inception_module_is_what_it_is_on_a_cpu(recomputed):
+    """And launches its convolutions, its pool, two kernels for a layer each way, and little else."""
+    module = inception_bn(2, stem="small", width_multiplier=0.125).inception_3a.double()
+    module = module.to(memory_format=torch.channels_last)
+    launches = Launches()
+    expected = step_of_a_module(copy.deepcopy(module), False, launches)
+    launches.take()
+    with passes_for_gpus():
+        found = step_of_a_module(module, recomputed, launches)
+    for ours, theirs, tolerance in zip(found, expected, (1e-11, 1e-7), strict=True):  # here momentum has 32 bits
+        for a, b in zip(ours, theirs, strict=True):
+            assert_near(a, b.double(), tolerance)
+    counted = launches.take()
+    kernels = [counted.pop(name) for name in ("input_sums", "normalize", "gradient", "input_gradient")]
+    assert kernels == [7, 7 + 3 * recomputed, 7, 7], "three layers have a convolution after them"
+    convolutions = {"convolution": 5, "convolution_backward": 5, "avg_pool2d": 1, "avg_pool2d_backward": 1}
+    joined = {"cat": 2, "add": 1}  # weights of siblings, and the branches; gradients of the input
+    assert counted == {**convolutions, **joined, "pow": 1}
 
 
 def layers_that_disagree(rank):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import ops
-from syncbn.models.blocks import ConvNorm, start_norm_activation
+from syncbn.models.blocks import ConvNorm, SeparableConv2d, start_norm_activation
 from syncbn.models.inception_bn import InceptionBN, InceptionModule
 
 # Renamed in torch 2.13.
@@ -258,6 +258,14 @@ class BranchByBranch(InceptionModule):
         return torch.cat([*parts, pooled], dim=1)
 
 
+class PartByPart(SeparableConv2d):
+    """A separable convolution as stock code runs it: its two convolutions, one after another."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, out_channels, H/stride, W/stride)."""
+        return self.pointwise(self.depthwise(input))
+
+
 def stock_inception(
     network: InceptionBN,
     make_norm: Callable[[_BatchNorm], nn.Module] | None = None,
@@ -274,6 +282,8 @@ def stock_inception(
     for module in network.modules():
         if isinstance(module, InceptionModule) and not fused_convolutions:
             module.__class__ = BranchByBranch
+        if isinstance(module, SeparableConv2d):
+            module.__class__ = PartByPart
         if isinstance(module, ConvNorm) and make_norm is not None:
             bn = cast(_BatchNorm, module.bn)
             module.bn = make_norm(bn).to(bn.weight.dtype)

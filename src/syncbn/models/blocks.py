@@ -246,38 +246,38 @@ class PendingActivations:
         if all(unit.shares_messages for siblings in units for unit in siblings):
             norms = [[cast(BatchNorm, unit.bn) for unit in siblings] for siblings in units]
             # To a per-activation norm every activation is a channel: (N, C*H*W), siblings still side by side.
-            flat = isinstance(norms[0][0], PerActivationBatchNorm)
-            self._message = start_sync_batch_norm(norms, [z.flatten(1) if flat else z for z in inputs])
+            self._flat = isinstance(norms[0][0], PerActivationBatchNorm)
+            flattened = [z.flatten(1) if self._flat else z for z in inputs]
+            self._message = start_sync_batch_norm(norms, flattened, split=True)
 
     def finish(self) -> list[Tensor]:
-        """Wait for the message, if there is one, and return the activations, one tensor per input."""
+        """Wait for the message, if there is one, and return the activations, one tensor per unit."""
         if self._message is None:
-            return [_apply_one_by_one(*pair) for pair in zip(self._units, self._inputs, strict=True)]
-        outputs = [
-            y if y.shape == z.shape else y.view(z.shape)
-            for y, z in zip(self._message.finish(), self._inputs, strict=True)
-        ]
-        for siblings, z, y in zip(self._units, self._inputs, outputs, strict=True):
-            _show_norms(siblings, z, y)
-        # Siblings have one activation, so one call serves them all.
-        return [siblings[0].activate(y) for siblings, y in zip(self._units, outputs, strict=True)]
+            return [y for pair in zip(self._units, self._inputs, strict=True) for y in _apply_one_by_one(*pair)]
+        outputs = iter(self._message.finish())
+        activations = []
+        for siblings, z in zip(self._units, self._inputs, strict=True):
+            ys = [next(outputs) for _ in siblings]
+            if self._flat:
+                ys = [y.unflatten(1, (-1, *z.shape[2:])) for y in ys]
+            _show_norms(siblings, z, ys)
+            activations += [unit.activate(y) for unit, y in zip(siblings, ys, strict=True)]
+        return activations
 
 
-def _apply_one_by_one(siblings: Sequence[ConvNorm], z: Tensor) -> Tensor:
+def _apply_one_by_one(siblings: Sequence[ConvNorm], z: Tensor) -> list[Tensor]:
+    parts = split_siblings(siblings, z)
     if all(isinstance(unit.bn, nn.Identity) for unit in siblings):
-        _show_norms(siblings, z, z)
-        return siblings[0].activate(z)
-    if len(siblings) == 1:
-        return siblings[0].activate(siblings[0].bn(z))
-    outputs = [unit.activate(unit.bn(part)) for unit, part in zip(siblings, split_siblings(siblings, z), strict=True)]
-    return torch.cat(outputs, dim=1)
+        _show_norms(siblings, z, parts)
+        return [unit.activate(part) for unit, part in zip(siblings, parts, strict=True)]
+    return [unit.activate(unit.bn(part)) for unit, part in zip(siblings, parts, strict=True)]
 
 
-def _show_norms(siblings: Sequence[ConvNorm], z: Tensor, y: Tensor) -> None:
-    """Show the norms of siblings that ran as one; z went in, y came out, each (N, sum of their channels, H, W)."""
+def _show_norms(siblings: Sequence[ConvNorm], z: Tensor, ys: Sequence[Tensor]) -> None:
+    """Show the norms of siblings that ran as one; z (N, sum of their channels, H, W) went in, ys came out."""
     if any(is_observed(unit.bn) for unit in siblings):
-        for unit, *parts in zip(siblings, split_siblings(siblings, z), split_siblings(siblings, y), strict=True):
-            show(unit.bn, *parts)
+        for unit, part, y in zip(siblings, split_siblings(siblings, z), ys, strict=True):
+            show(unit.bn, part, y)
 
 
 def start_norm_activation(units: Sequence[Sequence[ConvNorm]], inputs: Sequence[Tensor]) -> PendingActivations:
@@ -291,7 +291,7 @@ def start_norm_activation(units: Sequence[Sequence[ConvNorm]], inputs: Sequence[
         inputs: outputs of the units' convolutions, each (N, sum of the siblings' channels, H, W).
 
     Returns:
-        A handle whose ``finish()`` returns the activations, one tensor per input.
+        A handle whose ``finish()`` returns the activations, one tensor per unit.
     """
     return PendingActivations(units, inputs)
 

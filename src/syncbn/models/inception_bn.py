@@ -26,7 +26,6 @@ from syncbn.models.blocks import (
     init_convolutions,
     max_pool_halving,
     sibling_conv,
-    split_siblings,
     start_norm_activation,
 )
 from syncbn.models.variants import (
@@ -132,7 +131,7 @@ class InceptionModule(nn.Module):
 
         first = start_norm_activation([siblings], [sibling_conv(siblings, input)])
         pooled = self.branch_pool(input)
-        parts = list(split_siblings(siblings, first.finish()[0]))
+        parts = first.finish()
 
         units, inputs = [[double.spatial_1]], [double.spatial_1.conv(parts.pop())]
         if projection is not None:

@@ -1,6 +1,8 @@
 """SyncBatchNorm, and the form in which several layers share one message."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
+from itertools import groupby
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -206,30 +208,36 @@ Layers: TypeAlias = BatchNorm | Sequence[BatchNorm]
 class PendingBatchNorm:
     """A synchronisation of several layers under way; made by `start_sync_batch_norm`."""
 
-    def __init__(self, entries: "Sequence[_Entry]") -> None:
-        self.entries = entries
-        self.live = [e for e in entries if e.uses_batch]
+    def __init__(self, entries: "Sequence[_Entry]", split: bool) -> None:
+        self.split = split
+        self.entries = [part for e in entries for part in e.parts()] if split else entries
+        self.live = [e for e in self.entries if e.uses_batch]
         self.route = _route([layer for e in self.live for layer in e.layers])
         self.memory = self.live[0].layers[0]._memory if self.live else Memory()
         self.started: Started | None = None
         if self.route is not None and not only_operators():
-            self.started = start([e.input for e in self.live], self.route, self.memory)
+            self.started = start([e.input for e in self.live], self.route, self.memory, [e.span for e in self.live])
 
     def finish(self, residuals: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """Wait for the message and normalise.
 
         Args:
-            residuals: for each input, a tensor like it to add before the activation, or None.
+            residuals: for each input, a tensor like it to add before the activation, or None. Not with ``split``.
 
         Returns:
-            The outputs, like the inputs.
+            The outputs, like the inputs, or with ``split`` like each layer's part of them.
         """
+        if self.split and residuals is not None:
+            raise ValueError(f"got {len(residuals)} residuals and split=True: leave one of them out")
         if residuals is None:
             residuals = [None] * len(self.entries)
         for entry, residual in zip(self.entries, residuals, strict=True):
             entry.take(residual)
         normalised = iter(self._normalize([e.norm() for e in self.live]))
-        return [next(normalised) if e.uses_batch else e.from_running_statistics() for e in self.entries]
+        outputs = [next(normalised) if e.uses_batch else e.from_running_statistics() for e in self.entries]
+        if not self.split:
+            return outputs
+        return [part for e, y in zip(self.entries, outputs, strict=True) for part in e.split(y)]
 
     def _normalize(self, norms: list[Norm]) -> list[Tensor]:
         repeated = False
@@ -245,8 +253,11 @@ class PendingBatchNorm:
             may_repeat = may_be_recomputed() or bool(self.memory.entries)
             if not may_repeat:
                 norms = self._with_running(norms)
-            pairs = [batch_norm(norm) for norm in norms]
-            outputs, statistics = [y for y, _ in pairs], [s for _, s in pairs]
+            outputs, statistics = [], []
+            for _, of_one_input in groupby(norms, key=lambda norm: id(norm.x)):
+                ys, found = batch_norm(list(of_one_input))
+                outputs += ys
+                statistics += found
             repeated = may_repeat and self._repeats(statistics)
         if not repeated:
             for entry, norm, s in zip(self.live, norms, statistics, strict=True):
@@ -269,7 +280,7 @@ class PendingBatchNorm:
         return repeated
 
 
-def start_sync_batch_norm(layers: Sequence[Layers], inputs: Sequence[Tensor]) -> PendingBatchNorm:
+def start_sync_batch_norm(layers: Sequence[Layers], inputs: Sequence[Tensor], split: bool = False) -> PendingBatchNorm:
     """Launch the one message that the layers share; `finish()` of the result waits for it and normalises.
 
     What runs between the two runs while the message travels, and likewise going backward.
@@ -278,6 +289,8 @@ def start_sync_batch_norm(layers: Sequence[Layers], inputs: Sequence[Tensor]) ->
         layers: one entry an input: a layer, or several whose channels lie side by side in the input. Layers must not
             depend on each other's outputs, and must share a process group.
         inputs: (N, C, ...) each; sizes may differ.
+        split: return an output for each layer, also of those side by side in one input. Where these go different ways,
+            that spares a GPU copies.
 
     Raises:
         ValueError: entries and inputs do not match, or the process groups differ.
@@ -286,7 +299,7 @@ def start_sync_batch_norm(layers: Sequence[Layers], inputs: Sequence[Tensor]) ->
         raise ValueError(
             f"expected one input for each entry of layers, got {len(layers)} layers and {len(inputs)} inputs"
         )
-    return PendingBatchNorm([_Entry(layer, x) for layer, x in zip(layers, inputs, strict=True)])
+    return PendingBatchNorm([_Entry(layer, x) for layer, x in zip(layers, inputs, strict=True)], split)
 
 
 def sync_batch_norm_group(layers: Sequence[Layers], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -304,6 +317,7 @@ class _Entry:
     def __init__(self, layers: Layers, input: Tensor) -> None:
         self.layers = (layers,) if isinstance(layers, torch.nn.Module) else tuple(layers)
         self.input = input
+        self.span: ops.Span | None = None
         self.residual: Tensor | None = None
         for layer in self.layers:
             if not isinstance(layer, BatchNorm):
@@ -316,6 +330,22 @@ class _Entry:
         if len(self.layers) > 1:
             _check_siblings(self.layers)
         self.uses_batch = first.training or first.running_mean is None
+
+    def parts(self) -> "list[_Entry]":
+        """An entry for each layer, where it normalises by its batch and the passes can take its channels alone."""
+        if len(self.layers) == 1 or not self.uses_batch or only_operators() or not ops.reads_spans(self.input):
+            return [self]
+        parts, first = [], 0
+        for layer in self.layers:
+            part = copy(self)
+            part.layers, part.span = (layer,), ops.Span(first, layer.num_features, self.input.shape[1])
+            parts.append(part)
+            first += layer.num_features
+        return parts
+
+    def split(self, y: Tensor) -> Sequence[Tensor]:
+        """What of the output is each layer's."""
+        return (y,) if len(self.layers) == 1 else y.split([layer.num_features for layer in self.layers], dim=1)
 
     def take(self, residual: Tensor | None) -> None:
         if residual is not None and residual.shape != self.input.shape:
@@ -331,6 +361,7 @@ class _Entry:
             self.residual,
             first.eps,
             first.activation,
+            span=self.span,
         )
 
     def running(self) -> ops.Running | None:

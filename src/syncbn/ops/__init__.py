@@ -2,8 +2,9 @@
 
 This is the one dispatch point: GPU kernels (`triton_passes`) or compiled code (`native`) where these are at hand and
 take the tensor, else ATen's operators, on any device.
-x is (N, C, ...), floating point, and dense: planes or rows in memory (see `dense`). The residual is like it, in its
-layout; dy as `upstream_gradient` returns it. Sums and moments are float64.
+x is (N, C, ...), floating point, and dense: planes or rows in memory (see `dense`); or a `Span` of such a tensor, where
+`reads_spans` allows it. The residual is like it, in its layout; dy as `upstream_gradient` returns it. Sums and moments
+are float64.
 """
 
 from collections.abc import Sequence
@@ -23,11 +24,13 @@ from syncbn.ops.common import (
     Normalized,
     Running,
     Signature,
+    Span,
     Upstream,
     at_least_one,
     compute_dtype,
     dense,
     in_rows,
+    is_rows,
     per_channel,
     step_of,
 )
@@ -40,6 +43,7 @@ __all__ = [
     "Normalized",
     "Running",
     "Signature",
+    "Span",
     "Sums",
     "Upstream",
     "about_origin",
@@ -60,6 +64,7 @@ __all__ = [
     "normalize_batch",
     "per_channel",
     "pivot",
+    "reads_spans",
     "update_running",
     "upstream_gradient",
 ]
@@ -131,6 +136,11 @@ def normalize(x: Tensor, affine: Affine, residual: Tensor | None = None) -> Tens
     return _passes(x).normalize(x, affine, residual)
 
 
+def reads_spans(x: Tensor) -> bool:
+    """Whether the passes take the `Span`s of x as they lie; elsewhere layers side by side are faster taken as one."""
+    return triton_passes.takes(x) and (x.is_contiguous() or is_rows(x))
+
+
 def upstream_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """Dy as the passes over x can read it: like x in memory and dtype, or channels cut out of such a wider tensor."""
     if dy.dtype == x.dtype and not dy.is_neg():
@@ -187,7 +197,13 @@ def gradient(dy: Tensor, x: Tensor, affine: Affine) -> Gradient:
 
 
 def input_gradient(
-    dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float | Tensor, signature: Signature | None = None
+    dy: Tensor,
+    x: Tensor,
+    affine: Affine,
+    sums: Tensor,
+    M: float | Tensor,
+    signature: Signature | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """Second pass of the backward: scale * (dy - sum dy / M - (x - mean) / (var + eps) * sum dy (x - mean) / M).
 
@@ -200,13 +216,14 @@ def input_gradient(
         sums: those of `gradient`, over all ranks.
         M: elements per channel over all ranks.
         signature: of the message that held the sums, where that has not been checked.
+        into: where to write it, for an x that is a `Span`'s; in the strides of x.
 
     Returns:
         Like x; NaN where the ranks' signatures disagree.
     """
     passes = _passes(x)
     if passes is triton_passes:
-        return triton_passes.input_gradient(dy, x, affine, sums, M, signature)
+        return triton_passes.input_gradient(dy, x, affine, sums, M, signature, into)
     if signature is not None:
         sums = signature.poisoned(sums)
     return passes.input_gradient(dy, x, affine, sums, at_least_one(M))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -60,6 +61,30 @@ class Normalized(NamedTuple):
     y: Tensor
     mean: Tensor
     var: Tensor
+
+
+class Span(NamedTuple):
+    """The channels of one layer among those that lie side by side in an activation."""
+
+    first: int
+    number: int
+    total: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """These channels of x (N, total, ...), a view."""
+        return x.narrow(1, self.first, self.number)
+
+    def among_zeros(self, part: Tensor | None) -> Tensor | None:
+        """(N, total, ...) of these channels, and zeros elsewhere."""
+        if part is None:
+            return None
+        around = (self.first, self.total - self.first - self.number)
+        return F.pad(part, (*[0] * (2 * (part.dim() - 2)), *around))
+
+    def whole_like(self, part: Tensor) -> Tensor:
+        """Fresh memory (N, total, ...), laid out like that of which `part` are these channels."""
+        N, _, *space = part.shape
+        return part.new_empty_strided((N, self.total, *space), part.stride())
 
 
 class Upstream(NamedTuple):
@@ -135,8 +160,10 @@ def is_rows(x: Tensor) -> bool:
 
 
 def in_rows(x: Tensor) -> bool:
-    """Whether the passes read x, which is dense, as rows; else as planes."""
-    return not x.is_contiguous() or x.numel() == x.shape[0] * x.shape[1]
+    """Whether the passes read x, dense or a `Span` of what is, as rows; else as planes."""
+    if x.is_contiguous():
+        return x.numel() == x.shape[0] * x.shape[1]
+    return is_rows(x) or _even_step(x, range(1, x.dim())) != 1
 
 
 def step_of(dy: Tensor, x: Tensor) -> int | None:

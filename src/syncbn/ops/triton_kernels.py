@@ -137,6 +137,8 @@ def normalize(
     outer_stride,
     channel_stride,
     inner_stride,
+    y_outer_stride,
+    y_inner_stride,
     splits,
     RELU: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -145,9 +147,11 @@ def normalize(
     ALIGNED: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    Y_LIKE_X: tl.constexpr,
 ):
     """Write y, the map of x, with the residual added before the ReLU.
 
+    X may be channels cut out of a wider tensor; y then has strides of its own, and there is no residual.
     Mean and variance are those of the sums (2C) over all ranks: then also written, and entered into the moving
     averages. Where sums is None they are read instead. NaN where the ranks disagree, or have one element in all.
     """
@@ -175,9 +179,14 @@ def normalize(
         mean = tl.load(mean_out + c, mask=exists, other=0.0)
         var = tl.load(var_out + c, mask=exists, other=0.0)
     high, low, scale, shift = coefficients(mean, var, weight, bias, c, exists, eps, COMPUTE)
+    y_tile = tile if Y_LIKE_X else offsets_in_chunk(c, channel_stride, y_inner_stride, BLOCK_I, ALIGNED)
     chunks = number_of_chunks(outer, inner, BLOCK_I)
     for k in tl.range(split, chunks, splits, num_stages=STAGES):
-        start, held = find_chunk(chunks - 1 - k, inner, outer_stride, inner_stride, BLOCK_I, ALIGNED, ONE_BLOCK)
+        k_back = chunks - 1 - k
+        start, held = find_chunk(k_back, inner, outer_stride, inner_stride, BLOCK_I, ALIGNED, ONE_BLOCK)
+        y_start = start
+        if not Y_LIKE_X:
+            y_start, _ = find_chunk(k_back, inner, y_outer_stride, y_inner_stride, BLOCK_I, ALIGNED, ONE_BLOCK)
         ok = inside(held, exists, BLOCK_I)
         v = tl.load(x + start + tile, mask=ok, other=0.0).to(COMPUTE)
         out = ((v - high) - low) * scale + shift
@@ -185,7 +194,7 @@ def normalize(
             out += tl.load(residual + start + tile, mask=ok, other=0.0).to(COMPUTE)
         if RELU:
             out = tl.where(out < 0.0, 0.0, out)  # a NaN stays
-        tl.store(y + start + tile, out, mask=ok)
+        tl.store(y + y_start + y_tile, out, mask=ok)
 
 
 @triton.jit(do_not_specialize=["C"])

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from math import prod
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from syncbn.ops.common import (
     compute_dtype,
     has_memory,
     in_rows,
+    is_rows,
     step_of,
 )
 from syncbn.ops.triton_plan import COUNTERS, Plan, aligned_to, plan_of
@@ -77,7 +79,7 @@ def forward_message(inputs: Sequence[Tensor], signature: tuple[int, int]) -> Ten
 
 def normalize(x: Tensor, affine: Affine, residual: Tensor | None) -> Tensor:
     """As `ops.normalize`."""
-    y = torch.empty_like(x)
+    y = _dense_like(x)
     mean, var = affine.mean.contiguous(), affine.var.contiguous()
     map = Map(affine.eps, affine.weight, affine.bias, affine.relu)
     _launch_normalize(x, y, mean, var, None, map, residual, None)
@@ -90,7 +92,7 @@ def normalize_batch(
     """As `ops.normalize_batch`."""
     if batch is None:
         batch = BatchSums(input_sums(x), x.numel() // x.shape[1], None)
-    y = torch.empty_like(x)
+    y = _dense_like(x)
     mean, var = x.new_empty((2, x.shape[1]), dtype=torch.float64).unbind()
     folded = running is not None and running.momentum is not None
     _launch_normalize(x, y, mean, var, batch, map, residual, running if folded else None)
@@ -121,10 +123,18 @@ def backward_sums(
 
 
 def input_gradient(
-    dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float | Tensor, signature: Signature | None = None
+    dy: Tensor,
+    x: Tensor,
+    affine: Affine,
+    sums: Tensor,
+    M: float | Tensor,
+    signature: Signature | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """As `ops.input_gradient`."""
-    dx, plan, strides = torch.empty_like(x), *_plan_of_gradient(dy, x)
+    dx = torch.empty_like(x) if into is None else into
+    assert dx.stride() == x.stride()
+    plan, strides = _plan_beside(dy, x, 2)
     kernel = _kernels().input_gradient
     with _on(x.device):
         kernel[plan.grid](
@@ -187,7 +197,7 @@ def _launch_normalize(
     running: Running | None,
 ) -> None:
     """Mean and variance are written where there is a batch, else read."""
-    plan = _plan(x, 1)
+    plan, strides = _plan_beside(y, x, 1)
     sums, M, signature = (None, 0.0, None) if batch is None else batch
     averages = (None, None, None, 0.0) if running is None else running
     with _on(x.device):
@@ -205,9 +215,11 @@ def _launch_normalize(
             map.eps,
             *averages,
             *plan.layout,
+            *strides,
             plan.splits,
             RELU=map.relu,
             COMPUTE=_compute(x),
+            Y_LIKE_X=y.stride() == x.stride(),
             **plan.tile,
         )
     if running is not None:
@@ -216,7 +228,7 @@ def _launch_normalize(
 
 def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int) -> tuple[Upstream, Gradient]:
     dy, x, affine, y = one
-    plan, strides = _plan_of_gradient(dy, x)
+    plan, strides = _plan_beside(dy, x, 2)
     cut = None if y is None else torch.empty_like(x)
     weight, bias = (None if v is None else torch.empty_like(v).contiguous() for v in (affine.weight, affine.bias))
     with _on(x.device):
@@ -255,19 +267,35 @@ def _plan(x: Tensor, tensors: int) -> Plan:
 
     So the second finds in the cache what the first read last.
     """
-    return plan_of(x.shape, x.is_contiguous(), x.element_size(), tensors, _multiprocessors(x.device))
+    step = None if x.is_contiguous() or is_rows(x) else step_of(x, x)
+    return plan_of(x.shape, not in_rows(x), x.element_size(), tensors, _multiprocessors(x.device), step)
 
 
-def _plan_of_gradient(dy: Tensor, x: Tensor) -> tuple[Plan, tuple[int, int]]:
-    """The plan of a pass over x and dy, and dy's outer and inner stride: see triton_parts.py."""
-    plan = _plan(x, 2)
-    if dy.stride() == x.stride():
+def _plan_beside(other: Tensor, x: Tensor, tensors: int) -> tuple[Plan, tuple[int, int]]:
+    """The plan of a pass over x and `other`, and outer and inner stride of that one: see triton_parts.py."""
+    plan = _plan(x, tensors)
+    if other.stride() == x.stride():
         return plan, (plan.layout[3], plan.layout[5])
-    step = step_of(dy, x)
-    assert step is not None, "ops.upstream_gradient sees to it"
+    step = step_of(other, x)
+    assert step is not None, "ops.upstream_gradient and _dense_like see to it"
     if in_rows(x):
         return plan, (0, step)
     return aligned_to(plan, step), (step, 1)
+
+
+def _dense_like(x: Tensor) -> Tensor:
+    """Fresh memory like x, also where that has gaps: in planes or rows without."""
+    if x.is_contiguous() or is_rows(x):
+        return torch.empty_like(x)
+    if not in_rows(x):
+        return x.new_empty(x.shape)
+    C, *space = x.shape[1:]
+    sizes = [
+        prod(space),
+        *(prod(space[i + 1 :]) for i in range(len(space))),
+    ]  # of an image, and of each dimension of it
+    image, *strides = (C * size for size in sizes)
+    return x.new_empty_strided(x.shape, (image, 1, *strides))
 
 
 @cache

@@ -65,7 +65,9 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def plan_of(shape: Sequence[int], planes: bool, element_size: int, tensors: int, multiprocessors: int) -> Plan:
+def plan_of(
+    shape: Sequence[int], planes: bool, element_size: int, tensors: int, multiprocessors: int, step: int | None = None
+) -> Plan:
     """The plan of a pass over an activation.
 
     Args:
@@ -74,8 +76,9 @@ def plan_of(shape: Sequence[int], planes: bool, element_size: int, tensors: int,
         element_size: bytes.
         tensors: how many like it the pass reads.
         multiprocessors: of the GPU.
+        step: how many elements its rows, or its images in planes, lie apart; None where there is nothing between them.
     """
-    layout = _layout(shape, planes)
+    layout = _layout(shape, planes, step)
     C, outer, inner = layout[:3]
     elements = TILE_BYTES // (element_size * tensors)
     while True:
@@ -93,7 +96,7 @@ def plan_of(shape: Sequence[int], planes: bool, element_size: int, tensors: int,
     constants = {
         "BLOCK_C": block_c,
         "BLOCK_I": block_i,
-        "ALIGNED": gcd(inner, WIDEST_LOAD // element_size) if layout[4] > 1 else 1,
+        "ALIGNED": gcd(inner, layout[3], WIDEST_LOAD // element_size) if layout[4] > 1 else 1,
         "ONE_BLOCK": outer == 1,
         "STAGES": MOST_STAGES if chunks > splits else 2,
     }
@@ -106,14 +109,14 @@ def aligned_to(plan: Plan, step: int) -> Plan:
     return plan if aligned == plan.tile["ALIGNED"] else replace(plan, tile={**plan.tile, "ALIGNED": aligned})
 
 
-def _layout(shape: Sequence[int], planes: bool) -> tuple[int, int, int, int, int, int]:
+def _layout(shape: Sequence[int], planes: bool, step: int | None) -> tuple[int, int, int, int, int, int]:
     N, C, *space = shape
     area = prod(space)
     if N * area == 0:
         return C, 1, 0, 0, 1, C
     if planes and area > 1:
-        return C, N, area, C * area, area, 1
-    return C, 1, N * area, 0, 1, C
+        return C, N, area, step or C * area, area, 1
+    return C, 1, N * area, 0, 1, step or C
 
 
 def _tile(C: int, inner: int, rows: bool, elements: int) -> tuple[int, int]:
