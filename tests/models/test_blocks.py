@@ -1,6 +1,7 @@
 """The blocks of the models by themselves: padding and pooling."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,33 +71,38 @@ def test_halving_pool(size):
 
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_training_runs_a_separable_convolution_as_one(padding, bias):
+def test_a_separable_convolution_as_one(padding, bias):
     """Output and gradients are those of the two convolutions, though neither is called."""
     conv = SeparableConv2d(3, 10, 7, 2, depth_multiplier=8, padding=padding, bias=bias).double()
     x = images(size=19, dtype=torch.float64).requires_grad_()
     leaves = [x, *conv.parameters()]
-    expected = conv.pointwise(conv.depthwise(x))
+    expected = conv(x)
     dy = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, leaves, dy)
     conv.depthwise.register_forward_pre_hook(lambda *_: pytest.fail("called"))
-    found = conv(x)
+    found = conv.as_one(x)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, leaves, dy), gradients)
 
 
-def test_evaluation_and_observation_run_both_parts_of_a_separable_convolution():
+def test_where_a_separable_convolution_runs_as_one(monkeypatch):
+    """In training on a GPU, unless somebody looks at its parts."""
     conv = SeparableConv2d(3, 8, 7, 2, depth_multiplier=8, padding="same", bias=True)
-    x = images(size=16)
-    expected = conv.pointwise(conv.depthwise(x))
-    assert torch.equal(conv.eval()(x), expected)
-    seen = []
-    observe_outputs(conv.train().depthwise, seen.append)
-    assert torch.equal(conv(x), expected)
-    assert [y.shape for y in seen] == [(2, 24, 8, 8)]
+    monkeypatch.setattr(conv, "as_one", lambda x: "as one")
+    monkeypatch.setattr(conv.depthwise, "forward", lambda x: x)
+    monkeypatch.setattr(conv.pointwise, "forward", lambda x: "one after the other")
+
+    def run(cuda=True, training=True):
+        return conv.train(training)(SimpleNamespace(is_cuda=cuda))
+
+    assert run() == "as one"
+    assert run(cuda=False) == run(training=False) == "one after the other"
+    observe_outputs(conv.depthwise, lambda y: None)
+    assert run() == "one after the other"
 
 
 def test_the_weight_of_a_separable_convolution_is_rounded_once_under_autocast():
     conv = SeparableConv2d(3, 8, 7, 2, depth_multiplier=8, padding="symmetric", bias=False)
     with torch.autocast("cpu", torch.bfloat16):
         assert conv.dense_weight().dtype == torch.float32
-        assert conv(images(size=16)).dtype == torch.bfloat16
+        assert conv.as_one(images(size=16)).dtype == torch.bfloat16

@@ -98,9 +98,9 @@ def make_conv(
 class SeparableConv2d(nn.Module):
     """A depthwise, then a pointwise convolution: (N, C, H, W) -> (N, out_channels, H/stride, W/stride).
 
-    With nothing between them both are one dense convolution, whose weights are the product of theirs. Training runs
-    that one: a depthwise convolution has a slow backward, and nothing between the two has to be kept. Evaluation runs
-    them one after the other, and so rounds as the published networks do.
+    With nothing between them both are one dense convolution, whose weights are the product of theirs. Training on a GPU
+    runs that one: depthwise convolutions are slow there, above all backward, and nothing between the two is to be kept.
+    Elsewhere they run one after the other, and so round as the published networks do.
     """
 
     def __init__(
@@ -121,8 +121,13 @@ class SeparableConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve."""
-        if not self.training or is_observed(self.depthwise) or is_observed(self.pointwise):
-            return self.pointwise(self.depthwise(input))
+        observed = is_observed(self.depthwise) or is_observed(self.pointwise)
+        if self.training and input.is_cuda and not observed:
+            return self.as_one(input)
+        return self.pointwise(self.depthwise(input))
+
+    def as_one(self, input: Tensor) -> Tensor:
+        """Convolve once."""
         first = self.depthwise
         input = first.pad(input) if isinstance(first, Conv2dSame) else input
         return F.conv2d(input, self.dense_weight(), self.pointwise.bias, first.stride, first.padding)
