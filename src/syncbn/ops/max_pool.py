@@ -65,8 +65,9 @@ def max_pool2d(
 
 
 def _takes(x: Tensor, kernel_size: int) -> bool:
-    derived_forward = forward_ad._current_level >= 0
-    return triton_passes.takes(x) and x.dim() == 4 and 1 <= kernel_size <= LARGEST_KERNEL and not derived_forward
+    if not (triton_passes.takes(x) and x.dim() == 4 and 1 <= kernel_size <= LARGEST_KERNEL):
+        return False
+    return forward_ad._current_level < 0  # forward-mode AD needs torch's operator
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -80,29 +81,29 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:
         y, positions = _pooled(x, window, with_positions=True)
         ctx.save_for_backward(positions)
-        ctx.window, ctx.shape = window, x.shape
+        ctx.window, ctx.shape, ctx.rows = window, x.shape, _rows(x)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (positions,) = ctx.saved_tensors
-        return _Gradient.apply(dy, positions, ctx.window, ctx.shape), None
+        return _Gradient.apply(dy, *ctx.saved_tensors, ctx.window, ctx.shape, ctx.rows), None
 
 
 class _Gradient(torch.autograd.Function):
-    """dx from dy, linear in it: its own gradient reads where it wrote."""
+    """dx from dy, to which it is linear: its own backward picks the elements to which this one adds."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, positions: Tensor, window: Window, shape: torch.Size) -> Tensor:
+    def forward(ctx: Any, dy: Tensor, positions: Tensor, window: Window, shape: torch.Size, rows: bool) -> Tensor:
         ctx.save_for_backward(positions)
         ctx.window, ctx.width = window, shape[3]
-        return _input_gradient(dy, positions, window, shape)
+        return _input_gradient(dy, positions, window, shape, rows)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> Any:
         (positions,) = ctx.saved_tensors
         places = _places(positions, ctx.window, ctx.width)
-        return ddx.flatten(2).gather(2, places.flatten(2)).view(positions.shape), None, None, None
+        ddy = ddx.flatten(2).gather(2, places.flatten(2)).view(positions.shape)
+        return ddy, None, None, None, None
 
 
 def _places(positions: Tensor, window: Window, width: int) -> Tensor:
@@ -118,12 +119,20 @@ def _places(positions: Tensor, window: Window, width: int) -> Tensor:
 def _pooled(x: Tensor, window: Window, with_positions: bool) -> tuple[Tensor, Tensor | None]:
     if 1 not in (x.stride(1), x.stride(3)):
         x = x.contiguous()
-    shape = _output_shape(x.shape, window)
-    rows = x.stride(1) == 1 and not x.is_contiguous()
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(rows))
+    y = _empty(_output_shape(x.shape, window), x, _rows(x))
     positions = torch.empty_like(y, dtype=torch.uint8) if with_positions else None
     _launch("max_pool", (x, y, positions), (x, y), window, x.shape, y.shape, pixels=y.shape[2:])
     return y, positions
+
+
+def _rows(x: Tensor) -> bool:
+    """Whether the channels lie side by side."""
+    return x.stride(1) == 1 and not x.is_contiguous()
+
+
+def _empty(shape: Sequence[int], like: Tensor, rows: bool) -> Tensor:
+    format = torch.channels_last if rows else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
 
 
 @lru_cache(maxsize=4096)
@@ -133,19 +142,14 @@ def _output_shape(shape: torch.Size, window: Window) -> torch.Size:
     return F.max_pool2d(torch.empty(shape, device="meta"), kernel, stride, padding, ceil_mode=ceil_mode).shape
 
 
-def _input_gradient(dy: Tensor, positions: Tensor, window: Window, shape: torch.Size) -> Tensor:
-    rows = positions.stride(1) == 1
+def _input_gradient(dy: Tensor, positions: Tensor, window: Window, shape: torch.Size, rows: bool) -> Tensor:
     if dy.stride(1 if rows else 3) != 1 or dy.is_neg():  # channels cut out of a wider gradient are read where they lie
         dy = torch.empty_like(positions, dtype=dy.dtype).copy_(dy)
-    dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=_format(rows))
+    dx = _empty(shape, dy, rows)
     patches = [-(-size // step) for size, step in zip(shape[2:], window.stride, strict=True)]
     tensors = (dy, positions, dx)
     _launch("max_pool_gradient", tensors, tensors, window, shape, positions.shape, pixels=patches)
     return dx
-
-
-def _format(rows: bool) -> torch.memory_format:
-    return torch.channels_last if rows else torch.contiguous_format
 
 
 def _launch(
@@ -164,9 +168,8 @@ def _launch(
     first = strided[0]
     tile = _tile(C, pixels[0] * pixels[1], first.element_size(), _alignment(C, strided))
     channel_blocks, pixel_blocks = -(-C // tile["BLOCK_C"]), -(-pixels[0] * pixels[1] // tile["BLOCK_P"])
-    kernels = import_module("syncbn.ops.triton_pool_kernels")  # imports Triton, which `import syncbn` must not
     with torch.cuda.device_of(first):  # kernels start on the current device
-        getattr(kernels, kernel)[(N * channel_blocks * pixel_blocks,)](
+        getattr(_kernels(), kernel)[(N * channel_blocks * pixel_blocks,)](
             *tensors,
             C,
             *shape[2:],
@@ -180,9 +183,13 @@ def _launch(
             PADDING_H=window.padding[0],
             PADDING_W=window.padding[1],
             COMPUTE=_compute(first.dtype),
-            UNROLL=max(1, *window.stride, window.kernel) if max(*window.stride, window.kernel) <= MOST_UNROLLED else 1,
+            UNROLL=max(window.kernel, *window.stride) <= MOST_UNROLLED,
             **tile,
         )
+
+
+def _kernels() -> Any:
+    return import_module("syncbn.ops.triton_pool_kernels")  # imports Triton, which `import syncbn` must not
 
 
 def _alignment(C: int, strided: Sequence[Tensor]) -> int:

@@ -1,12 +1,11 @@
-"""Max pooling as GPU kernels. Only `max_pool` imports this file, and with it Triton, once a tensor on a GPU asks for it.
+"""Max pooling as GPU kernels. Only `max_pool` imports this file, and with it Triton, once a GPU's tensor asks for it.
 
 Every tensor has four strides of its own, for image, channel, row and column, so that any layout is read in place. A
-program has a tile of BLOCK_C channels x BLOCK_P pixels of one image, counted row by row. `ALIGNED` tells the compiler of
-how many elements C and all strides but 1 are multiples where channels lie side by side: without it, it would load
-one element at a time unless it saw multiples of 16.
+program has a tile of BLOCK_C channels x BLOCK_P pixels of one image, counted row by row. ALIGNED tells the compiler of
+how many elements C and all strides are multiples, where channels lie side by side; elsewhere it is 1.
 
-A window's position is the number of an element in it, row by row from 0, whether or not it lies in the padding.
-Loops over windows are unrolled UNROLL times: altogether where they are short.
+A window's position is the number of one of its elements, row by row from 0, those in the padding included. With UNROLL
+the loops over a window are unrolled.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -51,8 +50,14 @@ def _tile(
 def _offsets(image, c, row, column, image_stride, channel_stride, row_stride, column_stride, ALIGNED: tl.constexpr):
     """Of a tile's elements (BLOCK_C, BLOCK_P), 64 bits wide."""
     of_pixels = image * image_stride + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
-    of_channels = c * channel_stride
-    return tl.multiple_of(of_pixels, (1, ALIGNED)) + of_channels
+    return tl.multiple_of(of_pixels + c * channel_stride, (ALIGNED, 1))
+
+
+@triton.jit
+def _moved(offsets, rows, columns, row_stride, column_stride, ALIGNED: tl.constexpr):
+    """The offsets so many rows and columns further."""
+    step = tl.cast(rows, tl.int64) * row_stride + tl.cast(columns, tl.int64) * column_stride
+    return tl.multiple_of(offsets + step, (ALIGNED, 1))
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_OUTER])
@@ -88,7 +93,7 @@ def max_pool(
 ):
     """Write y, the maximum of each window of x, and its position unless there is no place for it.
 
-    As ATen: of equal elements the first counts, of several NaN the last.
+    As ATen: of equal elements the first counts, of several NaN the last. Of zeros, 0 counts for more than -0 in y.
     """
     image, c, exists, row, column, inside = _tile(
         C, out_height, out_width, channel_blocks, pixel_blocks, BLOCK_C, BLOCK_P, ALIGNED
@@ -100,15 +105,14 @@ def max_pool(
     # The first element outside the padding, for a window in which nothing is more than -inf.
     first = tl.maximum(-top, 0) * KERNEL + tl.maximum(-left, 0)
     position = tl.broadcast_to(first, (BLOCK_C, BLOCK_P))
-    for i in tl.range(KERNEL, loop_unroll_factor=UNROLL):
-        for j in tl.range(KERNEL, loop_unroll_factor=UNROLL):
+    for i in tl.range(KERNEL, loop_unroll_factor=KERNEL if UNROLL else 1):
+        for j in tl.range(KERNEL, loop_unroll_factor=KERNEL if UNROLL else 1):
             h, w = top + i, left + j
             ok = inside & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-            step = tl.cast(i, tl.int64) * x_row + tl.cast(j, tl.int64) * x_column
-            offsets = origin + tl.multiple_of(step, ALIGNED)
+            offsets = _moved(origin, i, j, x_row, x_column, ALIGNED)
             v = tl.load(x + offsets, mask=exists & ok, other=float("-inf")).to(COMPUTE)
             better = (v > best) | (v != v)
-            best = tl.where(better, v, best)
+            best = tl.maximum(best, v, propagate_nan=tl.PropagateNan.ALL)
             position = tl.where(better, i * KERNEL + j, position)
     written = exists & inside
     offsets = _offsets(image, c, row, column, y_image, y_channel, y_row, y_column, ALIGNED)
@@ -167,23 +171,27 @@ def max_pool_gradient(
         BLOCK_P,
         ALIGNED,
     )
-    for a in tl.range(STRIDE_H, loop_unroll_factor=UNROLL):
-        for b in tl.range(STRIDE_W, loop_unroll_factor=UNROLL):
+    of_y = _offsets(image, c, row, column, y_image, y_channel, y_row, y_column, ALIGNED)
+    of_dy = _offsets(image, c, row, column, dy_image, dy_channel, dy_row, dy_column, ALIGNED)
+    top, left = row * STRIDE_H, column * STRIDE_W
+    of_dx = _offsets(image, c, top, left, dx_image, dx_channel, dx_row, dx_column, ALIGNED)
+    WINDOWS_H: tl.constexpr = (KERNEL + STRIDE_H - 1) // STRIDE_H  # that hold an element, at most
+    WINDOWS_W: tl.constexpr = (KERNEL + STRIDE_W - 1) // STRIDE_W
+    for a in tl.range(STRIDE_H, loop_unroll_factor=STRIDE_H if UNROLL else 1):
+        for b in tl.range(STRIDE_W, loop_unroll_factor=STRIDE_W if UNROLL else 1):
             total = tl.zeros((BLOCK_C, BLOCK_P), COMPUTE)
-            for i in tl.range((KERNEL + STRIDE_H - 1) // STRIDE_H, loop_unroll_factor=UNROLL):
-                for j in tl.range((KERNEL + STRIDE_W - 1) // STRIDE_W, loop_unroll_factor=UNROLL):
-                    # Of the element, in the window that begins i and j steps before the last that holds it.
-                    tap_h = (a + PADDING_H) % STRIDE_H + i * STRIDE_H
-                    tap_w = (b + PADDING_W) % STRIDE_W + j * STRIDE_W
-                    if (tap_h < KERNEL) & (tap_w < KERNEL):
-                        h = row + ((a + PADDING_H) // STRIDE_H - i)
-                        w = column + ((b + PADDING_W) // STRIDE_W - j)
+            for i in tl.range(WINDOWS_H, loop_unroll_factor=WINDOWS_H if UNROLL else 1):
+                for j in tl.range(WINDOWS_W, loop_unroll_factor=WINDOWS_W if UNROLL else 1):
+                    # Of the element, in the window that begins i and j steps before the last that may hold it.
+                    position_h = (a + PADDING_H) % STRIDE_H + i * STRIDE_H
+                    position_w = (b + PADDING_W) % STRIDE_W + j * STRIDE_W
+                    if (position_h < KERNEL) & (position_w < KERNEL):
+                        down, right = (a + PADDING_H) // STRIDE_H - i, (b + PADDING_W) // STRIDE_W - j
+                        h, w = row + down, column + right
                         ok = exists & inside & (h >= 0) & (h < out_height) & (w >= 0) & (w < out_width)
-                        of_y = _offsets(image, c, h, w, y_image, y_channel, y_row, y_column, ALIGNED)
-                        of_dy = _offsets(image, c, h, w, dy_image, dy_channel, dy_row, dy_column, ALIGNED)
-                        position = tl.load(positions + of_y, mask=ok, other=255)
-                        g = tl.load(dy + of_dy, mask=ok, other=0.0).to(COMPUTE)
-                        total += tl.where(position == tap_h * KERNEL + tap_w, g, 0.0)
-            h, w = row * STRIDE_H + a, column * STRIDE_W + b
-            offsets = _offsets(image, c, h, w, dx_image, dx_channel, dx_row, dx_column, ALIGNED)
-            tl.store(dx + offsets, total, mask=exists & inside & (h < height) & (w < width))
+                        position_at = positions + _moved(of_y, down, right, y_row, y_column, ALIGNED)
+                        dy_at = dy + _moved(of_dy, down, right, dy_row, dy_column, ALIGNED)
+                        named = tl.load(position_at, mask=ok, other=255) == position_h * KERNEL + position_w
+                        total = tl.where(named, total + tl.load(dy_at, mask=ok, other=0.0).to(COMPUTE), total)
+            ok = exists & inside & (top + a < height) & (left + b < width)
+            tl.store(dx + _moved(of_dx, a, b, dx_row, dx_column, ALIGNED), total, mask=ok)
