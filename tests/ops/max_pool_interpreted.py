@@ -93,9 +93,8 @@ def test_channels_of_a_wider_gradient_are_read_where_they_lie(shape, pool, rows)
     check_pool(pool, x, dy)
 
 
-@INCEPTIONS
-def test_other_strides(shape, pool):
-    x = few_numbers(shape)
+def test_other_strides():
+    pool, x = (3, 2, 1, True), few_numbers((2, 3, 8, 10))
     check_pool(pool, x.transpose(2, 3))
     check_pool(pool, few_numbers((2, 20, 8, 7), rows=True)[:, 3:14, 1:])
     check_pool(pool, few_numbers((2, 4, 8, 14))[:, 1:, :, ::2])
@@ -143,7 +142,7 @@ def test_nothing_but_the_positions_is_kept():
 
 @pytest.mark.parametrize(("pool", "rows"), [((3, 2, 1, True), True), ((3, 1, 1, False), False)], ids=str)
 def test_second_derivatives(pool, rows):
-    x = torch.randperm(2 * 2 * 4 * 3, generator=torch.Generator().manual_seed(0)).double().view(2, 2, 4, 3)
+    x = torch.randperm(2 * 4 * 3, generator=torch.Generator().manual_seed(0)).double().view(1, 2, 4, 3)
     x = laid_out(x, rows).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: pooled(pool, x), x, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda x: pooled(pool, x).square(), x, fast_mode=True)
