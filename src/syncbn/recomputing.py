@@ -72,7 +72,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def compact_indices(size: Sequence[int]) -> AbstractContextManager[Any]:
-    """Max pools in this context keep their indices in 2 or 4 bytes instead of 8, where activations are recomputed.
+    """Where activations are recomputed, torch's max pools in this context keep indices in 2 or 4 bytes instead of 8.
 
     Args:
         size: (H, W) of the pool's input.

@@ -10,11 +10,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from syncbn.benchmarks import gpu, gpu_layer, gpu_targets, measure
+from syncbn.benchmarks import gpu, gpu_layer, gpu_pool, gpu_targets, measure
 from syncbn.benchmarks.gpu_step import GRAPH, StepSetting, TrainingStep, build, verify
 from syncbn.benchmarks.gpu_timing import Replay, captured
 from syncbn.benchmarks.measure import Row
+from syncbn.benchmarks.peers import stock_inception
+from syncbn.models import inception_bn
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -44,8 +47,8 @@ def test_dry_run(tmp_path):
     done = section("--gpu.device", "cpu", "--gpu.dtype", "float32", "--quick", "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path)
-    assert {row["section"] for row in rows} == {"step", "forward", "backward"}
-    assert {"syncbn", GRAPH, "nn.BatchNorm2d", "floor"} <= {row["contender"] for row in rows}
+    assert {row["section"] for row in rows} == {"step", "forward", "backward", "pool forward", "pool backward"}
+    assert {"syncbn", GRAPH, "nn.BatchNorm2d", "F.max_pool2d", "floor"} <= {row["contender"] for row in rows}
     assert {row["unit"] for row in rows} == {"ms", "images/s", "MiB at most"}
     assert "Targets" in done.stdout
 
@@ -59,6 +62,41 @@ def test_the_compiled_layer_is_timed_beside_ours(group_of_one, monkeypatch):
         ("forward", "nn.BatchNorm2d, compiled"),
         ("backward", "nn.BatchNorm2d, compiled"),
     ]
+
+
+def test_the_pools_are_the_networks():
+    network, called = inception_bn(2).eval(), []
+
+    def recorded(x, kernel, stride, padding, ceil_mode=False):
+        y = F.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil_mode)
+        called.append((x.shape, kernel, stride, y.shape))
+        return y
+
+    for module in network.modules():
+        if hasattr(module, "max_pool"):
+            module.max_pool = recorded
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 224, 224))
+    networks = called.copy()
+    called.clear()
+    for pool in gpu_pool.pools(1):
+        pool.of(recorded, torch.empty(1, pool.C, pool.side, pool.side, device="meta"))
+    assert called == networks
+    assert len(called) == 5
+
+
+def test_stock_networks_have_torchs_pools():
+    network = stock_inception(StepSetting(2, 32, 0.125, "cpu").network())
+    pools = [module.max_pool for module in network.modules() if hasattr(module, "max_pool")]
+    assert len(pools) == 11  # of the stem and each module, used or not
+    assert set(pools) == {F.max_pool2d}
+
+
+def test_a_wrong_pool_is_refused():
+    x = torch.arange(36.0).view(1, 1, 6, 6).requires_grad_()
+    contenders = {"syncbn": lambda x, *_, **__: F.avg_pool2d(x, 3, 2, ceil_mode=True)}
+    with pytest.raises(measure.WrongContender, match="'syncbn' is off the float64 oracle"):
+        gpu_pool.verify(gpu_pool.Pool(1, 1, 6, 2), x, torch.ones(1, 1, 3, 3), contenders)
 
 
 @needs_gpu

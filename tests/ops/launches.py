@@ -2,12 +2,13 @@
 
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import distributed, exchange
-from syncbn.ops import native, triton_passes
+from syncbn.ops import max_pool, native, triton_passes
 
 # Allocate, or give memory another name.
 _BOOKKEEPING = {
@@ -52,13 +53,20 @@ class Launches(TorchDispatchMode):
         self.in_kernel = False
 
     def __enter__(self):
-        kernels = triton_passes._kernels
-        self.patch = mock.patch.object(triton_passes, "_kernels", lambda: _Counted(kernels(), self))
-        self.patch.start()
+        self.patches = [
+            mock.patch.object(module, "_kernels", partial(self._counted, module._kernels))
+            for module in (triton_passes, max_pool)
+        ]
+        for patch in self.patches:
+            patch.start()
         return super().__enter__()
 
+    def _counted(self, kernels):
+        return _Counted(kernels(), self)
+
     def __exit__(self, *error):
-        self.patch.stop()
+        for patch in self.patches:
+            patch.stop()
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

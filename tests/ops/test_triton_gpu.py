@@ -7,11 +7,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from norm_problems import assert_near, laid_out, problem
+from pool_problems import (
+    DTYPES,
+    EACH_POOL,
+    INCEPTIONS,
+    check_pool,
+    cut_from_a_wider_gradient,
+    few_numbers,
+    pooled,
+    torchs,
+    with_odd_numbers,
+)
 from torch import nn
 
 import syncbn
 from syncbn import distributed, ops
 from syncbn.ops import aten, reference, triton_passes
+from syncbn.ops.max_pool import max_pool2d
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 ROWS = pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
@@ -313,3 +325,104 @@ def test_over_a_group_it_is_the_layer_alone(group_of_one):
     true = reference.batch_norm_gradients(dy, x.detach(), weight, bias, activation="relu")
     for found, value in zip(together[1:], true[:3], strict=True):
         assert_near(found, value, 1e-5)
+
+
+# ---- max pooling ---------------------------------------------------------------------------------
+
+
+@ROWS
+@DTYPES
+@EACH_POOL
+def test_pools_are_torchs(shape, pool, dtype, rows):
+    check_pool(pool, few_numbers(shape, dtype, rows, "cuda"))
+
+
+@ROWS
+@DTYPES
+@INCEPTIONS
+def test_pools_of_numbers_that_are_not(shape, pool, dtype, rows):
+    check_pool(pool, with_odd_numbers(few_numbers(shape, dtype, rows, "cuda")))
+
+
+@ROWS
+@INCEPTIONS
+def test_a_pools_gradient_may_be_cut_from_a_wider_one(shape, pool, rows):
+    x = few_numbers(shape, torch.bfloat16, rows, "cuda")
+    check_pool(pool, x, cut_from_a_wider_gradient(torchs(pool, x).shape, x.dtype, rows, "cuda"))
+
+
+@ROWS
+@pytest.mark.parametrize("pool", [(3, 2, 0, True), (3, 1, 1, False)], ids=str)
+@pytest.mark.parametrize("shape", [(32, 64, 112, 112), (7, 2049, 15, 13), (32, 1024, 7, 7)], ids=str)
+def test_a_pools_gradient_has_the_same_bits_every_time(shape, pool, rows):
+    x, *_ = problem(shape, torch.bfloat16, rows, device="cuda")
+    y = pooled(pool, x.requires_grad_())
+    assert torch.equal(y, torchs(pool, x))
+    dy = laid_out(torch.randn(y.shape).bfloat16().cuda(), rows)
+    first, *others = (torch.autograd.grad(y, x, dy, retain_graph=True)[0] for _ in range(10))
+    assert all(torch.equal(first, other) for other in others)
+    wide = x.detach().cpu().double().requires_grad_()
+    (true,) = torch.autograd.grad(torchs(pool, wide), wide, dy.cpu().double())
+    assert_near(first.cpu(), true, 4e-3)
+
+
+def test_second_derivatives_of_a_pool():
+    x = torch.randperm(2 * 3 * 6 * 5).double().view(2, 3, 6, 5).cuda().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: max_pool2d(x, 3, 2, 1).square(), x)
+
+
+@ROWS
+def test_pools_of_more_than_2_31_elements(rows):
+    """11 GB at most, of x and its gradient, without the output."""
+    if torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("needs 20 GB of free GPU memory")
+    torch.use_deterministic_algorithms(False)  # filling would double the time
+    N, C, H = 2**31 // (64 * 1024) + 2, 64, 32
+    format = torch.channels_last if rows else torch.contiguous_format
+    x = torch.empty(N, C, H, H, dtype=torch.bfloat16, device="cuda", memory_format=format).zero_()
+    x[-1, :, 1::2, 1::2] = 1
+    y = max_pool2d(x.requires_grad_(), 2, 2)
+    (dx,) = torch.autograd.grad(y, x, y.detach())
+    x = x.detach()
+    assert (y[-1] == 1).all()
+    assert (y[0] == 0).all()
+    assert torch.equal(dx[-1], x[-1])
+    assert dx[0].count_nonzero() == 0
+
+
+def test_a_pool_never_waits_for_the_device_and_can_be_captured():
+    x = laid_out(torch.randn(8, 64, 28, 28, device="cuda"), True).requires_grad_()
+
+    def run():
+        y = max_pool2d(x, 3, 2, ceil_mode=True)
+        return y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+        with no_host_synchronisation():
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+
+
+def test_a_network_gives_the_same_gradients_every_time():
+    """The promise of a resumed run, of which torch's max pools would fall short."""
+    torch.use_deterministic_algorithms(False)  # which would refuse torch's other operators
+    torch.manual_seed(0)
+    network = syncbn.models.inception_bn(10, width_multiplier=0.25).cuda().to(memory_format=torch.channels_last)
+    images = laid_out(torch.randn(8, 3, 224, 224, device="cuda"), True)
+
+    def gradients():
+        return torch.autograd.grad(network(images).square().sum(), list(network.parameters()))
+
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        first, again = gradients(), gradients()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

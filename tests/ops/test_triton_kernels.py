@@ -1,52 +1,23 @@
 """The GPU kernels without a GPU: run by Triton's interpreter, and compiled for one."""
 
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from processes import NEEDS_TRITON, compile_kernels_of, interpret, run_in_process_of_its_own
 
 from syncbn.ops import triton_passes
 from syncbn.ops.triton_plan import COUNTERS, LONGEST_SUM, MOST_STAGES, RESIDENT_BYTES, aligned_to, plan_of
-
-HERE = Path(__file__).parent
-NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-
-
-def interpreter_fails():
-    """Triton's before 3.7 takes arrays for numbers, which numpy 2.4 refuses and earlier ones deprecate."""
-    return version("triton").startswith(("3.5.", "3.6.")) and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-
-
-def run_in_process_of_its_own(*command, **variables):
-    """Triton reads whether to interpret when it is imported, which another test may have done."""
-    path = os.pathsep.join([str(HERE.parent), str(HERE), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=HERE.parents[1]
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @NEEDS_TRITON
 @pytest.mark.timeout(900)  # some 40 s of one core, of which a busy machine may give little
 def test_kernels_under_the_interpreter():
-    if interpreter_fails():
-        pytest.skip("this Triton's interpreter needs numpy<2.4")
-    ignored = ("-W", "ignore:Conversion of an array with ndim:DeprecationWarning")
-    command = ("-m", "pytest", "-p", "no:cacheprovider", *ignored, str(HERE / "triton_interpreted.py"))
-    run_in_process_of_its_own(*command, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    interpret("triton_interpreted.py")
 
 
 @NEEDS_TRITON
 def test_kernels_compile_for_a_gpu(tmp_path):
     """To machine code of compute capability 9.0, with as many registers as the plan reckons with."""
-    run_in_process_of_its_own(str(HERE / "compile_kernels.py"), TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    compile_kernels_of("compile_kernels.py", tmp_path)
 
 
 def test_an_environment_variable_leaves_the_kernels_unused():

@@ -15,7 +15,9 @@ The floor is the time in which the bytes that must move do move, at the bandwidt
 3 tensors forward (x is read twice, y written), 5 backward (dy and x are read twice, dx written). An activation that
 fits into the cache may be faster than that.
 
-For all of them cuDNN tries its convolutions out and takes the fastest, as `syncbn fit` has it do.
+Part "pool": each max pool of Inception-BN, syncbn's and F.max_pool2d's.
+
+For all contenders cuDNN tries its convolutions out and takes the fastest, as `syncbn fit` has it do.
 Whatever is timed is verified first, and written to the CSV at once. What fails is named, and the rest goes on.
 """
 
@@ -36,6 +38,7 @@ from rich.console import Console
 
 from syncbn.benchmarks import measure
 from syncbn.benchmarks.gpu_layer import Options, measure_shape
+from syncbn.benchmarks.gpu_pool import Pool, measure_pool, pools
 from syncbn.benchmarks.gpu_step import (
     CADENE,
     COMPILED,
@@ -58,8 +61,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 COMPILING_A_NETWORK = 150.0  # seconds that must be left to begin with it
 COMPILING_A_LAYER = 15.0
 QUICK_SHAPES = [(8, 64, 14, 14)]
+QUICK_POOLS = [Pool(8, 64, 14, 2), Pool(8, 64, 7, 1)]
 
-Part = Literal["step", "layer"]
+Part = Literal["step", "layer", "pool"]
 
 
 class Session:
@@ -97,7 +101,7 @@ class Session:
 
 
 def run(
-    parts: list[Part] = ["step", "layer"],  # noqa: B006 - shown in --help, never changed
+    parts: list[Part] = ["step", "layer", "pool"],  # noqa: B006 - shown in --help, never changed
     batches: list[int] = [256, 32],  # noqa: B006
     formats: list[Literal["contiguous", "channels_last"]] = ["channels_last"],  # noqa: B006
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
@@ -109,14 +113,14 @@ def run(
     quick: bool = False,
     output: Path = measure.RESULTS,
 ) -> None:
-    """Time layers and a training step on a GPU against the floor of the memory's bandwidth, and stock layers.
+    """Time layers, max pools and a training step on a GPU against the memory's bandwidth, and stock layers.
 
     Args:
         parts: what to time.
         batches: images.
-        formats: memory formats of the layers.
-        dtype: of the layers' activations; parameters are float32.
-        graphs: replay the layers as CUDA graphs, so that the host's part is left out.
+        formats: memory formats of the layers and pools.
+        dtype: of their activations; parameters are float32.
+        graphs: replay them as CUDA graphs, so that the host's part is left out.
         device: cpu is a dry run of the code: its figures mean nothing.
         seconds: no further measurement is begun after these.
         rounds: timings of each contender that count.
@@ -143,10 +147,13 @@ def run(
         options = Options(device, DTYPES[dtype], graphs, rounds, warmup, bandwidth)
         steps = [StepSetting(n, 224, 1.0, device) for n in batches]
         shapes = [(N, C, side, side) for N in batches for C, side in layer_shapes()]
+        max_pools = [pool for N in batches for pool in pools(N)]
         if quick:
-            steps, shapes = [StepSetting(2, 32, 0.125, device)], QUICK_SHAPES
+            steps, shapes, max_pools = [StepSetting(2, 32, 0.125, device)], QUICK_SHAPES, QUICK_POOLS
         if "step" in parts:
             measure_steps(session, steps, rounds, warmup)
+        if "pool" in parts:
+            measure_pools(session, max_pools, formats, options)
         if "layer" in parts:
             measure_layers(session, sorted(shapes, key=math.prod, reverse=True), formats, options)
         if "step" in parts and device == "cuda":
@@ -155,7 +162,8 @@ def run(
                 session.measure(f"{setting}, compiled", compiled, COMPILING_A_NETWORK)
     if session.rows:
         title = (
-            f"Inception-BN's layers with ReLU and its step, {dtype}, {name}, a copy moves {bandwidth / 1e12:.2f} TB/s"
+            f"Inception-BN's layers with ReLU, its max pools and its step, {dtype}, {name}, "
+            f"a copy moves {bandwidth / 1e12:.2f} TB/s"
         )
         measure.publish(session.rows, output, "-".join(words), title, torch.get_num_threads(), console)
         show_targets(session.rows, console)
@@ -182,6 +190,13 @@ def measure_steps(session: Session, settings: list[StepSetting], rounds: int, wa
 def _verified(setting: StepSetting) -> list[Row]:
     verify(setting)
     return []
+
+
+def measure_pools(session: Session, max_pools: Sequence[Pool], formats: Sequence[str], options: Options) -> None:
+    """Each pool in each memory format."""
+    for pool in max_pools:
+        for memory_format in formats:
+            session.measure(f"max pool, {pool}, {memory_format}", partial(measure_pool, pool, memory_format, options))
 
 
 def measure_layers(

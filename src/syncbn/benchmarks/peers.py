@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import ops
-from syncbn.models.blocks import ConvNorm, SeparableConv2d, start_norm_activation
-from syncbn.models.inception_bn import InceptionBN, InceptionModule
+from syncbn.models.blocks import ConvNorm, PoolBranch, SeparableConv2d, start_norm_activation
+from syncbn.models.inception_bn import InceptionBN, InceptionModule, Stem
 
 # Renamed in torch 2.13.
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -271,7 +271,7 @@ def stock_inception(
     make_norm: Callable[[_BatchNorm], nn.Module] | None = None,
     fused_convolutions: bool = False,
 ) -> InceptionBN:
-    """A copy of the network with the same parameters, run one layer at a time: 69 convolutions, 69 norms.
+    """A copy of the network with the same parameters, run layer by layer: 69 convolutions, 69 norms, torch's pools.
 
     Args:
         network: built by `syncbn.models.inception_bn`.
@@ -284,6 +284,8 @@ def stock_inception(
             module.__class__ = BranchByBranch
         if isinstance(module, SeparableConv2d):
             module.__class__ = PartByPart
+        if isinstance(module, Stem | PoolBranch):
+            module.max_pool = F.max_pool2d
         if isinstance(module, ConvNorm) and make_norm is not None:
             bn = cast(_BatchNorm, module.bn)
             module.bn = make_norm(bn).to(bn.weight.dtype)

@@ -13,9 +13,9 @@ siblings on the same input as one convolution (:func:`sibling_conv`), independen
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,13 @@ from torch import Tensor, nn
 from syncbn.models.observation import is_observed, show
 from syncbn.nn import BatchNorm, PerActivationBatchNorm, SyncBatchNorm, start_sync_batch_norm
 from syncbn.nn.fold import fold_into
+from syncbn.ops.max_pool import max_pool2d
 from syncbn.recomputing import compact_indices
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+MaxPool: TypeAlias = Callable[..., Tensor]  # with the arguments of F.max_pool2d
 
 # The standard deviation of a standard normal truncated at two standard deviations.
 _TRUNCATED_STD = 0.87962566103423978
@@ -318,7 +321,7 @@ def split_siblings(units: Sequence[ConvNorm], tensor: Tensor) -> tuple[Tensor, .
     return tensor.split([unit.out_channels for unit in units], dim=1)
 
 
-def max_pool_halving(input: Tensor, odd_padding: bool) -> Tensor:
+def max_pool_halving(input: Tensor, odd_padding: bool, max_pool: MaxPool = max_pool2d) -> Tensor:
     """3x3 max pool of stride 2: (N, C, H, W) -> (N, C, ceil(H/2), ceil(W/2)).
 
     On even sizes Caffe's pool and TensorFlow's SAME agree: no padding, the last window cut short. On odd ones
@@ -327,7 +330,7 @@ def max_pool_halving(input: Tensor, odd_padding: bool) -> Tensor:
     height, width = input.shape[-2:]
     padding = (height % 2, width % 2) if odd_padding else (0, 0)
     with compact_indices((height, width)):
-        return F.max_pool2d(input, 3, 2, padding, ceil_mode=True)
+        return max_pool(input, 3, 2, padding, ceil_mode=True)
 
 
 class GlobalAveragePool(nn.Module):
@@ -365,7 +368,12 @@ class PoolBranch(nn.Module):
         stride: 1, or 2 for the max pool without projection.
         projection: the unit after the pool, or None.
         padding: "symmetric" or "same": whether the average counts padded zeros.
+
+    Attributes:
+        max_pool: computes the max pool; F.max_pool2d can take its place.
     """
+
+    max_pool: MaxPool = staticmethod(max_pool2d)
 
     def __init__(self, kind: str, stride: int, projection: ConvNorm | None, padding: str) -> None:
         super().__init__()
@@ -378,10 +386,10 @@ class PoolBranch(nn.Module):
         """Pool and project, before norm and activation."""
         if self.stride == 2:
             # Its output lies beside those of the stride-2 convolutions, which return ceil(H/2).
-            return max_pool_halving(input, odd_padding=True)
+            return max_pool_halving(input, odd_padding=True, max_pool=self.max_pool)
         if self.projection is None or self.kind == "max":
             with compact_indices(input.shape[-2:]):
-                pooled = F.max_pool2d(input, 3, 1, 1)
+                pooled = self.max_pool(input, 3, 1, 1)
             return pooled if self.projection is None else self.projection.conv(pooled)
         # Averaging commutes with a 1x1 convolution and is cheaper after it, on fewer channels. The bias comes
         # last: the average would shrink it where it counts padding.

@@ -20,6 +20,7 @@ from syncbn.models.blocks import (
     ConvNorm,
     DoubleBranch,
     GlobalAveragePool,
+    MaxPool,
     PoolBranch,
     ReducedBranch,
     UnitSpec,
@@ -35,6 +36,7 @@ from syncbn.models.variants import (
     require_choice,
     resolve_variant,
 )
+from syncbn.ops.max_pool import max_pool2d
 from syncbn.recomputing import joined, recompute_activations
 
 if TYPE_CHECKING:
@@ -152,7 +154,12 @@ class Stem(nn.Module):
     "imagenet" is the paper's: 7x7 convolution of stride 2, max pool, 1x1 and 3x3 convolution, max pool.
     "small", for images of 28 to 64 pixels, has a 3x3 first convolution of stride 1 and only the first of the
     two pools: the modules see an image of 28 pixels with 14, 7 and 4 pixels, one of 224 with 28, 14 and 7.
+
+    Attributes:
+        max_pool: computes the max pools; F.max_pool2d can take its place.
     """
+
+    max_pool: MaxPool = staticmethod(max_pool2d)
 
     def __init__(
         self, in_channels: int, width: float, kind: str, variant: VariantSpec, spec: UnitSpec, lrn: bool
@@ -177,11 +184,11 @@ class Stem(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the stem: three messages."""
-        x = max_pool_halving(self.conv1(input), self.odd_padding)
+        x = max_pool_halving(self.conv1(input), self.odd_padding, self.max_pool)
         x = x if self.lrn1 is None else self.lrn1(x)
         x = self.conv2(self.conv2_reduce(x))
         x = x if self.lrn2 is None else self.lrn2(x)
-        return max_pool_halving(x, self.odd_padding) if self.second_pool else x
+        return max_pool_halving(x, self.odd_padding, self.max_pool) if self.second_pool else x
 
 
 class InceptionBN(nn.Module):

@@ -82,7 +82,7 @@ def plan_of(
     C, outer, inner = layout[:3]
     elements = TILE_BYTES // (element_size * tensors)
     while True:
-        block_c, block_i = _tile(C, inner, rows=layout[4] == 1, elements=elements)
+        block_c, block_i = tile_of(C, inner, rows=layout[4] == 1, elements=elements)
         channel_blocks = -(-C // block_c)
         chunks = outer * max(1, -(-inner // block_i))
         if channel_blocks * chunks >= multiprocessors or elements <= SMALLEST_TILE:
@@ -119,7 +119,7 @@ def _layout(shape: Sequence[int], planes: bool, step: int | None) -> tuple[int, 
     return C, 1, N * area, 0, 1, step or C
 
 
-def _tile(C: int, inner: int, rows: bool, elements: int) -> tuple[int, int]:
+def tile_of(C: int, inner: int, rows: bool, elements: int) -> tuple[int, int]:
     """BLOCK_C and BLOCK_I of a tile of so many elements, or of fewer where there are no more."""
     if rows:
         fits = -(-C // 64) * 64 * (1 - EMPTY_CHANNELS) <= C
