@@ -47,11 +47,14 @@ class Norm(NamedTuple):
         return self[:4]
 
 
-def only_operators() -> bool:
-    """Whether `composed` is needed: under torch.compile, torch.func's transforms and forward-mode AD."""
-    if torch.compiler.is_compiling():
-        return True
+def is_transformed() -> bool:
+    """Whether torch.func's transforms or forward-mode AD are at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def only_operators() -> bool:
+    """Whether `composed` is needed: under torch.export, torch.func's transforms and forward-mode AD."""
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 class Started:

@@ -12,7 +12,7 @@ Letters: N batch, C channels, M elements per channel over all ranks.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from torch import Tensor
 from syncbn import ops
 from syncbn.distributed import ID_LENGTH, launch_traced, nan_where_ranks_disagree, wait_traced
 from syncbn.exchange import Route, Statistics, batches_of, refuse_single_value
-from syncbn.functional import Norm
+from syncbn.functional import Norm, is_transformed
 
 
 def is_traced() -> bool:
-    """Whether torch.compile traces, so that the layers' part of the graph is to be made here."""
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    """Whether torch.compile traces, and nothing that has to see through our operators does besides."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not is_transformed()
 
 
 # The passes read what is dense in any layout, and copy the rest: the compiler need not.
@@ -68,6 +68,9 @@ def _(gradients: Sequence[Tensor], inputs: Sequence[Tensor], *_: Any) -> Tensor:
     return inputs[0].new_empty(sum(2 * x.shape[1] for x in inputs), dtype=torch.float64)
 
 
+_Setting: TypeAlias = tuple[float, bool, bool]  # eps, whether there is a ReLU, and a residual
+
+
 class Started:
     """A synchronisation under way, as `functional.Started`; with no route, of this rank alone.
 
@@ -88,22 +91,20 @@ class Started:
             refuse_single_value(x.numel() // x.shape[1], x.shape, P=1)
         # The layers' names are out of a tracer's reach; their widths are not.
         self.id = 1 + sum(i * x.shape[1] for i, x in enumerate(inputs, 1)) % 2**20
-        self.totals, self.sums_token, *self.tokens = _Start.apply(self.group_name, self.id, *inputs)
+        self.totals, self.sums_token, *tokens = _Start.apply(self.group_name, self.id, *inputs)
+        self.tokens = list(_rows(tokens, 3))
 
     def finish(self, norms: Sequence[Norm]) -> tuple[list[Tensor], list[Statistics]]:
         """Wait for the message and normalise; as `functional.Started.finish`."""
         statistics = self._statistics()
-        rows = zip(self.inputs, self.tokens[::2], self.tokens[1::2], norms, statistics, strict=True)
-        settings = tuple((norm.eps, norm.activation == "relu", norm.residual is not None) for norm in norms)
-        tensors = [
-            t
-            for x, token, mean_token, norm, one in rows
-            for t in (token, mean_token, x.detach(), norm.weight, norm.bias, norm.residual, *one)
-        ]
-        outputs = _Finish.apply(self.group_name, settings, self.sums_token, *tensors)
-        for norm, one in zip(norms, statistics, strict=True):
+        settings, tensors = [], []
+        for x, norm, found, tokens in zip(self.inputs, norms, statistics, self.tokens, strict=True):
+            settings.append((norm.eps, norm.activation == "relu", norm.residual is not None))
+            map = _map_of(x.dtype, found, norm)
+            tensors += [*tokens, norm.weight, norm.bias, norm.residual, x.detach(), *found, *map]
             if norm.running is not None:
-                ops.update_running(norm.running, *one)
+                ops.update_running(norm.running, *found)
+        outputs = _Finish.apply(self.group_name, tuple(settings), self.sums_token, *tensors)
         return list(outputs), statistics
 
     def _statistics(self) -> list[Statistics]:
@@ -118,11 +119,48 @@ class Started:
         return found
 
 
+class _Map(NamedTuple):
+    """y = (x - high - low) * scale + bias, (C) each in the compute dtype; high + low is the mean."""
+
+    high: Tensor
+    low: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def deviation(self, x: Tensor) -> Tensor:
+        """X - mean, exact also where the mean is large."""
+        return _deviation(x, self.high, self.low)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.deviation(x) * ops.per_channel(self.scale, x)
+        return y if self.bias is None else y + ops.per_channel(self.bias, x)
+
+
+def _deviation(x: Tensor, high: Tensor, low: Tensor) -> Tensor:
+    return x.to(high.dtype) - ops.per_channel(high, x) - ops.per_channel(low, x)
+
+
+def _map_of(dtype: torch.dtype, found: Statistics, norm: Norm) -> _Map:
+    dtype = ops.compute_dtype(dtype)
+    scale = (found.var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach()
+    high = found.mean.to(dtype)
+    low = (found.mean - high).to(dtype)
+    bias = None if norm.bias is None else norm.bias.detach().to(dtype)
+    return _Map(_once(high), _once(low), _once(scale.to(dtype)), bias)
+
+
+def _once(v: Tensor) -> Tensor:
+    """V (C), computed once for each channel: the compiler would do so for each element of x, in float64."""
+    return v.as_strided(v.shape, (1,))
+
+
 class _Start(torch.autograd.Function):
     """Inputs in; out the message, not waited for, and tokens that tie finish's node to this one.
 
-    What is of interest about the tokens is their gradients, from finish's node: of the first the coefficients (C) a
-    and b of every input, not waited for; of two for each input, scale * dy and the mean.
+    What counts about the tokens is their gradients, which finish's node makes: of the first the coefficients a and b
+    (C) of each input, not waited for; of three for each input scale * dy, and the two parts of the mean.
     """
 
     @staticmethod
@@ -134,7 +172,8 @@ class _Start(torch.autograd.Function):
         ctx.mark_non_differentiable(totals)
         tokens = [message.new_empty(sum(2 * x.shape[1] for x in inputs))]
         for x in inputs:
-            tokens += [torch.empty_like(x, dtype=ops.compute_dtype(x.dtype)), message.new_empty(x.shape[1])]
+            dtype = ops.compute_dtype(x.dtype)
+            tokens += [torch.empty_like(x, dtype=dtype), *(x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))]
         return totals, *tokens
 
     @staticmethod
@@ -145,13 +184,49 @@ class _Start(torch.autograd.Function):
         inputs = ctx.saved_tensors
         parts = coefficients.split([2 * x.shape[1] for x in inputs])
         found = []
-        for x, part, scaled_dy, mean in zip(inputs, parts, gradients[::2], gradients[1::2], strict=True):
+        for x, part, (scaled_dy, high, low) in zip(inputs, parts, _rows(gradients, 3), strict=True):
             a, b = (ops.per_channel(v.to(scaled_dy.dtype), x) for v in part.chunk(2))
-            found.append((scaled_dy + a + b * _deviation(x, mean)).to(x.dtype))
+            found.append((scaled_dy + a + b * _deviation(x, high, low)).to(x.dtype))
         return None, None, *found
 
 
-_PER_INPUT = 9  # arguments of finish's node
+class _Arguments(NamedTuple):
+    """Finish's node's, for each input."""
+
+    scaled_dy: Tensor
+    high: Tensor
+    low: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    x: Tensor
+    mean: Tensor
+    var: Tensor
+    M: Tensor
+    map_high: Tensor
+    map_low: Tensor
+    map_scale: Tensor
+    map_bias: Tensor | None
+
+
+class _Saved(NamedTuple):
+    """What finish's node keeps of one normalisation."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    y: Tensor | None  # only where the ReLU's mask cannot be computed again from x
+    x: Tensor
+    mean: Tensor
+    var: Tensor
+    M: Tensor
+    high: Tensor
+    low: Tensor
+    scale: Tensor
+    map_bias: Tensor | None
+
+    @property
+    def map(self) -> _Map:
+        return _Map(*self[-4:])
 
 
 class _Finish(torch.autograd.Function):
@@ -159,95 +234,69 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        group_name: str | None,
-        settings: tuple[tuple[float, bool, bool], ...],
-        _sums_token: Tensor,
-        *tensors: Any,
+        ctx: Any, group_name: str | None, settings: tuple[_Setting, ...], _token: Tensor, *tensors: Any
     ) -> tuple[Tensor, ...]:
         ctx.group_name, ctx.settings = group_name, settings
         outputs, kept = [], []
-        for (eps, relu, _), row in zip(settings, zip(*[iter(tensors)] * _PER_INPUT, strict=True), strict=True):
-            _, _, x, weight, bias, residual, mean, var, M = row
-            y = _affine(_deviation(x, mean), _scale(var, eps, weight), bias)
-            if residual is not None:
-                y = y + residual
-            outputs.append((y.relu() if relu else y).to(x.dtype))
-            mask = outputs[-1] if relu and residual is not None else None
-            kept += [x, weight, bias, mean, var, M, mask]
+        for (_, relu, _), row in zip(settings, _rows(tensors, len(_Arguments._fields)), strict=True):
+            one = _Arguments(*row)
+            y = _Map(*one[-4:])(one.x)
+            if one.residual is not None:
+                y = y + one.residual
+            y = (y.relu() if relu else y).to(one.x.dtype)
+            outputs.append(y)
+            kept += [one.weight, one.bias, y if relu and one.residual is not None else None, *one[6:]]
         ctx.save_for_backward(*kept)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        rows = [_Saved(*row) for row in zip(*[iter(ctx.saved_tensors)] * len(_Saved._fields), strict=True)]
-        upstream = [
-            dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
-            for dy, y in zip(gradients, [one.y for one in rows], strict=True)
+        saved = [_Saved(*row) for row in _rows(ctx.saved_tensors, len(_Saved._fields))]
+        dys = [dy if one.y is None else _cut(dy, one.y) for dy, one in zip(gradients, saved, strict=True)]
+        settings = [
+            (eps, relu and one.y is None, added) for one, (eps, relu, added) in zip(saved, ctx.settings, strict=True)
         ]
-        relus = [relu and one.y is None for one, (_, relu, _) in zip(rows, ctx.settings, strict=True)]
-        all_eps = [eps for eps, _, _ in ctx.settings]
-        x, weight, bias, mean, var, _, _ = zip(*rows, strict=True)
-        sums = backward_sums(upstream, x, mean, var, weight, bias, all_eps, relus)
-        coefficients: list[Tensor] = []
-        returned: list[Tensor | None] = []
-        parts = sums.split([2 * len(one.mean) for one in rows])
-        for one, dy, part, eps, relu, (_, _, has_residual) in zip(
-            rows, upstream, parts, all_eps, relus, ctx.settings, strict=True
-        ):
-            total, dot = part.chunk(2)
-            scale = _scale(one.var, eps, one.weight)
-            share = scale / -ops.at_least_one(one.M)
-            coefficients += [total * share, dot / (one.var + eps) * share]
-            scaled = dy
-            if relu:
-                scaled = torch.ops.aten.threshold_backward(
-                    dy.to(ops.compute_dtype(dy.dtype)), _affine(_deviation(one.x, one.mean), scale, one.bias), 0
-                )
-            scaled = scaled * ops.per_channel(scale.to(ops.compute_dtype(dy.dtype)), dy)
-            returned += [
-                scaled,
-                one.mean,
-                None,
-                None if one.weight is None else (dot * (one.var + eps).rsqrt()).to(one.weight.dtype),
-                None if one.bias is None else total.to(one.bias.dtype),
-                dy if has_residual else None,
-                None,
-                None,
-                None,
-            ]
+        weight, bias, _, x, mean, var, *_ = zip(*saved, strict=True)
+        eps, relus, _ = zip(*settings, strict=True)
+        sums = backward_sums(dys, x, mean, var, weight, bias, eps, relus).split([2 * len(v) for v in mean])
         message = None
         if ctx.needs_input_grad[2]:
-            message = torch.cat(coefficients)
+            message = torch.cat([v for pair in zip(saved, sums, eps, strict=True) for v in _coefficients(*pair)])
             message = message if ctx.group_name is None else launch_traced(message, ctx.group_name)
+        returned: list[Tensor | None] = []
+        for one, dy, own, setting in zip(saved, dys, sums, settings, strict=True):
+            returned += _gradients(one, dy, own, setting)
         return None, None, message, *returned
 
 
-class _Saved(NamedTuple):
-    """What finish's node keeps of one normalisation."""
-
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    mean: Tensor
-    var: Tensor
-    M: Tensor
-    y: Tensor | None  # only where the ReLU's mask cannot be computed again from x
+def _coefficients(one: _Saved, sums: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """This rank's part of a and b (C) in dx = scale * dy + a + b * (x - mean)."""
+    total, dot = sums.chunk(2)
+    variance = one.var + eps
+    share = variance.rsqrt() / -ops.at_least_one(one.M)
+    if one.weight is not None:
+        share = share * one.weight
+    return total * share, dot / variance * share
 
 
-def _scale(var: Tensor, eps: float, weight: Tensor | None) -> Tensor:
-    scale = (var + eps).rsqrt()
-    return scale if weight is None else scale * weight
+def _gradients(one: _Saved, dy: Tensor, sums: Tensor, setting: _Setting) -> list[Tensor | None]:
+    """Of `_Arguments`."""
+    eps, relu, has_residual = setting
+    scaled = dy.to(one.scale.dtype)
+    if relu:
+        scaled = _cut(scaled, one.map(one.x))
+    scaled = scaled * ops.per_channel(one.scale, dy)
+    total, dot = sums.chunk(2)
+    dweight = None if one.weight is None else (dot * (one.var + eps).rsqrt()).to(one.weight.dtype)
+    dbias = None if one.bias is None else total.to(one.bias.dtype)
+    found = _Arguments(scaled, one.high, one.low, dweight, dbias, dy if has_residual else None, *[None] * 8)
+    return list(found)
 
 
-def _deviation(x: Tensor, mean: Tensor) -> Tensor:
-    """X - mean in the compute dtype, exact where the mean is large."""
-    dtype = ops.compute_dtype(x.dtype)
-    high = mean.to(dtype)
-    low = (mean - high).to(dtype)
-    return x.to(dtype) - ops.per_channel(high, x) - ops.per_channel(low, x)
+def _cut(dy: Tensor, y: Tensor) -> Tensor:
+    """Dy where the ReLU let pass, else 0."""
+    return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
-def _affine(deviation: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    y = deviation * ops.per_channel(scale.to(deviation.dtype), deviation)
-    return y if bias is None else y + ops.per_channel(bias.to(deviation.dtype), deviation)
+def _rows(flat: Sequence[Any], width: int) -> Any:
+    return zip(*[iter(flat)] * width, strict=True)
