@@ -68,9 +68,6 @@ def _(gradients: Sequence[Tensor], inputs: Sequence[Tensor], *_: Any) -> Tensor:
     return inputs[0].new_empty(sum(2 * x.shape[1] for x in inputs), dtype=torch.float64)
 
 
-_Setting: TypeAlias = tuple[float, bool, bool]  # eps, whether there is a ReLU, and a residual
-
-
 class Started:
     """A synchronisation under way, as `functional.Started`; with no route, of this rank alone.
 
@@ -91,7 +88,7 @@ class Started:
             refuse_single_value(x.numel() // x.shape[1], x.shape, P=1)
         # The layers' names are out of a tracer's reach; their widths are not.
         self.id = 1 + sum(i * x.shape[1] for i, x in enumerate(inputs, 1)) % 2**20
-        self.totals, self.sums_token, *tokens = _Start.apply(self.group_name, self.id, *inputs)
+        self.message, self.token, *tokens = _Start.apply(self.group_name, self.id, *inputs)
         self.tokens = list(_rows(tokens, 3))
 
     def finish(self, norms: Sequence[Norm]) -> tuple[list[Tensor], list[Statistics]]:
@@ -99,16 +96,15 @@ class Started:
         statistics = self._statistics()
         settings, tensors = [], []
         for x, norm, found, tokens in zip(self.inputs, norms, statistics, self.tokens, strict=True):
-            settings.append((norm.eps, norm.activation == "relu", norm.residual is not None))
-            map = _map_of(x.dtype, found, norm)
-            tensors += [*tokens, norm.weight, norm.bias, norm.residual, x.detach(), *found, *map]
+            settings.append((norm.eps, norm.activation == "relu"))
+            tensors += [*tokens, norm.weight, norm.bias, norm.residual, x.detach(), *found]
             if norm.running is not None:
                 ops.update_running(norm.running, *found)
-        outputs = _Finish.apply(self.group_name, tuple(settings), self.sums_token, *tensors)
+        outputs = _Finish.apply(self.group_name, tuple(settings), self.token, *tensors)
         return list(outputs), statistics
 
     def _statistics(self) -> list[Statistics]:
-        totals = self.totals
+        totals = self.message
         if self.route is not None:
             totals = nan_where_ranks_disagree(wait_traced(totals), self.route.group, self.id)
         found = []
@@ -119,48 +115,11 @@ class Started:
         return found
 
 
-class _Map(NamedTuple):
-    """y = (x - high - low) * scale + bias, (C) each in the compute dtype; high + low is the mean."""
-
-    high: Tensor
-    low: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    def deviation(self, x: Tensor) -> Tensor:
-        """X - mean, exact also where the mean is large."""
-        return _deviation(x, self.high, self.low)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.deviation(x) * ops.per_channel(self.scale, x)
-        return y if self.bias is None else y + ops.per_channel(self.bias, x)
-
-
-def _deviation(x: Tensor, high: Tensor, low: Tensor) -> Tensor:
-    return x.to(high.dtype) - ops.per_channel(high, x) - ops.per_channel(low, x)
-
-
-def _map_of(dtype: torch.dtype, found: Statistics, norm: Norm) -> _Map:
-    dtype = ops.compute_dtype(dtype)
-    scale = (found.var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach()
-    high = found.mean.to(dtype)
-    low = (found.mean - high).to(dtype)
-    bias = None if norm.bias is None else norm.bias.detach().to(dtype)
-    return _Map(_once(high), _once(low), _once(scale.to(dtype)), bias)
-
-
-def _once(v: Tensor) -> Tensor:
-    """V (C), computed once for each channel: the compiler would do so for each element of x, in float64."""
-    return v.as_strided(v.shape, (1,))
-
-
 class _Start(torch.autograd.Function):
     """Inputs in; out the message, not waited for, and tokens that tie finish's node to this one.
 
-    What counts about the tokens is their gradients, which finish's node makes: of the first the coefficients a and b
-    (C) of each input, not waited for; of three for each input scale * dy, and the two parts of the mean.
+    What counts about the tokens is their gradients, which finish's node makes: of the first, all inputs' coefficients
+    a (C) and b (C), not waited for; of three for each input, scale * dy, and the two parts of the mean.
     """
 
     @staticmethod
@@ -168,16 +127,17 @@ class _Start(torch.autograd.Function):
         ctx.group_name = group_name
         ctx.save_for_backward(*inputs)
         message = forward_message(inputs, id)
-        totals = message if group_name is None else launch_traced(message, group_name)
-        ctx.mark_non_differentiable(totals)
         tokens = [message.new_empty(sum(2 * x.shape[1] for x in inputs))]
         for x in inputs:
             dtype = ops.compute_dtype(x.dtype)
             tokens += [torch.empty_like(x, dtype=dtype), *(x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))]
-        return totals, *tokens
+        if group_name is not None:
+            message = launch_traced(message, group_name)
+        ctx.mark_non_differentiable(message)
+        return message, *tokens
 
     @staticmethod
-    def backward(ctx: Any, _totals: Tensor, coefficients: Tensor, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, _message: Tensor, coefficients: Tensor, *gradients: Tensor) -> Any:
         """Dx = scale * dy + a + b * (x - mean)."""
         if ctx.group_name is not None:
             coefficients = wait_traced(coefficients)
@@ -190,43 +150,8 @@ class _Start(torch.autograd.Function):
         return None, None, *found
 
 
-class _Arguments(NamedTuple):
-    """Finish's node's, for each input."""
-
-    scaled_dy: Tensor
-    high: Tensor
-    low: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-    x: Tensor
-    mean: Tensor
-    var: Tensor
-    M: Tensor
-    map_high: Tensor
-    map_low: Tensor
-    map_scale: Tensor
-    map_bias: Tensor | None
-
-
-class _Saved(NamedTuple):
-    """What finish's node keeps of one normalisation."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    y: Tensor | None  # only where the ReLU's mask cannot be computed again from x
-    x: Tensor
-    mean: Tensor
-    var: Tensor
-    M: Tensor
-    high: Tensor
-    low: Tensor
-    scale: Tensor
-    map_bias: Tensor | None
-
-    @property
-    def map(self) -> _Map:
-        return _Map(*self[-4:])
+_PER_INPUT = 10  # three tokens, weight, bias, residual, x, mean, var, M
+_Setting: TypeAlias = tuple[float, bool]  # eps, and whether there is a ReLU
 
 
 class _Finish(torch.autograd.Function):
@@ -238,62 +163,96 @@ class _Finish(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.group_name, ctx.settings = group_name, settings
         outputs, kept = [], []
-        for (_, relu, _), row in zip(settings, _rows(tensors, len(_Arguments._fields)), strict=True):
-            one = _Arguments(*row)
-            y = _Map(*one[-4:])(one.x)
-            if one.residual is not None:
-                y = y + one.residual
-            y = (y.relu() if relu else y).to(one.x.dtype)
+        for (eps, relu), row in zip(settings, _rows(tensors, _PER_INPUT), strict=True):
+            weight, bias, residual, x, mean, var, M = row[3:]
+            saved = _Saved(x, weight, bias, residual, None, mean, var, M, *_coefficients(x, mean, var, weight, eps))
+            y = saved.normalized()
+            if residual is not None:
+                y = y + residual
+            y = (y.relu() if relu else y).to(x.dtype)
             outputs.append(y)
-            kept += [one.weight, one.bias, y if relu and one.residual is not None else None, *one[6:]]
+            kept += saved._replace(y=y if relu and residual is not None else None)
         ctx.save_for_backward(*kept)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         saved = [_Saved(*row) for row in _rows(ctx.saved_tensors, len(_Saved._fields))]
-        dys = [dy if one.y is None else _cut(dy, one.y) for dy, one in zip(gradients, saved, strict=True)]
-        settings = [
-            (eps, relu and one.y is None, added) for one, (eps, relu, added) in zip(saved, ctx.settings, strict=True)
-        ]
-        weight, bias, _, x, mean, var, *_ = zip(*saved, strict=True)
-        eps, relus, _ = zip(*settings, strict=True)
-        sums = backward_sums(dys, x, mean, var, weight, bias, eps, relus).split([2 * len(v) for v in mean])
+        dys = [dy if one.y is None else _cut_by_relu(dy, one.y) for dy, one in zip(gradients, saved, strict=True)]
+        all_eps = [eps for eps, _ in ctx.settings]
+        relus = [relu and one.y is None for one, (_, relu) in zip(saved, ctx.settings, strict=True)]
+        x, weight, bias, _, _, mean, var, *_ = zip(*saved, strict=True)
+        sums = backward_sums(dys, x, mean, var, weight, bias, all_eps, relus).split([2 * len(v) for v in mean])
         message = None
         if ctx.needs_input_grad[2]:
-            message = torch.cat([v for pair in zip(saved, sums, eps, strict=True) for v in _coefficients(*pair)])
+            shares = [one.shares(own, eps) for one, own, eps in zip(saved, sums, all_eps, strict=True)]
+            message = torch.cat([v for pair in shares for v in pair])
             message = message if ctx.group_name is None else launch_traced(message, ctx.group_name)
         returned: list[Tensor | None] = []
-        for one, dy, own, setting in zip(saved, dys, sums, settings, strict=True):
-            returned += _gradients(one, dy, own, setting)
+        for one, dy, own, eps, relu in zip(saved, dys, sums, all_eps, relus, strict=True):
+            returned += [one.scaled(dy, relu), one.high, one.low, *one.parameter_gradients(own, eps)]
+            returned += [None if one.residual is None else dy, None, None, None, None]
         return None, None, message, *returned
 
 
-def _coefficients(one: _Saved, sums: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """This rank's part of a and b (C) in dx = scale * dy + a + b * (x - mean)."""
-    total, dot = sums.chunk(2)
-    variance = one.var + eps
-    share = variance.rsqrt() / -ops.at_least_one(one.M)
-    if one.weight is not None:
-        share = share * one.weight
-    return total * share, dot / variance * share
+class _Saved(NamedTuple):
+    """What finish's node keeps of one normalisation, y = (x - high - low) * scale + bias."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    y: Tensor | None  # only where the ReLU's mask cannot be computed again from x
+    mean: Tensor
+    var: Tensor
+    M: Tensor
+    high: Tensor
+    low: Tensor
+    scale: Tensor
+
+    def normalized(self) -> Tensor:
+        """Y before residual and ReLU, in the compute dtype."""
+        y = _deviation(self.x, self.high, self.low) * ops.per_channel(self.scale, self.x)
+        return y if self.bias is None else y + ops.per_channel(self.bias.to(y.dtype), self.x)
+
+    def scaled(self, dy: Tensor, relu: bool) -> Tensor:
+        """Scale * dy in the compute dtype, cut by the ReLU."""
+        dy = dy.to(self.scale.dtype)
+        return (_cut_by_relu(dy, self.normalized()) if relu else dy) * ops.per_channel(self.scale, dy)
+
+    def shares(self, sums: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """This rank's part of a (C) and b (C) in dx = scale * dy + a + b * (x - mean)."""
+        total, dot = sums.chunk(2)
+        variance = self.var + eps
+        share = variance.rsqrt() / -ops.at_least_one(self.M)
+        if self.weight is not None:
+            share = share * self.weight
+        return total * share, dot / variance * share
+
+    def parameter_gradients(self, sums: Tensor, eps: float) -> tuple[Tensor | None, Tensor | None]:
+        """Of weight and bias."""
+        total, dot = sums.chunk(2)
+        weight = None if self.weight is None else (dot * (self.var + eps).rsqrt()).to(self.weight.dtype)
+        return weight, None if self.bias is None else total.to(self.bias.dtype)
 
 
-def _gradients(one: _Saved, dy: Tensor, sums: Tensor, setting: _Setting) -> list[Tensor | None]:
-    """Of `_Arguments`."""
-    eps, relu, has_residual = setting
-    scaled = dy.to(one.scale.dtype)
-    if relu:
-        scaled = _cut(scaled, one.map(one.x))
-    scaled = scaled * ops.per_channel(one.scale, dy)
-    total, dot = sums.chunk(2)
-    dweight = None if one.weight is None else (dot * (one.var + eps).rsqrt()).to(one.weight.dtype)
-    dbias = None if one.bias is None else total.to(one.bias.dtype)
-    found = _Arguments(scaled, one.high, one.low, dweight, dbias, dy if has_residual else None, *[None] * 8)
-    return list(found)
+def _coefficients(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """High and low, whose sum is the mean, and scale, (C) each in the compute dtype of x."""
+    dtype = ops.compute_dtype(x.dtype)
+    high = mean.to(dtype)
+    low = (mean - high).to(dtype)
+    scale = (var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    # As strided, since the compiler would else compute them for each element of x, in float64.
+    return tuple(v.as_strided(v.shape, (1,)) for v in (high, low, scale.to(dtype)))
 
 
-def _cut(dy: Tensor, y: Tensor) -> Tensor:
+def _deviation(x: Tensor, high: Tensor, low: Tensor) -> Tensor:
+    """X - mean in the compute dtype, exact also where the mean is large."""
+    return x.to(high.dtype) - ops.per_channel(high, x) - ops.per_channel(low, x)
+
+
+def _cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:
     """Dy where the ReLU let pass, else 0."""
     return torch.ops.aten.threshold_backward(dy, y, 0)
 
