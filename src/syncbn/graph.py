@@ -111,6 +111,7 @@ class Started:
         for sums, M, _ in batches_of(totals, None, [x.shape[1] for x in self.inputs]):
             # var = E[x^2] - E[x]^2, which float64 can afford
             mean, var = ops.moments_of(ops.Sums(*sums.chunk(2)), None, M)
+            assert isinstance(M, Tensor), "only eager reads it"
             found.append(Statistics(torch.where(M == 1, float("nan"), mean), var, M))
         return found
 
@@ -162,7 +163,8 @@ class _Finish(torch.autograd.Function):
         ctx: Any, group_name: str | None, settings: tuple[_Setting, ...], _token: Tensor, *tensors: Any
     ) -> tuple[Tensor, ...]:
         ctx.group_name, ctx.settings = group_name, settings
-        outputs, kept = [], []
+        outputs: list[Tensor] = []
+        kept: list[Tensor | None] = []
         for (eps, relu), row in zip(settings, _rows(tensors, _PER_INPUT), strict=True):
             weight, bias, residual, x, mean, var, M = row[3:]
             saved = _Saved(x, weight, bias, residual, None, mean, var, M, *_coefficients(x, mean, var, weight, eps))
