@@ -185,11 +185,10 @@ class _Finish(torch.autograd.Function):
         relus = [relu and one.y is None for one, (_, relu) in zip(saved, ctx.settings, strict=True)]
         x, weight, bias, _, _, mean, var, *_ = zip(*saved, strict=True)
         sums = backward_sums(dys, x, mean, var, weight, bias, all_eps, relus).split([2 * len(v) for v in mean])
-        message = None
-        if ctx.needs_input_grad[2]:
-            shares = [one.shares(own, eps) for one, own, eps in zip(saved, sums, all_eps, strict=True)]
-            message = torch.cat([v for pair in shares for v in pair])
-            message = message if ctx.group_name is None else launch_traced(message, ctx.group_name)
+        shares = [one.shares(own, eps) for one, own, eps in zip(saved, sums, all_eps, strict=True)]
+        message = torch.cat([v for pair in shares for v in pair])
+        if ctx.group_name is not None:  # the compiler leaves it out where no input wants a gradient
+            message = launch_traced(message, ctx.group_name)
         returned: list[Tensor | None] = []
         for one, dy, own, eps, relu in zip(saved, dys, sums, all_eps, relus, strict=True):
             returned += [one.scaled(dy, relu), one.high, one.low, *one.parameter_gradients(own, eps)]
