@@ -19,6 +19,7 @@ ORDER = [
     "recomputing",
     "exchange",
     "functional",
+    "graph",
     "nn",
     "preprocessing",
     "models",

@@ -239,16 +239,30 @@ def gather_objects(mine: Any) -> list[Any]:
     return gathered
 
 
+def launch_traced(message: Tensor, group_name: str) -> Tensor:
+    """Begin to sum `message` over the group, as operators that a tracer sees; `wait_traced` returns the sum."""
+    return torch.ops._c10d_functional.all_reduce(message.contiguous(), "sum", group_name)
+
+
+def wait_traced(reduced: Tensor) -> Tensor:
+    """What `launch_traced` began."""
+    return torch.ops._c10d_functional.wait_tensor(reduced)
+
+
+def nan_where_ranks_disagree(totals: Tensor, group: dist.ProcessGroup, id: int) -> Tensor:
+    """The sum of messages that end with id and its square; NaN where the ranks were in different layers."""
+    if dist.get_backend(group) == "fake":  # which adds nothing up
+        return totals
+    agree = (totals[-2] == group.size() * id) & (totals[-1] == group.size() * id**2)
+    return torch.where(agree, totals, float("nan"))
+
+
 def all_reduce_differentiable(message: Tensor, group: dist.ProcessGroup, id: int) -> Tensor:
     """`message`, which ends with id and its square, summed over the group: traceable, differentiable at any order.
 
     NaN where the ranks were in different layers.
     """
-    totals = _AllReduce.apply(message, group.group_name)
-    if dist.get_backend(group) == "fake":
-        return totals
-    agree = (totals[-2] == group.size() * id) & (totals[-1] == group.size() * id**2)
-    return torch.where(agree, totals, float("nan"))
+    return nan_where_ranks_disagree(_AllReduce.apply(message, group.group_name), group, id)
 
 
 class _AllReduce(torch.autograd.Function):
@@ -256,8 +270,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(message: Tensor, group_name: str) -> Tensor:
-        reduced = torch.ops._c10d_functional.all_reduce(message.contiguous(), "sum", group_name)
-        return torch.ops._c10d_functional.wait_tensor(reduced)
+        return wait_traced(launch_traced(message, group_name))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

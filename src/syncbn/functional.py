@@ -4,10 +4,10 @@ It comes in two halves, so that other work can run while a message travels: `sta
 all-reduce, `Started.finish` waits for it and normalises. Going backward, finish's node launches the reduction of the
 gradient sums and start's node waits for it; autograd runs what lies between the two in the meantime.
 
-Two implementations of the same numbers:
+Two implementations of the same numbers; `graph` is the third, for torch.compile:
 - fused: the passes of `syncbn.ops` inside two autograd nodes. The default.
-- composed: plain differentiable operators around a differentiable all-reduce. For torch.compile, which fuses them
-  itself, for second derivatives, and for torch.func and forward-mode AD.
+- composed: plain differentiable operators around a differentiable all-reduce. For second derivatives, torch.func,
+  forward-mode AD and torch.export.
 
 Source: Algorithm 1 and its gradients in Ioffe & Szegedy 2015.
 """
@@ -62,11 +62,14 @@ class Norm(NamedTuple):
         return self[:4]
 
 
-def only_operators() -> bool:
-    """Whether `composed` is needed: under torch.compile, torch.func's transforms and forward-mode AD."""
-    if torch.compiler.is_compiling():
-        return True
+def is_transformed() -> bool:
+    """Whether torch.func's transforms or forward-mode AD are at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def only_operators() -> bool:
+    """Whether `composed` is needed: under torch.export, torch.func's transforms and forward-mode AD."""
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 class Started:

@@ -92,24 +92,6 @@ def test_traced_whole_with_one_collective_a_message(name, messages):
         assert buffers == found[0][2]
 
 
-def operators_of_a_graph(rank):
-    found = []
-
-    def keep(graph, examples):
-        found.extend(node.target for node in graph.graph.nodes)
-        return graph.forward
-
-    torch.compile(Grouped(), fullgraph=True, backend=keep)(batch(rank, 0))
-    return found
-
-
-def test_a_graph_copies_nothing_from_the_host():
-    """On a GPU every copy would make the host wait, and torch would use no CUDA graphs."""
-    for found in run_ranks(operators_of_a_graph, 2, timeout=200, group_timeout=100):
-        assert torch.cat in found
-        assert torch.tensor not in found
-
-
 def compiled_by_inductor(rank):
     net = Grouped()
     compiled = torch.compile(net, fullgraph=True)

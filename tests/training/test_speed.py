@@ -55,6 +55,16 @@ def test_cuda_graphs_are_refused_on_a_cpu(mode):
         compile_network(nn.Linear(1, 1), mode, torch.device("cpu"))
 
 
+def test_kernels_take_their_memory_before_cuda_graphs_are_made(monkeypatch):
+    done = []
+    monkeypatch.setattr("syncbn.ops.prepare", lambda device: done.append(device))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: done.append(options["mode"]))
+    device = torch.device("cuda", 0)
+    for mode in ("default", "reduce-overhead"):
+        compile_network(nn.Linear(1, 1), mode, device)
+    assert done == ["default", device, "reduce-overhead"]
+
+
 @pytest.mark.parametrize(
     ("options", "cuda", "bf16", "expected"),
     [

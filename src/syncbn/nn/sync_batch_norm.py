@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import distributed, ops
+from syncbn import distributed, graph, ops
 from syncbn.agreement import LayerName
 from syncbn.exchange import Memory, Route, Statistics, may_be_recomputed
 from syncbn.functional import Norm, Started, batch_norm, composed, only_operators, start
@@ -214,8 +214,10 @@ class PendingBatchNorm:
         self.live = [e for e in self.entries if e.uses_batch]
         self.route = _route([layer for e in self.live for layer in e.layers])
         self.memory = self.live[0].layers[0]._memory if self.live else Memory()
-        self.started: Started | None = None
-        if self.route is not None and not only_operators():
+        self.started: Started | graph.Started | None = None
+        if self.live and graph.is_traced():
+            self.started = graph.Started([e.input for e in self.live], self.route)
+        elif self.route is not None and not only_operators():
             self.started = start([e.input for e in self.live], self.route, self.memory, [e.span for e in self.live])
 
     def finish(self, residuals: Sequence[Tensor | None] | None = None) -> list[Tensor]:
@@ -241,14 +243,14 @@ class PendingBatchNorm:
 
     def _normalize(self, norms: list[Norm]) -> list[Tensor]:
         repeated = False
-        if only_operators():
-            outputs, statistics = composed(norms, self.route)
-            statistics = [s.detach() for s in statistics]
-        elif self.started is not None:
+        if self.started is not None:
             repeated = self.started.recomputed
             if not repeated:
                 norms = self._with_running(norms)
             outputs, statistics = self.started.finish(norms)
+        elif only_operators():
+            outputs, statistics = composed(norms, self.route)
+            statistics = [s.detach() for s in statistics]
         else:
             may_repeat = may_be_recomputed() or bool(self.memory.entries)
             if not may_repeat:

@@ -64,6 +64,7 @@ __all__ = [
     "normalize_batch",
     "per_channel",
     "pivot",
+    "prepare",
     "reads_spans",
     "update_running",
     "upstream_gradient",
@@ -84,6 +85,11 @@ def _tail(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 _tail_on_device = lru_cache(maxsize=4096)(_tail)  # copying numbers to a device stalls it: once for each message
+
+
+def prepare(device: torch.device) -> None:
+    """Be ready to run where torch.compile replays CUDA graphs, before it makes the first."""
+    triton_passes.prepare(device)
 
 
 def forward_message(inputs: Sequence[Tensor], signature: tuple[int, int]) -> Tensor:

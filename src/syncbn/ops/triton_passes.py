@@ -44,7 +44,6 @@ _NO_PLACE = -1
 
 def takes(x: Tensor) -> bool:
     """Whether these passes can process x."""
-    # torch.compile traces: these kernels would keep its own from fusing.
     return x.is_cuda and x.dtype in _KNOWN and has_memory(x) and not x.is_neg() and _usable(x.device)
 
 
@@ -52,6 +51,12 @@ def takes(x: Tensor) -> bool:
 def _usable(device: torch.device) -> bool:
     wanted = os.environ.get("SYNCBN_TRITON", "1") != "0" and torch.version.cuda is not None
     return wanted and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def prepare(device: torch.device) -> None:
+    """Take the memory that kernels keep now, so that it does not come out of what a CUDA graph has to itself."""
+    if device.type == "cuda" and _usable(device):
+        _counters(device, torch.cuda.current_stream(device).cuda_stream)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

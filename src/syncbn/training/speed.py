@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from syncbn import ops
+
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -58,6 +60,8 @@ def compile_network(network: nn.Module, mode: CompileMode | None, device: torch.
     import torch._dynamo.config as dynamo_config  # which takes seconds to import
 
     dynamo_config.optimize_ddp = False  # it would cut the graph in pieces, and fails at our all-reduce
+    if mode in WITH_CUDA_GRAPHS:
+        ops.prepare(device)
     network.compile(fullgraph=True, mode=mode)
 
 
