@@ -214,9 +214,11 @@ def gradients_of_inputs(
         elif span is None:
             found.append(ops.input_gradient(dy, x, affine, own, M, signature))
         else:
-            found.append(span.whole_like(x) if span.first == 0 else None)
-            whole = whole if found[-1] is None else found[-1]
-            assert whole is not None
+            if whole is None or span.first == 0:
+                whole = span.whole_like(x)
+                found.append(whole)
+            else:
+                found.append(None)
             ops.input_gradient(dy, x, affine, own, M, signature, into=span.of(whole))
     return found
 

@@ -39,7 +39,8 @@ class Norm(NamedTuple):
 
     x: (N, C, ...), floating point; weight, bias: (C) or None; residual: like x or None, added before the activation;
     activation: None or "relu"; running: moving averages to update in the same pass, or None. The composed form
-    updates none. span: where x holds the channels of several layers, which are meant; such a norm has no residual.
+    updates none. span: where x holds the channels of several layers, which are meant; such a norm has no residual,
+    and the composed form does not know it.
     """
 
     x: Tensor
@@ -50,11 +51,6 @@ class Norm(NamedTuple):
     activation: str | None
     running: ops.Running | None = None
     span: ops.Span | None = None
-
-    @property
-    def part(self) -> Tensor:
-        """What of x is normalised."""
-        return self.x if self.span is None else self.span.of(self.x)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -128,10 +124,9 @@ def batch_norm(norms: Sequence[Norm]) -> tuple[list[Tensor], list[Statistics]]:
 
 def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], list[Statistics]]:
     """The same normalisation as differentiable operators, over a group or, with no route, alone."""
-    shifted = [_shifted(norm.part) for norm in norms]
+    shifted = [_shifted(norm.x) for norm in norms]
     sums = [ops.composed_sums(s.values) for s in shifted]
     counts = [norm.x.numel() // norm.x.shape[1] for norm in norms]
-    channels = [norm.part.shape[1] for norm in norms]
     if route is None:
         for M, norm in zip(counts, norms, strict=True):
             refuse_single_value(M, norm.x.shape, P=1)
@@ -141,10 +136,10 @@ def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], 
     else:
         sums = [ops.about_origin(s, x.pivot, M) for s, x, M in zip(sums, shifted, counts, strict=True)]
         # The layers' names are out of a tracer's reach; their widths are not.
-        id = 1 + sum(i * C for i, C in enumerate(channels, 1)) % 2**20
+        id = 1 + sum(i * norm.x.shape[1] for i, norm in enumerate(norms, 1)) % 2**20
         message = ops.message_of([t for s in sums for t in s], counts, (id, id**2))
         totals = all_reduce_differentiable(message, route.group, id)
-        batches = batches_of(totals, None, channels)
+        batches = batches_of(totals, None, [norm.x.shape[1] for norm in norms])
         # var = E[x^2] - E[x]^2, which float64 can afford
         statistics = [Statistics(*ops.moments_of(ops.Sums(*b.sums.chunk(2)), None, b.M), b.M) for b in batches]
     outputs = [_composed_normalize(n, s, *st[:2]) for n, s, st in zip(norms, shifted, statistics, strict=True)]
@@ -243,8 +238,11 @@ class _Saved(NamedTuple):
 
 
 def _saved(ctx: Any) -> list[_Saved]:
-    rows = zip(*[iter(ctx.saved_tensors)] * len(_Saved._fields), strict=True)
-    return [_Saved(*row) for row in rows]
+    found: list[_Saved] = []
+    for row in zip(*[iter(ctx.saved_tensors)] * len(_Saved._fields), strict=True):
+        one = _Saved(*row)
+        found.append(one if one.x is not None else one._replace(x=found[-1].x))
+    return found
 
 
 def _norms(settings: Sequence[_Setting], tensors: Sequence[Any]) -> list[Norm]:
@@ -256,7 +254,9 @@ def _keep(ctx: Any, norms: Sequence[Norm], pairs: Sequence[tuple[Tensor, _Saved]
     """Keep what the backward needs; returns the outputs."""
     outputs = tuple(y for y, _ in pairs)
     ctx.settings, ctx.residuals = [norm[4:] for norm in norms], [norm.residual is not None for norm in norms]
-    ctx.save_for_backward(*(t for _, saved in pairs for t in saved))
+    # Of the spans of one input the first keeps it for all.
+    inputs = [norm.x if norm.span is None or norm.span.first == 0 else None for norm in norms]
+    ctx.save_for_backward(*(t for x, (_, saved) in zip(inputs, pairs, strict=True) for t in (x, *saved[1:])))
     _offer_outputs_again(ctx, outputs)
     return outputs
 
@@ -325,7 +325,9 @@ def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | 
     for saved, dy, setting in zip(_saved(ctx), gradients, ctx.settings, strict=True):
         eps, activation, _, span = setting
         part = saved.x if span is None else span.of(saved.x)
-        norms.append(Norm(part, saved.weight, saved.bias, None, eps, None))
+        # Views, since one tensor in two norms would be given the gradient of both twice.
+        weight, bias = (None if t is None else t.view_as(t) for t in (saved.weight, saved.bias))
+        norms.append(Norm(part.view_as(part), weight, bias, None, eps, None))
         if activation == "relu":
             with torch.no_grad():
                 x = dense_part(saved.x, span)

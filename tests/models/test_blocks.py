@@ -1,11 +1,11 @@
 """The blocks of the models by themselves: padding and pooling."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrizations, prune
 
 from syncbn.models.blocks import Conv2dSame, SeparableConv2d, max_pool_halving, same_padding
 from syncbn.models.observation import observe_outputs
@@ -85,20 +85,19 @@ def test_a_separable_convolution_as_one(padding, bias):
     torch.testing.assert_close(torch.autograd.grad(found, leaves, dy), gradients)
 
 
-def test_where_a_separable_convolution_runs_as_one(monkeypatch):
-    """In training on a GPU, unless somebody looks at its parts."""
-    conv = SeparableConv2d(3, 8, 7, 2, depth_multiplier=8, padding="same", bias=True)
-    monkeypatch.setattr(conv, "as_one", lambda x: "as one")
-    monkeypatch.setattr(conv.depthwise, "forward", lambda x: x)
-    monkeypatch.setattr(conv.pointwise, "forward", lambda x: "one after the other")
-
-    def run(cuda=True, training=True):
-        return conv.train(training)(SimpleNamespace(is_cuda=cuda))
-
-    assert run() == "as one"
-    assert run(cuda=False) == run(training=False) == "one after the other"
-    observe_outputs(conv.depthwise, lambda y: None)
-    assert run() == "one after the other"
+def test_when_a_separable_convolution_may_run_as_one():
+    """In training, unless somebody looks at its parts or changes them."""
+    plain, observed, pruned, parametrised = (
+        SeparableConv2d(3, 8, 7, 2, depth_multiplier=8, padding="same", bias=True) for _ in range(4)
+    )
+    assert plain.may_run_as_one()
+    assert not plain.eval().may_run_as_one()
+    observe_outputs(observed.depthwise, lambda y: None)
+    prune.identity(pruned.pointwise, "weight")
+    parametrizations.weight_norm(parametrised.depthwise)
+    assert not any(conv.may_run_as_one() for conv in (observed, pruned, parametrised))
+    x = images(size=16)
+    assert torch.equal(pruned(x), pruned.pointwise(pruned.depthwise(x)))
 
 
 def test_the_weight_of_a_separable_convolution_is_rounded_once_under_autocast():

@@ -293,6 +293,26 @@ def test_layers_side_by_side_return_an_output_each(P):
 
 
 def test_an_output_each_and_residuals():
-    x = torch.randn(3, 4)
-    with pytest.raises(ValueError, match="got 1 residuals and split=True: leave one of them out"):
-        start_sync_batch_norm([[SyncBatchNorm(2), SyncBatchNorm(2)]], [x], split=True).finish([x])
+    x, layers = torch.randn(3, 4), [[SyncBatchNorm(2), SyncBatchNorm(2)]]
+    with pytest.raises(ValueError, match="residuals cannot be added with split=True: leave split out"):
+        start_sync_batch_norm(layers, [x], split=True).finish([x])
+    assert len(start_sync_batch_norm(layers, [x], split=True).finish([None])) == 2
+
+
+def shared(rank):
+    """Gradients of an input that two layers share, and of a layer that runs twice: with a graph of them and without."""
+    torch.manual_seed(rank)
+    layers = [SyncBatchNorm(3, activation="relu").double() for _ in range(2)]
+    x = torch.randn(4, 3).double().requires_grad_()
+    found = []
+    for create_graph in (False, True):
+        ys = [*sync_batch_norm_group(layers, [x, x]), *sync_batch_norm_group([layers[0], layers[0]], [x, x * x])]
+        loss = sum((y**3).sum() for y in ys)
+        found.append(torch.autograd.grad(loss, [x, *layers[0].parameters()], create_graph=create_graph))
+    return [relative(b.detach(), a) for a, b in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("P", [1, 2])
+def test_what_occurs_twice_in_a_message_counts_twice_in_gradients_with_a_graph(P):
+    for errors in run_ranks(shared, P):
+        assert max(errors) < 1e-12

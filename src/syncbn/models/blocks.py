@@ -124,10 +124,15 @@ class SeparableConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve."""
-        observed = is_observed(self.depthwise) or is_observed(self.pointwise)
-        if self.training and input.is_cuda and not observed:
+        if self.depthwise.weight.is_cuda and self.may_run_as_one():
             return self.as_one(input)
         return self.pointwise(self.depthwise(input))
+
+    def may_run_as_one(self) -> bool:
+        """Whether it trains, and nobody looks at its parts, prunes or parametrises them."""
+        parts = (self.depthwise, self.pointwise)
+        plain = all(type(conv) in (nn.Conv2d, Conv2dSame) for conv in parts)
+        return self.training and plain and not any(conv._forward_hooks or conv._forward_pre_hooks for conv in parts)
 
     def as_one(self, input: Tensor) -> Tensor:
         """Convolve once."""
@@ -143,7 +148,7 @@ class SeparableConv2d(nn.Module):
         )  # channel c of the input has the multiplier's channels c * m to c * m + m
         deep = self.depthwise.weight.squeeze(1).unflatten(0, by_input)
         wide = self.pointwise.weight.flatten(1).unflatten(1, by_input)
-        with torch.autocast(deep.device.type, enabled=False):  # rounded once, by the convolution
+        with torch.autocast(deep.device.type, enabled=False):  # in float32, to be rounded by the convolution
             return torch.einsum("ocm,cmhw->ochw", wide, deep)
 
 
@@ -251,6 +256,7 @@ class PendingActivations:
         self._units = units
         self._inputs = inputs
         self._message = None
+        self._flat = False
         if all(unit.shares_messages for siblings in units for unit in siblings):
             norms = [[cast(BatchNorm, unit.bn) for unit in siblings] for siblings in units]
             # To a per-activation norm every activation is a channel: (N, C*H*W), siblings still side by side.

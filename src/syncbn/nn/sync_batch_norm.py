@@ -229,9 +229,9 @@ class PendingBatchNorm:
         Returns:
             The outputs, like the inputs, or with ``split`` like each layer's part of them.
         """
-        if self.split and residuals is not None:
-            raise ValueError(f"got {len(residuals)} residuals and split=True: leave one of them out")
-        if residuals is None:
+        if self.split and residuals is not None and any(r is not None for r in residuals):
+            raise ValueError("residuals cannot be added with split=True: leave split out, or add them to the outputs")
+        if residuals is None or self.split:
             residuals = [None] * len(self.entries)
         for entry, residual in zip(self.entries, residuals, strict=True):
             entry.take(residual)
@@ -256,7 +256,7 @@ class PendingBatchNorm:
             if not may_repeat:
                 norms = self._with_running(norms)
             outputs, statistics = [], []
-            for _, of_one_input in groupby(norms, key=lambda norm: id(norm.x)):
+            for _, of_one_input in groupby(norms, key=lambda norm: id(norm if norm.span is None else norm.x)):
                 ys, found = batch_norm(list(of_one_input))
                 outputs += ys
                 statistics += found
@@ -292,7 +292,7 @@ def start_sync_batch_norm(layers: Sequence[Layers], inputs: Sequence[Tensor], sp
             depend on each other's outputs, and must share a process group.
         inputs: (N, C, ...) each; sizes may differ.
         split: return an output for each layer, also of those side by side in one input. Where these go different ways,
-            that spares a GPU copies.
+            that spares a GPU copies. Such outputs may be views, not to be changed in place.
 
     Raises:
         ValueError: entries and inputs do not match, or the process groups differ.
@@ -337,10 +337,11 @@ class _Entry:
         """An entry for each layer, where it normalises by its batch and the passes can take its channels alone."""
         if len(self.layers) == 1 or not self.uses_batch or only_operators() or not ops.reads_spans(self.input):
             return [self]
-        parts, first = [], 0
+        parts, first, input = [], 0, ops.dense(self.input)
         for layer in self.layers:
             part = copy(self)
-            part.layers, part.span = (layer,), ops.Span(first, layer.num_features, self.input.shape[1])
+            part.layers, part.input = (layer,), input
+            part.span = ops.Span(first, layer.num_features, input.shape[1])
             parts.append(part)
             first += layer.num_features
         return parts

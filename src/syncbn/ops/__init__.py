@@ -30,7 +30,6 @@ from syncbn.ops.common import (
     compute_dtype,
     dense,
     in_rows,
-    is_rows,
     per_channel,
     step_of,
 )
@@ -143,8 +142,11 @@ def normalize(x: Tensor, affine: Affine, residual: Tensor | None = None) -> Tens
 
 
 def reads_spans(x: Tensor) -> bool:
-    """Whether the passes take the `Span`s of x as they lie; elsewhere layers side by side are faster taken as one."""
-    return triton_passes.takes(x) and (x.is_contiguous() or is_rows(x))
+    """Whether the passes take the `Span`s of x, dense; elsewhere layers side by side are faster taken as one.
+
+    The same on all ranks that have devices of one kind: it decides what their messages look like.
+    """
+    return triton_passes.takes(x)
 
 
 def upstream_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -230,6 +232,7 @@ def input_gradient(
     passes = _passes(x)
     if passes is triton_passes:
         return triton_passes.input_gradient(dy, x, affine, sums, M, signature, into)
+    assert into is None, "only these passes read spans"
     if signature is not None:
         sums = signature.poisoned(sums)
     return passes.input_gradient(dy, x, affine, sums, at_least_one(M))

@@ -161,8 +161,9 @@ def is_rows(x: Tensor) -> bool:
 
 def in_rows(x: Tensor) -> bool:
     """Whether the passes read x, dense or a `Span` of what is, as rows; else as planes."""
-    if x.is_contiguous():
-        return x.numel() == x.shape[0] * x.shape[1]
+    one_per_channel = x.numel() == x.shape[0] * x.shape[1]
+    if one_per_channel or x.is_contiguous():
+        return one_per_channel
     return is_rows(x) or _even_step(x, range(1, x.dim())) != 1
 
 

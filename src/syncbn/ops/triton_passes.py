@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from math import prod
 from typing import Any
 
 import torch
@@ -294,13 +293,12 @@ def _dense_like(x: Tensor) -> Tensor:
         return torch.empty_like(x)
     if not in_rows(x):
         return x.new_empty(x.shape)
-    C, *space = x.shape[1:]
-    sizes = [
-        prod(space),
-        *(prod(space[i + 1 :]) for i in range(len(space))),
-    ]  # of an image, and of each dimension of it
-    image, *strides = (C * size for size in sizes)
-    return x.new_empty_strided(x.shape, (image, 1, *strides))
+    steps, step = [], x.shape[1]
+    for size in reversed(x.shape[2:]):
+        steps.append(step)
+        step *= size
+    # No view of other memory: what autograd returns is to be a tensor by itself.
+    return x.new_empty_strided(x.shape, (step, 1, *reversed(steps)))
 
 
 @cache
