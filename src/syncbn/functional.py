@@ -68,6 +68,11 @@ def only_operators() -> bool:
     return torch.compiler.is_compiling() or is_transformed()
 
 
+def id_of_widths(widths: Sequence[int]) -> int:
+    """What a message of layers of these widths is known by where their names are out of a tracer's reach."""
+    return 1 + sum(i * C for i, C in enumerate(widths, 1)) % 2**20
+
+
 class Started:
     """A synchronisation under way; made by `start`, to be finished once."""
 
@@ -135,8 +140,7 @@ def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], 
         ]
     else:
         sums = [ops.about_origin(s, x.pivot, M) for s, x, M in zip(sums, shifted, counts, strict=True)]
-        # The layers' names are out of a tracer's reach; their widths are not.
-        id = 1 + sum(i * norm.x.shape[1] for i, norm in enumerate(norms, 1)) % 2**20
+        id = id_of_widths([norm.x.shape[1] for norm in norms])
         message = ops.message_of([t for s in sums for t in s], counts, (id, id**2))
         totals = all_reduce_differentiable(message, route.group, id)
         batches = batches_of(totals, None, [norm.x.shape[1] for norm in norms])
@@ -314,7 +318,7 @@ def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(other)
 
 
-def _cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:
+def cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:
     """Dy where the ReLU let pass, else 0."""
     return torch.ops.aten.threshold_backward(dy, y, 0)
 
@@ -332,7 +336,7 @@ def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | 
             with torch.no_grad():
                 x = dense_part(saved.x, span)
                 y = ops.normalize(x, saved.affine(setting)) if saved.y is None else saved.y
-                mask = _cut_by_relu(torch.ones_like(y), y)
+                mask = cut_by_relu(torch.ones_like(y), y)
             dy = dy * mask
         dys.append(dy)
     outputs, _ = composed(norms, ctx.route)

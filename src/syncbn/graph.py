@@ -20,7 +20,7 @@ from torch import Tensor
 from syncbn import ops
 from syncbn.distributed import ID_LENGTH, launch_traced, nan_where_ranks_disagree, wait_traced
 from syncbn.exchange import Route, Statistics, batches_of, refuse_single_value
-from syncbn.functional import Norm, is_transformed
+from syncbn.functional import Norm, cut_by_relu, id_of_widths, is_transformed
 
 
 def is_traced() -> bool:
@@ -86,8 +86,7 @@ class Started:
         self.group_name = None if route is None else route.group.group_name
         for x in inputs if route is None else ():
             refuse_single_value(x.numel() // x.shape[1], x.shape, P=1)
-        # The layers' names are out of a tracer's reach; their widths are not.
-        self.id = 1 + sum(i * x.shape[1] for i, x in enumerate(inputs, 1)) % 2**20
+        self.id = id_of_widths([x.shape[1] for x in inputs])
         self.message, self.token, *tokens = _Start.apply(self.group_name, self.id, *inputs)
         self.tokens = list(_rows(tokens, 3))
 
@@ -99,7 +98,10 @@ class Started:
             settings.append((norm.eps, norm.activation == "relu"))
             tensors += [*tokens, norm.weight, norm.bias, norm.residual, x.detach(), *found]
             if norm.running is not None:
-                ops.update_running(norm.running, *found)
+                # Of a single value there is no variance: the outputs are NaN, the averages stay.
+                mean, var, M = found
+                assert isinstance(M, Tensor)
+                ops.update_running(norm.running, mean, var, torch.where(M == 1, 0.0, M))
         outputs = _Finish.apply(self.group_name, tuple(settings), self.token, *tensors)
         return list(outputs), statistics
 
@@ -111,7 +113,8 @@ class Started:
         for sums, M, _ in batches_of(totals, None, [x.shape[1] for x in self.inputs]):
             # var = E[x^2] - E[x]^2, which float64 can afford
             mean, var = ops.moments_of(ops.Sums(*sums.chunk(2)), None, M)
-            assert isinstance(M, Tensor), "only eager reads it"
+            if not isinstance(M, Tensor):
+                raise RuntimeError("start_sync_batch_norm was compiled and finish() is not: compile both, or neither")
             found.append(Statistics(torch.where(M == 1, float("nan"), mean), var, M))
         return found
 
@@ -124,7 +127,9 @@ class _Start(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group_name: str | None, id: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        # No names: where nothing needs a gradient, torch 2.13's tracer tells by their number whether there is a ctx.
+        group_name, id, *inputs = arguments
         ctx.group_name = group_name
         ctx.save_for_backward(*inputs)
         message = forward_message(inputs, id)
@@ -180,7 +185,7 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         saved = [_Saved(*row) for row in _rows(ctx.saved_tensors, len(_Saved._fields))]
-        dys = [dy if one.y is None else _cut_by_relu(dy, one.y) for dy, one in zip(gradients, saved, strict=True)]
+        dys = [dy if one.y is None else cut_by_relu(dy, one.y) for dy, one in zip(gradients, saved, strict=True)]
         all_eps = [eps for eps, _ in ctx.settings]
         relus = [relu and one.y is None for one, (_, relu) in zip(saved, ctx.settings, strict=True)]
         x, weight, bias, _, _, mean, var, *_ = zip(*saved, strict=True)
@@ -219,7 +224,7 @@ class _Saved(NamedTuple):
     def scaled(self, dy: Tensor, relu: bool) -> Tensor:
         """Scale * dy in the compute dtype, cut by the ReLU."""
         dy = dy.to(self.scale.dtype)
-        return (_cut_by_relu(dy, self.normalized()) if relu else dy) * ops.per_channel(self.scale, dy)
+        return (cut_by_relu(dy, self.normalized()) if relu else dy) * ops.per_channel(self.scale, dy)
 
     def shares(self, sums: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """This rank's part of a (C) and b (C) in dx = scale * dy + a + b * (x - mean)."""
@@ -251,11 +256,6 @@ def _coefficients(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, e
 def _deviation(x: Tensor, high: Tensor, low: Tensor) -> Tensor:
     """X - mean in the compute dtype, exact also where the mean is large."""
     return x.to(high.dtype) - ops.per_channel(high, x) - ops.per_channel(low, x)
-
-
-def _cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:
-    """Dy where the ReLU let pass, else 0."""
-    return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
 def _rows(flat: Sequence[Any], width: int) -> Any:

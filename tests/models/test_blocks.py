@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrizations, prune
 
-from syncbn.models.blocks import Conv2dSame, SeparableConv2d, max_pool_halving, same_padding
+from syncbn.models.blocks import Conv2dSame, PoolBranch, SeparableConv2d, max_pool_halving, same_padding
 from syncbn.models.observation import observe_outputs
 
 
@@ -105,3 +105,12 @@ def test_the_weight_of_a_separable_convolution_is_rounded_once_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert conv.dense_weight().dtype == torch.float32
         assert conv.as_one(images(size=16)).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("stride", [1, 2])
+def test_torch_fx_and_torch_jit_trace_a_max_pool(stride):
+    pool = PoolBranch("max", stride, None, "symmetric")
+    x = images(size=9)
+    assert torch.equal(torch.fx.symbolic_trace(pool)(x), pool(x))
+    assert torch.equal(torch.jit.trace(pool, x, check_trace=False)(x), pool(x))

@@ -285,6 +285,7 @@ def test_work_between_start_and_finish_lies_between_them_in_backward_too(monkeyp
     ]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # raised inside torch itself while it compiles
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_compiles_whole(norm):
     network = inception_bn(**SMALL, norm=norm).double()  # in which rounding does not grow visible over 69 small norms

@@ -7,7 +7,7 @@ from torch import nn
 
 from graphs import operators_backend
 from ranks import run_ranks
-from syncbn import SyncBatchNorm
+from syncbn import SyncBatchNorm, sync_batch_norm_group
 from syncbn.nn import start_sync_batch_norm
 
 # Raised inside torch itself while it compiles.
@@ -73,12 +73,24 @@ def test_low_precision_as_eager(dtype):
 
 def results_of_one_value(rank):
     layer = compiled(Case((3,)))
-    return layer(torch.ones(1 - rank, 3)).isnan().all().item(), layer.running_mean.isnan().all().item()
+    return layer(torch.ones(1 - rank, 3)).isnan().all().item(), layer.running_mean.tolist(), layer.running_var.tolist()
 
 
 def test_one_value_on_all_ranks_gives_nan():
-    """A graph cannot raise: as on a GPU."""
-    assert run_ranks(results_of_one_value, 2) == [(True, True)] * 2
+    """A graph cannot raise: as on a GPU. The moving averages stay."""
+    assert run_ranks(results_of_one_value, 2) == [(True, [0.0] * 3, [1.0] * 3)] * 2
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 3])
+@pytest.mark.parametrize("no_grad", [False, True])
+def test_a_message_of_inputs_that_need_no_gradient(inputs, no_grad):
+    torch.compiler.reset()
+    layers = [SyncBatchNorm(4, affine=False) for _ in range(inputs)]
+    xs = [torch.randn(5, 4, generator=torch.Generator().manual_seed(i)) for i in range(inputs)]
+    with torch.set_grad_enabled(not no_grad):
+        found = torch.compile(sync_batch_norm_group, fullgraph=True, backend="aot_eager")(layers, xs)
+    for y, x in zip(found, xs, strict=True):
+        torch.testing.assert_close(y, nn.functional.batch_norm(x, None, None, training=True))
 
 
 def test_one_value_alone_is_refused():

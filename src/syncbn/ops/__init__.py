@@ -8,7 +8,6 @@ are float64.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -73,17 +72,10 @@ __all__ = [
 def message_of(sums: Sequence[Tensor], counts: Sequence[int], signature: tuple[int, int]) -> Tensor:
     """One flat float64 message: sums, counts, id and its square."""
     numbers, device = (*counts, *signature), sums[0].device
-    if torch.compiler.is_compiling():  # a tensor would be copied from the host in every step: no CUDA graphs
-        return torch.cat([*sums, *(torch.full((1,), n, dtype=torch.float64, device=device) for n in numbers)])
-    make = _tail if device.type == "cpu" else _tail_on_device
-    return torch.cat([*sums, make(numbers, device)])
-
-
-def _tail(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
-
-
-_tail_on_device = lru_cache(maxsize=4096)(_tail)  # copying numbers to a device stalls it: once for each message
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.cat([*sums, torch.tensor(numbers, dtype=torch.float64)])
+    # Elsewhere a tensor of numbers would be copied from the host, which stalls the device and rules out CUDA graphs.
+    return torch.cat([*sums, *(torch.full((1,), n, dtype=torch.float64, device=device) for n in numbers)])
 
 
 def prepare(device: torch.device) -> None:

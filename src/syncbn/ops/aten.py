@@ -103,6 +103,8 @@ def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tenso
         factor = seen * running.steps.clamp(min=1).double().reciprocal()
     for average, new in ((running.mean, mean), (running.var, var * (M / at_least_one(M - 1)))):
         new = new.to(average.dtype)
+        if isinstance(seen, Tensor):  # what was not seen may be NaN, of which even a weight of 0 leaves some
+            new = torch.where(seen, new, average)
         average.lerp_(new, factor.to(new.dtype) if isinstance(factor, Tensor) else factor)
 
 

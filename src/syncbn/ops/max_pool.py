@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd import forward_ad
 
 from syncbn.ops import triton_passes
@@ -65,6 +65,8 @@ def max_pool2d(
 
 
 def _takes(x: Tensor, kernel_size: int) -> bool:
+    if isinstance(x, fx.Proxy) or torch.jit.is_tracing():
+        return False
     if not (triton_passes.takes(x) and x.dim() == 4 and 1 <= kernel_size <= LARGEST_KERNEL):
         return False
     return forward_ad._current_level < 0  # forward-mode AD needs torch's operator
