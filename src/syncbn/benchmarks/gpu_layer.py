@@ -1,6 +1,6 @@
 """One layer with its ReLU on a GPU, against the floor of the memory's bandwidth and stock layers. See `gpu`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -126,28 +126,35 @@ def backward_of(layer: _BatchNorm, x: Tensor, dy: Tensor) -> Callable[[], Any]:
     return partial(torch.autograd.grad, layer(x), (x, layer.weight, layer.bias), dy, retain_graph=True)
 
 
+def normal(shape: Sequence[int], memory_format: str, options: Options, generator: torch.Generator) -> Tensor:
+    """An activation of normal numbers."""
+    numbers = torch.randn(tuple(shape), generator=generator, device=options.device)
+    return numbers.to(options.dtype, memory_format=FORMATS[memory_format])
+
+
+def time_prepared(prepare: Mapping[str, Callable[[], Callable[[], Any]]], options: Options) -> dict[str, list[float]]:
+    """Time in turns, by contender, what each of `prepare` returns; replayed as CUDA graphs where the options say so."""
+    with on_capture_stream(options.device) if options.graphs else nullcontext():
+        runs = {name: make() for name, make in prepare.items()}
+    if options.graphs:
+        runs = {name: captured(run, options.device) for name, run in runs.items()}
+    return time_in_turns(runs, options.rounds, options.warmup, options.device)
+
+
 def measure_shape(shape: Shape, memory_format: str, options: Options, compiled: bool) -> list[Row]:
     """Verify and time the contenders at one shape, both directions."""
     torch.compiler.reset()  # else it gives up compiling after a few shapes
     generator = torch.Generator(options.device).manual_seed(0)
-    x, dy = (
-        torch.randn(shape, generator=generator, device=options.device).to(
-            options.dtype, memory_format=FORMATS[memory_format]
-        )
-        for _ in range(2)
-    )
+    x, dy = (normal(shape, memory_format, options, generator) for _ in range(2))
     layers = contenders(shape[1], options.device, compiled)
     verify(layers, x.requires_grad_(), dy)
     rows: list[Row] = []
     for direction, tensors in TENSORS_MOVED.items():
-        with on_capture_stream(options.device) if options.graphs else nullcontext():
-            if direction == "forward":
-                runs = {name: forward_of(layer, x) for name, layer in layers.items()}
-            else:
-                runs = {name: backward_of(layer, x, dy) for name, layer in layers.items()}
-        if options.graphs:
-            runs = {name: captured(run, options.device) for name, run in runs.items()}
-        times = time_in_turns(runs, options.rounds, options.warmup, options.device)
+        if direction == "forward":
+            prepare = {name: partial(forward_of, layer, x) for name, layer in layers.items()}
+        else:
+            prepare = {name: partial(backward_of, layer, x, dy) for name, layer in layers.items()}
+        times = time_prepared(prepare, options)
         if not compiled:
             times[FLOOR] = [tensors * x.nbytes / options.bandwidth * 1e3] * options.rounds
         rows += measure.rows_of(direction, "x".join(map(str, shape)), memory_format, 1, times)

@@ -1,7 +1,6 @@
 """Inception-BN's max pools on a GPU, against the floor of the memory's bandwidth and torch's. See `gpu`."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn.benchmarks import measure
-from syncbn.benchmarks.gpu_layer import FLOOR, TOLERANCE, Options
-from syncbn.benchmarks.gpu_timing import captured, on_capture_stream, time_in_turns
-from syncbn.benchmarks.measure import FORMATS, OURS, Row
+from syncbn.benchmarks.gpu_layer import FLOOR, TOLERANCE, Options, normal, time_prepared
+from syncbn.benchmarks.measure import OURS, Row
 from syncbn.models.inception_bn import STEM_CONV1, STEM_CONV2, TABLE
 from syncbn.ops.max_pool import max_pool2d
 
@@ -43,7 +41,7 @@ def pools(batch: int) -> list[Pool]:
     for row in TABLE:
         if row.pool == "max":
             found.append(Pool(batch, channels, row.size, row.stride))
-        channels = (row.conv_1x1 or 0) + row.conv_3x3 + row.double_3x3 + (row.projection or channels)
+        channels = row.out_channels(channels)
     return found
 
 
@@ -63,6 +61,11 @@ def verify(pool: Pool, x: Tensor, dy: Tensor, contenders: Mapping[str, Callable[
         measure.verify(name, errors, TOLERANCE[x.dtype])
 
 
+def forward_of(pool: Pool, max_pool: Callable[..., Tensor], x: Tensor) -> Callable[[], Any]:
+    """What to time of the forward."""
+    return partial(pool.of, max_pool, x)
+
+
 def backward_of(pool: Pool, max_pool: Callable[..., Tensor], x: Tensor, dy: Tensor) -> Callable[[], Any]:
     """What to time of the backward."""
     return partial(torch.autograd.grad, pool.of(max_pool, x), x, dy, retain_graph=True)
@@ -73,25 +76,17 @@ def measure_pool(pool: Pool, memory_format: str, options: Options) -> list[Row]:
 
     The floor is the time in which x (forward) or dx (backward), y or dy, and a byte for each of its elements move.
     """
-    x = _numbers((pool.batch, pool.C, pool.side, pool.side), memory_format, options).requires_grad_()
-    dy = _numbers(pool.of(F.max_pool2d, x).shape, memory_format, options)
+    generator = torch.Generator(options.device).manual_seed(0)
+    x = normal((pool.batch, pool.C, pool.side, pool.side), memory_format, options, generator).requires_grad_()
+    dy = normal(pool.of(F.max_pool2d, x).shape, memory_format, options, generator)
     verify(pool, x, dy)
     rows: list[Row] = []
     for direction in ("forward", "backward"):
-        with on_capture_stream(options.device) if options.graphs else nullcontext():
-            runs: dict[str, Callable[[], Any]] = {
-                name: partial(pool.of, max_pool, x) if direction == "forward" else backward_of(pool, max_pool, x, dy)
-                for name, max_pool in CONTENDERS.items()
-            }
-        if options.graphs:
-            runs = {name: captured(run, options.device) for name, run in runs.items()}
-        times = time_in_turns(runs, options.rounds, options.warmup, options.device)
+        if direction == "forward":
+            prepare = {name: partial(forward_of, pool, max_pool, x) for name, max_pool in CONTENDERS.items()}
+        else:
+            prepare = {name: partial(backward_of, pool, max_pool, x, dy) for name, max_pool in CONTENDERS.items()}
+        times = time_prepared(prepare, options)
         times[FLOOR] = [(x.nbytes + dy.nbytes + dy.numel()) / options.bandwidth * 1e3] * options.rounds
         rows += measure.rows_of(f"pool {direction}", str(pool), memory_format, 1, times)
     return rows
-
-
-def _numbers(shape: tuple[int, ...], memory_format: str, options: Options) -> Tensor:
-    generator = torch.Generator(options.device).manual_seed(0)
-    numbers = torch.randn(shape, generator=generator, device=options.device)
-    return numbers.to(options.dtype, memory_format=FORMATS[memory_format])

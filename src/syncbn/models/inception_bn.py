@@ -60,6 +60,10 @@ class Row:
     projection: int | None  # None: the pooled input passes through
     stride: int
 
+    def out_channels(self, in_channels: int) -> int:
+        """Channels of all branches together."""
+        return (self.conv_1x1 or 0) + self.conv_3x3 + self.double_3x3 + (self.projection or in_channels)
+
 
 STEM_CONV1, STEM_REDUCE, STEM_CONV2 = 64, 64, 192
 DEPTH_MULTIPLIER = 8  # of the separable first convolution
@@ -121,8 +125,7 @@ class InceptionModule(nn.Module):
         )
         projection = None if row.projection is None else unit(in_channels, row.projection, 1)
         self.branch_pool = PoolBranch(row.pool, row.stride, projection, spec.padding)
-        outputs = (row.conv_1x1 or 0, row.conv_3x3, row.double_3x3, row.projection or in_channels)
-        self.out_channels = sum(outputs)
+        self.out_channels = row.out_channels(in_channels)
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the branches side by side and concatenate them: 1x1, 3x3, double 3x3, pool."""

@@ -16,7 +16,6 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 
 from syncbn.ops import triton_passes
-from syncbn.ops.common import compute_dtype
 from syncbn.ops.triton_plan import WIDEST_LOAD, tile_of
 
 LARGEST_KERNEL = 15  # whose 225 positions one byte can tell apart
@@ -184,7 +183,7 @@ def _launch(
             STRIDE_W=window.stride[1],
             PADDING_H=window.padding[0],
             PADDING_W=window.padding[1],
-            COMPUTE=_compute(first.dtype),
+            COMPUTE=triton_passes.compute_type(first),
             UNROLL=max(window.kernel, *window.stride) <= MOST_UNROLLED,
             **tile,
         )
@@ -207,8 +206,3 @@ def _tile(C: int, pixels: int, element_size: int, alignment: int) -> dict[str, i
     block_c, block_p = tile_of(C, pixels, rows=alignment > 0, elements=elements)
     warps = max(1, MOST_WARPS * block_c * block_p // elements)
     return {"BLOCK_C": block_c, "BLOCK_P": block_p, "ALIGNED": max(1, alignment), "num_warps": warps}
-
-
-def _compute(dtype: torch.dtype) -> Any:
-    language = import_module("triton.language")
-    return language.float64 if compute_dtype(dtype) == torch.float64 else language.float32

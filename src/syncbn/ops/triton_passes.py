@@ -153,7 +153,7 @@ def input_gradient(
             *strides,
             plan.splits,
             RELU=affine.relu,
-            COMPUTE=_compute(x),
+            COMPUTE=compute_type(x),
             DY_LIKE_X=dy.stride() == x.stride(),
             **plan.tile,
         )
@@ -184,7 +184,7 @@ def _launch_input_sums(x: Tensor, message: Tensor, sums_at: int, count_at: int, 
             count_at,
             len(message),
             id,
-            COMPUTE=_compute(x),
+            COMPUTE=compute_type(x),
             SPLIT=plan.splits > 1,
             **plan.tile,
         )
@@ -222,7 +222,7 @@ def _launch_normalize(
             *strides,
             plan.splits,
             RELU=map.relu,
-            COMPUTE=_compute(x),
+            COMPUTE=compute_type(x),
             Y_LIKE_X=y.stride() == x.stride(),
             **plan.tile,
         )
@@ -253,7 +253,7 @@ def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int) -> tuple[
             len(message),
             id,
             RELU=affine.relu,
-            COMPUTE=_compute(x),
+            COMPUTE=compute_type(x),
             DY_LIKE_X=dy.stride() == x.stride(),
             SPLIT=plan.splits > 1,
             **plan.tile,
@@ -308,7 +308,8 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _compute(x: Tensor) -> Any:
+def compute_type(x: Tensor) -> Any:
+    """`compute_dtype` of x, as Triton names it."""
     language = import_module("triton.language")
     return language.float64 if compute_dtype(x.dtype) == torch.float64 else language.float32
 
