@@ -8,7 +8,7 @@ import mmap
 import pytest
 import torch
 from launches import Launches, passes_for_gpus
-from norm_problems import assert_near, laid_out
+from norm_problems import ROWS, assert_near, laid_out
 from pool_problems import (
     DTYPES,
     EACH_POOL,
@@ -27,16 +27,11 @@ import syncbn
 from syncbn.models.blocks import max_pool_halving
 from syncbn.ops.max_pool import max_pool2d
 
-ROWS = pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
-
 
 @pytest.fixture(autouse=True)
-def _kernels_take_every_tensor():
-    torch.use_deterministic_algorithms(True)  # under which torch fills fresh memory
-    assert torch.empty(2).isnan().all()
+def _kernels_take_every_tensor(fresh_memory_is_not_a_number):
     with passes_for_gpus():
         yield
-    torch.use_deterministic_algorithms(False)
 
 
 @ROWS

@@ -1,6 +1,9 @@
 """Activations to normalise, and how results are compared with the reference."""
 
+import pytest
 import torch
+
+ROWS = pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
 
 
 def laid_out(x, rows):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-from norm_problems import assert_near, laid_out, problem
+from norm_problems import ROWS, assert_near, laid_out, problem
 from pool_problems import (
     DTYPES,
     EACH_POOL,
@@ -26,7 +26,6 @@ from syncbn.ops import aten, reference, triton_passes
 from syncbn.ops.max_pool import max_pool2d
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-ROWS = pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
 SHAPES = [
     (3, 5),
     (2, 2049),

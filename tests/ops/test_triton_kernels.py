@@ -9,9 +9,10 @@ from syncbn.ops.triton_plan import COUNTERS, LONGEST_SUM, MOST_STAGES, RESIDENT_
 
 
 @NEEDS_TRITON
-@pytest.mark.timeout(900)  # some 40 s of one core, of which a busy machine may give little
-def test_kernels_under_the_interpreter():
-    interpret("triton_interpreted.py")
+@pytest.mark.timeout(900)  # some 30 s of one core each, of which a busy machine may give little
+@pytest.mark.parametrize("file", ["triton_interpreted.py", "layers_interpreted.py"])
+def test_kernels_under_the_interpreter(file):
+    interpret(file)
 
 
 @NEEDS_TRITON
