@@ -14,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import distributed, graph, ops
 from syncbn.agreement import LayerName
-from syncbn.exchange import Memory, Route, Statistics, may_be_recomputed
+from syncbn.exchange import Route, Statistics
 from syncbn.functional import Norm, Started, batch_norm, composed, only_operators, start
+from syncbn.memory import Memory, Owner, owners_of_forward
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
 
@@ -252,7 +253,8 @@ class PendingBatchNorm:
             outputs, statistics = composed(norms, self.route)
             statistics = [s.detach() for s in statistics]
         else:
-            may_repeat = may_be_recomputed() or bool(self.memory.entries)
+            owners = owners_of_forward()
+            may_repeat = owners is not None or self.memory.may_recall()
             if not may_repeat:
                 norms = self._with_running(norms)
             outputs, statistics = [], []
@@ -260,7 +262,7 @@ class PendingBatchNorm:
                 ys, found = batch_norm(list(of_one_input))
                 outputs += ys
                 statistics += found
-            repeated = may_repeat and self._repeats(statistics)
+            repeated = may_repeat and self._repeats(statistics, owners, outputs)
         if not repeated:
             for entry, norm, s in zip(self.live, norms, statistics, strict=True):
                 if norm.running is None:
@@ -271,14 +273,14 @@ class PendingBatchNorm:
         """The norms, to update moving averages in the pass that normalises, where there are such to update."""
         return [norm._replace(running=entry.running()) for entry, norm in zip(self.live, norms, strict=True)]
 
-    def _repeats(self, statistics: list[Statistics]) -> bool:
+    def _repeats(self, statistics: list[Statistics], owners: list[Owner] | None, outputs: list[Tensor]) -> bool:
         """Whether a forward without messages is an activation checkpoint's second; of a first one, takes note."""
         if not statistics:
             return False
         note = torch.cat([part for mean, var, _ in statistics for part in (mean, var)])
         repeated = self.memory.is_repeated(note)
-        if not repeated and may_be_recomputed():
-            self.memory.keep(note, note)
+        if not repeated and owners is not None:
+            self.memory.keep(note, note, owners, outputs[0].grad_fn)
         return repeated
 
 
