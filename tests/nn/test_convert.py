@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from norm_cases import buffer_bytes, relative
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -247,6 +248,12 @@ def patched():
     return layer
 
 
+def lightning_reverted():
+    """What a Trainer(sync_batchnorm=True) makes of a layer by the end of a fit."""
+    sync = TorchSyncBatchNorm()
+    return sync.revert(sync.apply(nn.Sequential(nn.BatchNorm2d(3))))[0]
+
+
 UNKNOWN = {
     "renamed": lambda: Renamed(3),
     "forward": lambda: WithForward(3),
@@ -289,6 +296,17 @@ def test_unknown_subclasses_are_refused_by_name_or_keep_their_behaviour(kind):
     revert_sync_batchnorm(net)
     assert type(layer) is class_before
     assert repr(layer) == repr(twin)
+
+
+@pytest.mark.parametrize("reverted", [WithCheck(3), lightning_reverted()], ids=["own check", "sync_batchnorm=True"])
+def test_what_overrides_the_check_of_dimensions_alone_converts(reverted):
+    """Lightning leaves such layers behind, and so do functions that undo torch's conversion."""
+    kind, x = type(reverted), torch.randn(4, 3, 5, 5)
+    true = reverted(x)
+    convert_sync_batchnorm(reverted)
+    assert isinstance(reverted, SyncBatchNorm)
+    torch.testing.assert_close(reverted(x), true)
+    assert type(revert_sync_batchnorm(reverted)) is kind
 
 
 def test_subclasses_inside_a_refused_network_leave_no_trace():
