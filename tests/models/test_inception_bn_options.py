@@ -210,28 +210,28 @@ def assert_close(actual, expected):
 
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
 def test_per_activation_head(activation, monkeypatch):
-    network = inception_bn(**SMALL, activation=activation, per_activation_head=64)
+    network = inception_bn(**SMALL, activation=activation, per_activation_head=64).double()
     head = [m for m in network.modules() if isinstance(m, syncbn.nn.PerActivationBatchNorm)]
     assert len(head) == 7
     # One gamma and beta per activation: module 5b ends with 2x2 positions.
     plain, positions = trainable(inception_bn(**SMALL, activation=activation)), 4
     channels = sum(unit.out_channels for unit in network.inception_5b.modules() if isinstance(unit, ConvNorm))
     assert trainable(network) == plain + 2 * channels * (positions - 1)
-    network(images(8, 64)).sum().backward()
+    network(images(8, 64, dtype=torch.float64)).sum().backward()
     assert all(p.grad is not None for p in network.parameters())
-    x = torch.randn(8, network.inception_5a.out_channels, 2, 2)
+    x = torch.randn(8, network.inception_5a.out_channels, 2, 2, dtype=torch.float64)
     y = network.inception_5b.branch_1x1(x)
     gamma, beta = (p.detach().view(1, -1, 2, 2) for p in (head[0].weight, head[0].bias))
     z = network.inception_5b.branch_1x1.conv(x)
     expected = (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() * gamma + beta
-    torch.testing.assert_close(y, getattr(torch, activation)(expected))
+    assert_close(y, getattr(torch, activation)(expected))
     started = []
     real = blocks.start_sync_batch_norm
     monkeypatch.setattr(blocks, "start_sync_batch_norm", lambda *a, **k: started.append(1) or real(*a, **k))
-    network(images(4, 64))
+    network(images(4, 64, dtype=torch.float64))
     assert len(started) == 33
     with pytest.raises(ValueError, match=r"built for images of \(64, 64\), got .* \(32, 32\)"):
-        network(images(2, 32))
+        network(images(2, 32, dtype=torch.float64))
 
 
 # ---- bad arguments -------------------------------------------------------------------------------

@@ -111,8 +111,8 @@ def test_estimated_statistics_are_those_of_algorithm_2(tmp_path):
     model, data = make(batch_norm="estimate", estimation_batches=3, freeze=["stem", "inception_*"])
     twin, same = make()
     batches = [batch.images for batch in same.train_dataloader()]
-    estimate_population_statistics(twin.network.eval(), batches, 3)
-    fit(model, data, tmp_path)
+    estimate_population_statistics(twin.network.double().eval(), [batch.double() for batch in batches], 3)
+    fit(model, data, tmp_path, precision="64-true")
     expected, found = state_of(twin), state_of(model)
     for name in expected:
         if "running" in name:

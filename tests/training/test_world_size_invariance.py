@@ -7,10 +7,9 @@ import pytest
 from training.conftest import result_of_worker
 
 WORKER = Path(__file__).with_name("invariance_worker.py")
-LOSS_TOLERANCE = {"64-true": 1e-10, "32-true": 1e-4}
-STATE_TOLERANCE = {"64-true": 1e-10, "32-true": 1e-3}
-"""Relative. A step multiplies a rounding error several times, as small variances early in training do: after six
-steps single and double precision themselves differ by 1e-4."""
+TOLERANCE = {"64-true": 1e-10, "32-true": 2e-3}
+"""Relative. A step multiplies a rounding error, as small variances early in training do: six steps have made 1e-4 of
+single precision. Normalising by the images of one rank alone would change losses by 5e-3 and statistics by 5e-2."""
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +23,17 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_training_run_does_not_depend_on_the_number_of_ranks(runs, ranks, precision):
     alone, together = runs[1][precision], runs[ranks][precision]
+    tolerance = TOLERANCE[precision]
     assert len(alone["losses"]) == 6
-    assert together["losses"] == pytest.approx(alone["losses"], rel=LOSS_TOLERANCE[precision])
-    tolerance = STATE_TOLERANCE[precision]
+    assert together["losses"] == pytest.approx(alone["losses"], rel=tolerance)
     for name in ("parameters", "running_statistics"):
         assert together[name] == pytest.approx(alone[name], rel=tolerance, abs=tolerance), name
-    # Counted and averaged in single precision by torchmetrics, but over the same samples.
-    assert together["validation"] == pytest.approx(alone["validation"], rel=1e-4)
+    assert together["validation"].keys() == alone["validation"].keys()
+    for name, value in alone["validation"].items():  # means in single precision, over the same samples
+        if precision == "64-true" or name in ("val_images", "val_loss"):  # a class may turn on a rounding
+            assert together["validation"][name] == pytest.approx(value, rel=max(tolerance, 1e-6)), name
 
 
 def test_precision_makes_the_difference_it_should(runs):
     double, single = (runs[1][precision]["losses"] for precision in ("64-true", "32-true"))
-    assert single == pytest.approx(double, rel=1e-3) and single != double
+    assert single == pytest.approx(double, rel=TOLERANCE["32-true"]) and single != double
