@@ -12,7 +12,7 @@ Two implementations of the same numbers; `graph` is the third, for torch.compile
 Source: Algorithm 1 and its gradients in Ioffe & Szegedy 2015.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -63,9 +63,12 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def only_operators() -> bool:
-    """Whether `composed` is needed: under torch.export, torch.func's transforms and forward-mode AD."""
-    return torch.compiler.is_compiling() or is_transformed()
+def only_operators(tensors: Iterable[Tensor | None] = ()) -> bool:
+    """Whether `composed` is needed: under torch.export, torch.func's transforms, forward-mode AD, and for some tensors.
+
+    Those are subclasses that are to see every operator.
+    """
+    return torch.compiler.is_compiling() or is_transformed() or ops.need_operators(tensors)
 
 
 def id_of_widths(widths: Sequence[int]) -> int:
@@ -168,7 +171,7 @@ class _Alone(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or ops.need_operators(gradients):
             return (None, None, None, *_composed_gradients(ctx, gradients))
         found, _ = ops.backward_sums(_upstream(ctx, gradients), None)
         dxs = gradients_of_inputs(
@@ -215,7 +218,7 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or ops.need_operators(gradients):
             return (None, None, None, *_composed_gradients(ctx, gradients))
         upstream = _upstream(ctx, gradients)
         if ctx.needs_input_grad[2]:
@@ -313,7 +316,7 @@ def _upstream(ctx: Any, gradients: Sequence[Tensor]) -> list[ops.Upstream]:
 
 def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
     """The other in the layout and dtype of x."""
-    if other.stride() == x.stride() and other.dtype == x.dtype and not other.is_neg():
+    if other.stride() == x.stride() and other.dtype == x.dtype and ops.lies_bare(other):
         return other
     return torch.empty_like(x).copy_(other)
 
@@ -324,31 +327,36 @@ def cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:
 
 
 def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    """All of finish's gradients through `composed`, differentiable again."""
+    """All of finish's gradients through `composed`, differentiable again where gradients are enabled."""
+    differentiable = torch.is_grad_enabled()
     norms, dys = [], []
-    for saved, dy, setting in zip(_saved(ctx), gradients, ctx.settings, strict=True):
-        eps, activation, _, span = setting
-        part = saved.x if span is None else span.of(saved.x)
-        # Views, since one tensor in two norms would be given the gradient of both twice.
-        weight, bias = (None if t is None else t.view_as(t) for t in (saved.weight, saved.bias))
-        norms.append(Norm(part.view_as(part), weight, bias, None, eps, None))
-        if activation == "relu":
-            with torch.no_grad():
-                x = dense_part(saved.x, span)
-                y = ops.normalize(x, saved.affine(setting)) if saved.y is None else saved.y
-                mask = cut_by_relu(torch.ones_like(y), y)
-            dy = dy * mask
-        dys.append(dy)
-    outputs, _ = composed(norms, ctx.route)
-    tensors = [t for norm in norms for t in norm.tensors]
-    wanted = [t for t in tensors if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, dys, create_graph=True, allow_unused=True))
+    with torch.enable_grad():
+        for saved, dy, setting in zip(_saved(ctx), gradients, ctx.settings, strict=True):
+            eps, activation, _, span = setting
+            part = saved.x if span is None else span.of(saved.x)
+            # Views, since one tensor in two norms would be given the gradient of both twice.
+            weight, bias = (None if t is None else t.view_as(t) for t in (saved.weight, saved.bias))
+            norms.append(Norm(part.view_as(part), weight, bias, None, eps, None))
+            dys.append(dy * _relu_mask(saved, setting) if activation == "relu" else dy)
+        outputs, _ = composed(norms, ctx.route)
+        tensors = [t for norm in norms for t in norm.tensors]
+        wanted = [t for t in tensors if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, dys, create_graph=differentiable, allow_unused=True))
     returned = [None if t is None or not t.requires_grad else next(found) for t in tensors]
     for i, (has_residual, (*_, span)) in enumerate(zip(ctx.residuals, ctx.settings, strict=True)):
         returned[4 * i + 3] = dys[i] if has_residual else None
         if span is not None:
             returned[4 * i] = span.among_zeros(returned[4 * i])
     return returned
+
+
+@torch.no_grad()
+def _relu_mask(saved: _Saved, setting: _Setting) -> Tensor:
+    """1 where the ReLU let pass, else 0."""
+    y = saved.y
+    if y is None:
+        y = ops.normalize(dense_part(saved.x, setting[-1]), saved.affine(setting))
+    return cut_by_relu(torch.ones_like(y), y)
 
 
 class _Shifted(NamedTuple):

@@ -214,10 +214,11 @@ class PendingBatchNorm:
         self.live = [e for e in self.entries if e.uses_batch]
         self.route = _route([layer for e in self.live for layer in e.layers])
         self.memory = self.live[0].layers[0]._memory if self.live else Memory()
+        self.tensors = [t for e in self.live for t in e.tensors]
         self.started: Started | graph.Started | None = None
         if self.live and graph.is_traced():
             self.started = graph.Started([e.input for e in self.live], self.route)
-        elif self.route is not None and not only_operators():
+        elif self.route is not None and not only_operators(self.tensors):
             self.started = start([e.input for e in self.live], self.route, self.memory, [e.span for e in self.live])
 
     def finish(self, residuals: Sequence[Tensor | None] | None = None) -> list[Tensor]:
@@ -248,7 +249,7 @@ class PendingBatchNorm:
             if not repeated:
                 norms = self._with_running(norms)
             outputs, statistics = self.started.finish(norms)
-        elif only_operators():
+        elif only_operators(self.tensors):
             outputs, statistics = composed(norms, self.route)
             statistics = [s.detach() for s in statistics]
         else:
@@ -321,21 +322,24 @@ class _Entry:
         self.input = input
         self.span: ops.Span | None = None
         self.residual: Tensor | None = None
+        self.tensors: list[Tensor | None] = [input]
         for layer in self.layers:
             if not isinstance(layer, BatchNorm):
                 raise ValueError(
                     f"expected SyncBatchNorm layers, got {type(layer).__name__}: convert it with convert_sync_batchnorm"
                 )
-            _check_tensors(layer, input.device)
+            self.tensors += _checked_tensors(layer, input.device)
         first = self.layers[0]
         _check_input(input, sum(layer.num_features for layer in self.layers))
         if len(self.layers) > 1:
             _check_siblings(self.layers)
-        self.uses_batch = first.training or first.running_mean is None
+        self.uses_batch = first.training or (first.running_mean is None and first.running_var is None)
 
     def parts(self) -> "list[_Entry]":
         """An entry for each layer, where it normalises by its batch and the passes can take its channels alone."""
-        if len(self.layers) == 1 or not self.uses_batch or only_operators() or not ops.reads_spans(self.input):
+        if len(self.layers) == 1 or not self.uses_batch or not ops.reads_spans(self.input):
+            return [self]
+        if only_operators(self.tensors):
             return [self]
         parts, first, input = [], 0, ops.dense(self.input)
         for layer in self.layers:
@@ -409,15 +413,19 @@ def _check_input(input: Tensor, channels: int) -> None:
         raise ValueError(f"expected a floating point input, got {input.dtype}: convert it with .float()")
 
 
-def _check_tensors(layer: BatchNorm, device: torch.device) -> None:
-    """The passes read the layer's tensors by their address alone."""
-    for name in ("weight", "bias", *_BUFFERS):
-        v = getattr(layer, name)
+def _checked_tensors(layer: BatchNorm, device: torch.device) -> list[Tensor | None]:
+    """The layer's tensors, which the passes read by their address alone."""
+    names = ("weight", "bias", *_BUFFERS)
+    tensors = [getattr(layer, name) for name in names]
+    for name, v in zip(names, tensors, strict=True):
         if v is not None and (v.shape != (layer.num_features,) or v.device != device):
             raise ValueError(
                 f"{name} of size {list(v.shape)} on {v.device} in a layer of {layer.num_features} channels, for an "
                 f"input on {device}: give it size [{layer.num_features}], and move the layer with .to({str(device)!r})"
             )
+    if (tensors[2] is None) != (tensors[3] is None):
+        raise ValueError("running_mean and running_var must both be None, or neither")
+    return tensors
 
 
 def _check_siblings(layers: Sequence[BatchNorm]) -> None:

@@ -91,6 +91,7 @@ def input_gradient(dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float
 
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """As `ops.update_running`."""
+    mean, var = (_for_memory_of(running.mean, v) for v in (mean, var))
     seen = M > 0
     if running.steps is not None:
         running.steps.add_(seen)
@@ -106,6 +107,14 @@ def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tenso
         if isinstance(seen, Tensor):  # what was not seen may be NaN, of which even a weight of 0 leaves some
             new = torch.where(seen, new, average)
         average.lerp_(new, factor.to(new.dtype) if isinstance(factor, Tensor) else factor)
+
+
+def _for_memory_of(average: Tensor, new: Tensor) -> Tensor:
+    """What an average outside of torch.func.functionalize can be given of a tensor inside."""
+    if not torch._is_functional_tensor(new) or torch._is_functional_tensor(average):
+        return new
+    torch._sync(new)
+    return torch._from_functional_tensor(new)
 
 
 def pivot(x: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """What every implementation of the passes shares: the map they apply, and how an activation lies in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 class Affine(NamedTuple):
@@ -20,6 +21,11 @@ class Affine(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     relu: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What is read of it."""
+        return self.mean, self.var, self.weight, self.bias
 
 
 class Map(NamedTuple):
@@ -131,6 +137,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 _MODES = torch._C._TorchDispatchModeKey
 _TRACERS = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
 _WITH_MEMORY = (Tensor, torch.nn.Parameter)  # others, such as a tracer's, may have none
+_KEEP_NOTHING_BACK = {*_WITH_MEMORY, type(None)}
 
 
 def has_memory(x: Tensor) -> bool:
@@ -140,6 +147,31 @@ def has_memory(x: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACERS)):
         return False
     return type(x) in _WITH_MEMORY and not torch._C._are_functorch_transforms_active()
+
+
+def have_memory(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all of them have memory of their own: what `has_memory` asks of an activation beside them."""
+    return _KEEP_NOTHING_BACK.issuperset(map(type, tensors))
+
+
+def need_operators(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether what is done with them must be operators, for others to see.
+
+    So it is with subclasses that define ``__torch_dispatch__``, but for fake tensors, and with those that torch's older
+    vmap makes (``is_grads_batched``).
+    """
+    return any(t is not None and (_dispatches(type(t)) or not torch._C._has_storage(t)) for t in tensors)
+
+
+def _dispatches(kind: type[Tensor]) -> bool:
+    if kind in _WITH_MEMORY:
+        return False
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(kind, FakeTensor)
+
+
+def lies_bare(t: Tensor) -> bool:
+    """Whether its values are as its memory holds them: not to be negated, nor zeros that are kept nowhere."""
+    return not t.is_neg() and not t._is_zerotensor()
 
 
 def at_least_one(M: Any) -> Any:

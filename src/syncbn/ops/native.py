@@ -81,21 +81,21 @@ def takes(x: Tensor) -> bool:
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """As `ops.moments`."""
     mean, var = x.new_empty((2, x.shape[1]), dtype=torch.float64).unbind()
-    _call("moments", _layout(x), x.data_ptr(), mean.data_ptr(), var.data_ptr())
+    _call("moments", _layout(x), _pointer(x), mean.data_ptr(), var.data_ptr())
     return mean, var
 
 
 def input_sums(x: Tensor) -> Tensor:
     """As `ops.input_sums`."""
     sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
-    _call("input_sums", _layout(x), x.data_ptr(), sums.data_ptr())
+    _call("input_sums", _layout(x), _pointer(x), sums.data_ptr())
     return sums
 
 
 def normalize(x: Tensor, affine: Affine, residual: Tensor | None) -> Tensor:
     """As `ops.normalize`."""
     y, affine = torch.empty_like(x), _plain(affine)
-    _call("normalize", _layout(x), _structure(affine), x.data_ptr(), _pointer(residual), y.data_ptr())
+    _call("normalize", _layout(x), _structure(affine), _pointer(x), _pointer(residual), y.data_ptr())
     return y
 
 
@@ -104,22 +104,22 @@ def gradient(dy: Tensor, x: Tensor, affine: Affine) -> Gradient:
     plain = _plain(affine)
     sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
     weight, bias = (None if v is None else torch.empty_like(v) for v in (plain.weight, plain.bias))
-    pointers = (x.data_ptr(), sums.data_ptr(), _pointer(weight), _pointer(bias))
-    _call("gradient", _layout(x), _structure(plain), dy.data_ptr(), _step(dy, x), *pointers)
+    pointers = (_pointer(x), sums.data_ptr(), _pointer(weight), _pointer(bias))
+    _call("gradient", _layout(x), _structure(plain), _pointer(dy), _step(dy, x), *pointers)
     return Gradient(sums, _in_dtype_of(affine.weight, weight), _in_dtype_of(affine.bias, bias))
 
 
 def input_gradient(dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float) -> Tensor:
     """As `ops.input_gradient`."""
     dx, affine, sums = torch.empty_like(x), _plain(affine), sums.contiguous()
-    pointers = (x.data_ptr(), sums.data_ptr(), M, dx.data_ptr())
-    _call("input_gradient", _layout(x), _structure(affine), dy.data_ptr(), _step(dy, x), *pointers)
+    pointers = (_pointer(x), sums.data_ptr(), M, dx.data_ptr())
+    _call("input_gradient", _layout(x), _structure(affine), _pointer(dy), _step(dy, x), *pointers)
     return dx
 
 
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float) -> None:
     """As `ops.update_running`."""
-    momentum = -1.0 if running.momentum is None else running.momentum
+    momentum = float("nan") if running.momentum is None else running.momentum
     averages = (running.mean.data_ptr(), running.var.data_ptr(), _pointer(running.steps))
     code = _CODES[running.mean.dtype]
     _call("update_running", len(mean), code, mean.data_ptr(), var.data_ptr(), M, momentum, *averages)
@@ -138,16 +138,18 @@ def _layout(x: Tensor) -> _Layout:
 
 
 def _plain(affine: Affine) -> Affine:
-    """The map as C++ reads it: weight and bias of one dtype, their elements one after the other."""
-    weight, bias = affine.weight, affine.bias
+    """The map as C++ reads it: weight and bias of one dtype, the elements of all one after the other."""
+    mean, var, eps, weight, bias, relu = affine
     dtypes = {v.dtype for v in (weight, bias) if v is not None}
-    if len(dtypes) > 1 or not dtypes <= _KNOWN:
-        weight, bias = (None if v is None else v.double().contiguous() for v in (weight, bias))
-        return affine._replace(weight=weight, bias=bias)
-    if all(v is None or v.is_contiguous() for v in (weight, bias)):
+    alike = len(dtypes) <= 1 and dtypes <= _KNOWN
+    if alike and all(v is None or (v.is_contiguous() and not v.is_neg()) for v in affine.tensors):
         return affine
-    weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
-    return affine._replace(weight=weight, bias=bias)
+    weight, bias = (None if v is None else _bare(v if alike else v.double()) for v in (weight, bias))
+    return Affine(_bare(mean.double()), _bare(var.double()), eps, weight, bias, relu)
+
+
+def _bare(v: Tensor) -> Tensor:
+    return v.resolve_neg().contiguous()
 
 
 def _structure(affine: Affine) -> _Affine:
@@ -171,4 +173,10 @@ def _in_dtype_of(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | 
 
 
 def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+    return None if t is None else t.data_ptr() or _pointer_to_nothing(t)
+
+
+def _pointer_to_nothing(t: Tensor) -> int:
+    if t.numel() > 0:
+        raise ValueError(f"a tensor of size {list(t.shape)} has no memory: its storage was freed, or never made")
+    return 0

@@ -201,14 +201,14 @@ def normalize(
 def update_running(
     running_mean, running_var, steps, mean, var, count, M: tl.float64, momentum: tl.float64, C, BLOCK_C: tl.constexpr
 ):
-    """One step of the moving averages by one program; over all steps so far where momentum is negative."""
+    """One step of the moving averages by one program; over all steps so far where momentum is NaN."""
     total_M = elements_of(count, M)
     if total_M > 0:
         factor = tl.cast(momentum, tl.float64)
         if steps is not None:
             taken = tl.load(steps) + 1
             tl.store(steps, taken)
-            factor = tl.where(factor < 0.0, 1.0 / taken.to(tl.float64), factor)
+            factor = tl.where(factor != factor, 1.0 / taken.to(tl.float64), factor)
         for first in range(0, C, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
             exists = c < C

@@ -84,7 +84,7 @@ def forward_message(inputs: Sequence[Tensor], signature: tuple[int, int]) -> Ten
 def normalize(x: Tensor, affine: Affine, residual: Tensor | None) -> Tensor:
     """As `ops.normalize`."""
     y = _dense_like(x)
-    mean, var = affine.mean.contiguous(), affine.var.contiguous()
+    mean, var = _contiguous(affine.mean), _contiguous(affine.var)
     map = Map(affine.eps, affine.weight, affine.bias, affine.relu)
     _launch_normalize(x, y, mean, var, None, map, residual, None)
     return y
@@ -163,7 +163,7 @@ def input_gradient(
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """As `ops.update_running`."""
     assert running.momentum is not None or running.steps is not None
-    momentum = -1.0 if running.momentum is None else running.momentum
+    momentum = float("nan") if running.momentum is None else running.momentum
     with _on(mean.device):
         _kernels().update_running[(1,)](
             *running[:3], mean.contiguous(), var.contiguous(), *_number(M), momentum, len(mean), BLOCK_C=1024
@@ -333,7 +333,7 @@ def _parameters(affine: Affine) -> tuple[Tensor | float | None, ...]:
 
 
 def _contiguous(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.contiguous()
+    return None if v is None else v.resolve_neg().contiguous()
 
 
 def _workspace(x: Tensor, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
