@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.agreement import Agreement, Message
-from syncbn.ops import Signature
+from syncbn.ops import Signature, has_memory
 
 ID_LENGTH = 2
 
@@ -214,8 +214,8 @@ def observe_waits(observer: WaitObserver | None) -> None:
 
 
 def may_be_read(numbers: Tensor) -> bool:
-    """Whether the host may look at them: where they are on another device it would stall, a tracer has none."""
-    return numbers.is_cpu and not torch.compiler.is_compiling()
+    """Whether the host may look at them: on another device it would stall, tracers and transforms have none."""
+    return numbers.is_cpu and has_memory(numbers)
 
 
 def all_ranks(condition: bool, device: torch.device) -> bool:
@@ -270,7 +270,9 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(message: Tensor, group_name: str) -> Tensor:
-        return wait_traced(launch_traced(message, group_name))
+        if torch.compiler.is_compiling() or torch._C._has_storage(message):
+            return wait_traced(launch_traced(message, group_name))
+        return _all_reduce(message, group_name)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -279,6 +281,20 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return _AllReduce.apply(gradient, ctx.group_name), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _AllReduce.apply(tangent, ctx.group_name)
+
+    @staticmethod
+    def vmap(_info: Any, in_dims: tuple[int | None, ...], message: Tensor, group_name: str) -> tuple[Tensor, int | None]:
+        return _AllReduce.apply(message, group_name), in_dims[0]
+
+
+@torch.library.custom_op("syncbn::all_reduce", mutates_args=())
+def _all_reduce(message: Tensor, group_name: str) -> Tensor:
+    """As one operator, for torch's older vmap, which would read what operators launched before others wait for it."""
+    return wait_traced(launch_traced(message, group_name))
 
 
 def _agreement(group: dist.ProcessGroup) -> Agreement:

@@ -147,10 +147,20 @@ def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], 
         message = ops.message_of([t for s in sums for t in s], counts, (id, id**2))
         totals = all_reduce_differentiable(message, route.group, id)
         batches = batches_of(totals, None, [norm.x.shape[1] for norm in norms])
-        # var = E[x^2] - E[x]^2, which float64 can afford
-        statistics = [Statistics(*ops.moments_of(ops.Sums(*b.sums.chunk(2)), None, b.M), b.M) for b in batches]
+        statistics = [_statistics(b, norm.x, route) for b, norm in zip(batches, norms, strict=True)]
     outputs = [_composed_normalize(n, s, *st[:2]) for n, s, st in zip(norms, shifted, statistics, strict=True)]
     return outputs, statistics
+
+
+def _statistics(batch: ops.BatchSums, x: Tensor, route: Route) -> Statistics:
+    """From sums over all ranks; NaN of a single value where its number cannot be read."""
+    # var = E[x^2] - E[x]^2, which float64 can afford
+    mean, var = ops.moments_of(ops.Sums(*batch.sums.chunk(2)), None, batch.M)
+    if isinstance(batch.M, Tensor):
+        mean = torch.where(batch.M == 1, float("nan"), mean)
+    else:
+        refuse_single_value(batch.M, x.shape, route.group.size())
+    return Statistics(mean, var, batch.M)
 
 
 _Setting: TypeAlias = tuple[float, str | None, ops.Running | None, ops.Span | None]  # of a Norm, what is no tensor

@@ -28,6 +28,7 @@ from syncbn.ops.common import (
     at_least_one,
     compute_dtype,
     dense,
+    has_memory,
     have_memory,
     in_rows,
     lies_bare,
@@ -56,6 +57,7 @@ __all__ = [
     "dense",
     "forward_message",
     "gradient",
+    "has_memory",
     "input_gradient",
     "input_sums",
     "lies_bare",
@@ -78,7 +80,7 @@ def message_of(sums: Sequence[Tensor], counts: Sequence[int], signature: tuple[i
     """One flat float64 message: sums, counts, id and its square."""
     numbers, device = (*counts, *signature), sums[0].device
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.cat([*sums, torch.tensor(numbers, dtype=torch.float64)])
+        return torch.cat([*sums, torch.tensor(numbers, dtype=torch.float64, device=device)])
     # Elsewhere a tensor of numbers would be copied from the host, which stalls the device and rules out CUDA graphs.
     return torch.cat([*sums, *(torch.full((1,), n, dtype=torch.float64, device=device) for n in numbers)])
 
