@@ -262,7 +262,19 @@ def all_reduce_differentiable(message: Tensor, group: dist.ProcessGroup, id: int
 
     NaN where the ranks were in different layers.
     """
-    return nan_where_ranks_disagree(_AllReduce.apply(message, group.group_name), group, id)
+    return nan_where_ranks_disagree(_sum_over_ranks(message, group.group_name), group, id)
+
+
+def _sum_over_ranks(message: Tensor, group_name: str) -> Tensor:
+    if torch.compiler.is_compiling() or (torch._C._has_storage(message) and not _is_functionalized()):
+        return _AllReduce.apply(message, group_name)
+    return _all_reduce(message, group_name)
+
+
+def _is_functionalized() -> bool:
+    """Whether torch.func.functionalize is the innermost transform."""
+    transform = torch._C._functorch.peek_interpreter_stack()
+    return transform is not None and transform.key() == torch._C._functorch.TransformType.Functionalize
 
 
 class _AllReduce(torch.autograd.Function):
@@ -270,9 +282,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(message: Tensor, group_name: str) -> Tensor:
-        if torch.compiler.is_compiling() or torch._C._has_storage(message):
-            return wait_traced(launch_traced(message, group_name))
-        return _all_reduce(message, group_name)
+        return wait_traced(launch_traced(message, group_name))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -280,21 +290,26 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _AllReduce.apply(gradient, ctx.group_name), None
+        return _sum_over_ranks(gradient, ctx.group_name), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         return _AllReduce.apply(tangent, ctx.group_name)
 
     @staticmethod
-    def vmap(_info: Any, in_dims: tuple[int | None, ...], message: Tensor, group_name: str) -> tuple[Tensor, int | None]:
+    def vmap(
+        _info: Any, in_dims: tuple[int | None, ...], message: Tensor, group_name: str
+    ) -> tuple[Tensor, int | None]:
         return _AllReduce.apply(message, group_name), in_dims[0]
 
 
 @torch.library.custom_op("syncbn::all_reduce", mutates_args=())
 def _all_reduce(message: Tensor, group_name: str) -> Tensor:
-    """As one operator, for torch's older vmap, which would read what operators launched before others wait for it."""
+    """`_AllReduce` as one operator, for what sees no further: torch's older vmap and torch.func.functionalize."""
     return wait_traced(launch_traced(message, group_name))
+
+
+_all_reduce.register_autograd(_AllReduce.backward, setup_context=_AllReduce.setup_context)
 
 
 def _agreement(group: dist.ProcessGroup) -> Agreement:

@@ -122,7 +122,7 @@ class Exchange:
 
     def _ticket(self, direction: str, counts: int) -> Ticket:
         group, layers, layers_built = self.route
-        length = sum(2 * C for C in self.channels) + counts + ID_LENGTH
+        length = int(sum(2 * C for C in self.channels)) + counts + ID_LENGTH
         return agree(group, Message(direction, layers, length), self.device, layers_built)
 
     def _reduced(self) -> tuple[Tensor, ops.Signature | None]:

@@ -182,7 +182,7 @@ class _Alone(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if torch.is_grad_enabled() or ops.need_operators(gradients):
+        if _must_compose(gradients):
             return (None, None, None, *_composed_gradients(ctx, gradients))
         found, _ = ops.backward_sums(_upstream(ctx, gradients), None)
         dxs = gradients_of_inputs(
@@ -229,7 +229,7 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if torch.is_grad_enabled() or ops.need_operators(gradients):
+        if _must_compose(gradients):
             return (None, None, None, *_composed_gradients(ctx, gradients))
         upstream = _upstream(ctx, gradients)
         if ctx.needs_input_grad[2]:
@@ -335,6 +335,10 @@ def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
 def cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:
     """Dy where the ReLU let pass, else 0."""
     return torch.ops.aten.threshold_backward(dy, y, 0)
+
+
+def _must_compose(gradients: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() or ops.need_operators(gradients) or ops.are_batched(gradients)
 
 
 def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | None]:

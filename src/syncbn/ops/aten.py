@@ -14,7 +14,7 @@ reduction of sum a and sum a * (x - centre), its forward in inference one pass o
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,10 +91,9 @@ def input_gradient(dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float
 
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """As `ops.update_running`."""
-    mean, var = (_for_memory_of(running.mean, v) for v in (mean, var))
     seen = M > 0
     if running.steps is not None:
-        running.steps.add_(seen)
+        running.steps.add_(_for_memory_of(running.steps, seen))
     factor: float | Tensor
     if running.momentum is not None:
         # In float64: a tensor of bool times a number would be rounded to float32.
@@ -106,12 +105,13 @@ def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tenso
         new = new.to(average.dtype)
         if isinstance(seen, Tensor):  # what was not seen may be NaN, of which even a weight of 0 leaves some
             new = torch.where(seen, new, average)
-        average.lerp_(new, factor.to(new.dtype) if isinstance(factor, Tensor) else factor)
+        weight = factor.to(new.dtype) if isinstance(factor, Tensor) else factor
+        average.lerp_(_for_memory_of(average, new), _for_memory_of(average, weight))
 
 
-def _for_memory_of(average: Tensor, new: Tensor) -> Tensor:
-    """What an average outside of torch.func.functionalize can be given of a tensor inside."""
-    if not torch._is_functional_tensor(new) or torch._is_functional_tensor(average):
+def _for_memory_of(average: Tensor, new: Any) -> Any:
+    """What an average outside of torch.func.functionalize can be given of a tensor, or number, inside."""
+    if not isinstance(new, Tensor) or not torch._is_functional_tensor(new) or torch._is_functional_tensor(average):
         return new
     torch._sync(new)
     return torch._from_functional_tensor(new)

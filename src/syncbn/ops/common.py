@@ -157,14 +157,19 @@ def have_memory(tensors: Iterable[Tensor | None]) -> bool:
 def need_operators(tensors: Iterable[Tensor | None]) -> bool:
     """Whether what is done with them must be operators, for others to see.
 
-    So it is with subclasses that define ``__torch_dispatch__``, but for fake tensors, and with those that torch's older
-    vmap makes (``is_grads_batched``).
+    So it is with subclasses that define ``__torch_dispatch__``, but for fake tensors.
     """
-    return any(t is not None and (_dispatches(type(t)) or not torch._C._has_storage(t)) for t in tensors)
+    kinds = set(map(type, tensors))
+    return not kinds <= _KEEP_NOTHING_BACK and any(map(_dispatches, kinds))
 
 
-def _dispatches(kind: type[Tensor]) -> bool:
-    if kind in _WITH_MEMORY:
+def are_batched(tensors: Iterable[Tensor]) -> bool:
+    """Whether some are what torch's older vmap makes of gradients (``is_grads_batched``): it, too, needs operators."""
+    return not all(map(torch._C._has_storage, tensors))
+
+
+def _dispatches(kind: type) -> bool:
+    if kind in _KEEP_NOTHING_BACK:
         return False
     return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(kind, FakeTensor)
 
