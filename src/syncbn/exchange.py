@@ -16,7 +16,7 @@ from torch import Tensor
 from syncbn import ops
 from syncbn.agreement import LayerName, Message
 from syncbn.distributed import ID_LENGTH, Reduction, Ticket, agree, may_be_read
-from syncbn.recomputing import hooks_of_others
+from syncbn.recomputing import Kept, hooks_of_others, keep
 
 
 class Statistics(NamedTuple):
@@ -105,6 +105,33 @@ class Memory:
         return (torch.stack([m for m, _ in self.entries]) - message).abs().amax(1)
 
 
+class Backward(NamedTuple):
+    """A backward between its two nodes, where hooks of others may run: the message, and what the second pass reads.
+
+    Tensors that are not this pass's own are kept with their version; the maps hold copies of the parameters.
+    """
+
+    reduction: Reduction
+    upstream: list[ops.Upstream]
+    kept: list[Kept]
+
+    @classmethod
+    def begin(cls, reduction: Reduction, upstream: list[ops.Upstream]) -> "Backward":
+        """With the tensors as they are now."""
+        return cls(reduction, upstream, [keep(t) for one in upstream for t in (one.x, one.dy)])
+
+    def wait(self) -> tuple[Tensor, ops.Signature | None]:
+        """The message over all ranks, as `Reduction.wait`.
+
+        Raises:
+            RuntimeError: somebody changed an input or a gradient meanwhile.
+        """
+        found = self.reduction.wait()
+        for one in self.kept:
+            one.unchanged("between the two steps of a layer's backward, its input or the gradient of its output")
+        return found
+
+
 class Exchange:
     """The two messages of one synchronisation.
 
@@ -117,17 +144,17 @@ class Exchange:
         self.route, self.memory = route, memory
         self.may_be_recomputed = may_be_recomputed()  # here, since inside a Function's forward no gradients are enabled
         self.recomputed = False
+        self.given: list[Kept] = []
         self.inputs: list[Tensor] = []
         self.spans: Sequence[ops.Span | None] = []
         self.batches: list[ops.BatchSums] = []
         self.results: list[Statistics] = []
         self.reduction: Reduction | None = None
         self.to_keep: Tensor | None = None
-        self.upstream: list[ops.Upstream] | None = None
-        self.gradient_reduction: Reduction | None = None
 
     def launch(self, inputs: Sequence[Tensor], spans: Sequence[ops.Span | None]) -> None:
         """Sum the inputs (N, C, ...), or where there is a span its channels alone, locally and send the message."""
+        self.given = [keep(x) for x in inputs]
         self.inputs = [dense_part(x, span) for x, span in zip(inputs, spans, strict=True)]
         self.spans = spans
         self.channels, self.device = [x.shape[1] for x in self.inputs], inputs[0].device
@@ -146,34 +173,31 @@ class Exchange:
         """Wait for the message; fills in `batches`, the sums of each input over all ranks.
 
         Raises:
+            RuntimeError: an input was changed in place since it was summed.
             ValueError: one value per channel in all (on a CPU; elsewhere kernels make the outputs NaN, since reading
                 the number would stall the device).
         """
         totals, signature = self._reduced()
+        for one in self.given:
+            one.unchanged("between start_sync_batch_norm() and finish(), an input")
+        self.given = []
         self.batches = batches_of(totals, signature, self.channels)
         for batch, x in zip(self.batches, self.inputs, strict=True):
             if not isinstance(batch.M, Tensor):
                 refuse_single_value(batch.M, x.shape, self.route.group.size())
 
-    def launch_gradient(self, upstream: list[ops.Upstream]) -> list[tuple[ops.Upstream, ops.Gradient]]:
-        """Send the sums of the backward; returns what `ops.backward_sums` does for each."""
+    def launch_gradient(self, upstream: list[ops.Upstream]) -> tuple[list[tuple[ops.Upstream, ops.Gradient]], Backward]:
+        """Send the sums of the backward; returns what `ops.backward_sums` does for each, and what comes next."""
         ticket = self._ticket("backward", 0)
         found, message = ops.backward_sums(upstream, ticket.signature)
-        self.upstream = [one for one, _ in found]
-        self.gradient_reduction = Reduction(message, ticket)
-        return found
+        return found, Backward.begin(Reduction(message, ticket), [one for one, _ in found])
 
-    def input_gradients(self, needed: Sequence[bool]) -> list[Tensor | None]:
+    def input_gradients(self, backward: Backward, needed: Sequence[bool]) -> list[Tensor | None]:
         """Wait for the sums of the backward; dx of each input as `gradients_of_inputs` returns them."""
-        upstream, self.upstream = self.upstream, None
-        if upstream is None:  # second derivatives were asked for, and computed otherwise
-            return [None] * len(needed)
-        reduction, self.gradient_reduction = self.gradient_reduction, None
-        assert reduction is not None
-        totals, signature = reduction.wait()
-        sums = totals[:-ID_LENGTH].split([2 * one.x.shape[1] for one in upstream])
+        totals, signature = backward.wait()
+        sums = totals[:-ID_LENGTH].split([2 * C for C in self.channels])
         Ms = [statistics.M for statistics in self.results]
-        return gradients_of_inputs(upstream, self.spans, sums, Ms, needed, signature)
+        return gradients_of_inputs(backward.upstream, self.spans, sums, Ms, needed, signature)
 
     def _ticket(self, direction: str, counts: int) -> Ticket:
         group, layers, layers_built = self.route

@@ -18,6 +18,7 @@ from syncbn.exchange import Memory, Route, Statistics, may_be_recomputed
 from syncbn.functional import Norm, Started, batch_norm, composed, only_operators, start
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
+from syncbn.recomputing import unseen_by_selective_checkpoints
 
 _built = 0
 _BUFFERS = ("running_mean", "running_var")
@@ -218,7 +219,8 @@ class PendingBatchNorm:
         if self.live and graph.is_traced():
             self.started = graph.Started([e.input for e in self.live], self.route)
         elif self.route is not None and not only_operators():
-            self.started = start([e.input for e in self.live], self.route, self.memory, [e.span for e in self.live])
+            with unseen_by_selective_checkpoints():
+                self.started = start([e.input for e in self.live], self.route, self.memory, [e.span for e in self.live])
 
     def finish(self, residuals: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """Wait for the message and normalise.
@@ -235,7 +237,9 @@ class PendingBatchNorm:
             residuals = [None] * len(self.entries)
         for entry, residual in zip(self.entries, residuals, strict=True):
             entry.take(residual)
-        normalised = iter(self._normalize([e.norm() for e in self.live]))
+        norms = [e.norm() for e in self.live]
+        with unseen_by_selective_checkpoints():
+            normalised = iter(self._normalize(norms))
         outputs = [next(normalised) if e.uses_batch else e.from_running_statistics() for e in self.entries]
         if not self.split:
             return outputs

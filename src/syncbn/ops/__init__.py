@@ -172,8 +172,9 @@ def backward_sums(
         signature: the last two numbers of the message; None for no message.
 
     Returns:
-        For each, what the second pass reads, whose dy is cut by the ReLU where y was given, and its gradient;
-        this rank's backward message: [sum dy (C), sum dy * (x - mean) (C)] of each, and the signature (2).
+        For each, what the second pass reads, whose dy is cut by the ReLU where y was given, and its gradient. With a
+        message, whose answer comes when others may have changed the parameters, the maps hold copies of these.
+        This rank's backward message: [sum dy (C), sum dy * (x - mean) (C)] of each, and the signature (2).
     """
     if _all_on_gpu([one.x for one in upstream]):
         return triton_passes.backward_sums(upstream, signature)
@@ -184,7 +185,8 @@ def backward_sums(
         passes = _passes(x)
         if passes is aten:
             dy, affine = aten.before_relu(dy, x, affine)
-        found.append((Upstream(dy, x, affine, None), passes.gradient(dy, x, affine)))
+        gradient = passes.gradient(dy, x, affine)
+        found.append((Upstream(dy, x, affine if signature is None else affine.copied(), None), gradient))
     sums = [gradient.sums for _, gradient in found]
     if signature is None:
         return found, sums[0] if len(sums) == 1 else torch.cat(sums)

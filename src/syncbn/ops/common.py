@@ -21,6 +21,11 @@ class Affine(NamedTuple):
     bias: Tensor | None
     relu: bool
 
+    def copied(self) -> "Affine":
+        """With copies of the parameters, the bias only for a ReLU: what the second pass of the backward reads."""
+        bias = self.bias.clone() if self.relu and self.bias is not None else None
+        return self._replace(weight=None if self.weight is None else self.weight.clone(), bias=bias)
+
 
 class Map(NamedTuple):
     """An `Affine` before its mean and variance are known."""
