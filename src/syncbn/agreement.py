@@ -39,11 +39,15 @@ class LayerMismatch(RuntimeError):
 
 
 class LayerName(NamedTuple):
-    """What a layer is called on this rank: its path in the model, "" for none; its kind; how many were built before."""
+    """What a layer is called on this rank: its path in the model, "" for none; its kind; how many its thread had built.
+
+    And the number of that thread on this rank, which says nothing to others.
+    """
 
     path: str
     kind: str
     serial: int
+    thread: int = 0
 
     def __str__(self) -> str:
         return f"'{self.path}' {self.kind}" if self.path else f"{self.kind} #{self.serial}"
@@ -100,7 +104,7 @@ class Agreement:
             message: what this rank is about to send.
             probe: joins the collective of the given number at the given length under the given id; calls `fail` on
                 mismatch.
-            layers_built: how many layers this process has built so far; where ranks differ in that, paths must do.
+            layers_built: how many layers their threads have built so far; where ranks differ in that, paths must do.
 
         Raises:
             LayerMismatch: they are not, or some do not come within the process group's timeout.
@@ -250,14 +254,14 @@ def id_of(text: str) -> int:
 def _compatible(mine: str, standard: str) -> bool:
     """Whether two ranks' descriptions are of the same message.
 
-    Layers are told apart by the order in which they were built; or, where one rank built more layers than another,
-    by their paths, of which one may have a prefix more (a wrapper), and one may be missing.
+    Layers are told apart by the order in which a thread built them; or, where that built more layers on one rank than
+    on another, by their paths, of which one may have a prefix more (a wrapper), and one may be missing.
     """
     my_direction, my_layers, my_length, my_built, my_shares = json.loads(mine)
     direction, layers, length, built, shares = json.loads(standard)
     if (my_direction, my_length, len(my_layers), my_shares) != (direction, length, len(layers), shares):
         return False
-    for (my_path, my_kind, my_serial), (path, kind, serial) in zip(my_layers, layers, strict=True):
+    for (my_path, my_kind, my_serial, _), (path, kind, serial, _) in zip(my_layers, layers, strict=True):
         if my_kind != kind or (my_built == built and my_serial != serial):
             return False
         if my_built != built and my_path and path and not _one_ends_with_the_other(f".{my_path}", f".{path}"):

@@ -163,7 +163,7 @@ def agree(group: dist.ProcessGroup, description: Message, device: torch.device, 
         group: the ranks.
         description: of this rank's message.
         device: where the message lies.
-        layers_built: how many layers this process has built so far.
+        layers_built: how many layers the threads that built these ones have built so far.
 
     Raises:
         LayerMismatch: they are about to send different ones, or some do not come within the group's timeout.

@@ -38,7 +38,7 @@ class Statistics(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Whom an exchange is with, which layers it is of, and how many layers this process has built so far."""
+    """Whom an exchange is with, which layers it is of, and how many layers their threads have built so far."""
 
     group: dist.ProcessGroup
     layers: tuple[LayerName, ...]
