@@ -19,6 +19,7 @@ ORDER = [
     "channel",
     "distributed",
     "recomputing",
+    "memory",
     "exchange",
     "functional",
     "graph",

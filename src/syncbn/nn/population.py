@@ -65,7 +65,6 @@ def estimate_population_statistics(
             assert layer.running_mean is not None and layer.running_var is not None
             layer.running_mean.copy_(mean)
             layer.running_var.copy_(var)
-            layer._memory.forget()
     return model
 
 
