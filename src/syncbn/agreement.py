@@ -107,8 +107,9 @@ class Agreement:
             layers_built: how many layers their threads have built so far; where ranks differ in that, paths must do.
 
         Raises:
-            LayerMismatch: they are not, or some do not come within the process group's timeout.
-            RuntimeError: another thread is about to send a message over the same group.
+            LayerMismatch: they are not.
+            RuntimeError: some do not come within the process group's timeout, or another thread is about to send a
+                message over the same group.
         """
         self.announced += 1
         if self.group_store is None:
@@ -159,6 +160,16 @@ class Agreement:
             "rather than skip a layer."
         )
 
+    def miss(self, number: int, message: Message, cause: str = "") -> RuntimeError:
+        """The error for a message that some ranks have not come to; says where each rank was."""
+        seconds = self.timeout.total_seconds()
+        return RuntimeError(
+            "the all-reduce of a BatchNorm layer failed: a rank has died, or did not come within the process group's "
+            f"timeout of {seconds:g} s. {self.describe(number, message)}. Every rank must run every layer in training "
+            "mode; give one whose data has ended empty batches (DistributedDataParallel's join() does not do it)"
+            f"{cause and f' ({cause})'}"
+        )
+
     def describe(self, number: int, message: Message) -> str:
         """What each rank says it sent as message `number`; this one sent `message`. A silent one is where it was."""
         self.recent.clear()
@@ -167,21 +178,24 @@ class Agreement:
         said = {self.rank: own} if self.group_store is None else self._reports(number, own)
         silence = "nothing heard"
         if self.common is not None:
-            silence = f"nothing since message {self.common[0]}, {self.common[1]}"
+            silence = f"silent, last known at message {self.common[0]}, {self.common[1]}"
         return "; ".join(f"rank {self.ranks[r]}: {said.get(r, silence)}" for r in range(self.size))
 
     def _meet(self, number: int, message: Message, layers_built: int) -> None:
         """Compare notes in the store: the first rank's message is the standard, the last to agree opens the gate."""
         mine = self.standard.get(message) or json.dumps([*message, layers_built, self.shares])
-        agreed: list[str] = []
-        _in_time(self.timeout.total_seconds() + _GRACE_SECONDS, self._compare, number, message, mine, agreed)
-        if not agreed:
+        found: list[str] = []
+        _in_time(self.timeout.total_seconds() + _GRACE_SECONDS, self._compare, number, message, mine, found)
+        if not found:
+            raise self.miss(number, message)
+        standard, verdict = found
+        if verdict != "agree":
             self.fail(number, message)
-        self.standard[message] = agreed[0]
+        self.standard[message] = standard
         self.arrived(number, message)
 
-    def _compare(self, number: int, message: Message, mine: str, agreed: list[str]) -> None:
-        """Fill in the standard in `agreed`, if the ranks do agree."""
+    def _compare(self, number: int, message: Message, mine: str, found: list[str]) -> None:
+        """Add the standard and the verdict to `found`, if all ranks come."""
         store, verdict = self._connected(), f"{number}/verdict"
         standard = store.compare_set(f"{number}/message", "", mine).decode()
         either_known = message in self.standard or standard in self.standard.values()
@@ -190,8 +204,7 @@ class Agreement:
         elif store.add(f"{number}/agreed", 1) == self.size:
             store.set(verdict, "agree")
         store.wait([verdict], self.timeout)
-        if store.get(verdict) == b"agree":
-            agreed.append(standard)
+        found += [standard, store.get(verdict).decode()]
 
     def _connected(self) -> dist.Store:
         if self.store is None:

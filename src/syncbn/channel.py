@@ -48,7 +48,7 @@ class Channel:
         agreement = self.agreement
         assert agreement.store is not None
         try:
-            store = dist.PrefixStore("communicator", own_connection(agreement.store, agreement.timeout))
+            store = dist.PrefixStore(f"communicator/{number}", own_connection(agreement.store, agreement.timeout))
             self.communicator = own_communicator(self.group, self.device, store)
         except RuntimeError as error:
             raise RuntimeError(
@@ -59,11 +59,7 @@ class Channel:
 
     def send(self, message: Tensor) -> dist.Work | None:
         """Begin to sum a message up."""
-        if self.communicator is None:
-            raise RuntimeError(
-                f"the process group of ranks {self.agreement.ranks} was destroyed, and a BatchNorm layer is to "
-                "synchronise over it: set layer.process_group"
-            )
+        assert self.communicator is not None, "opened by `agree`, closed with the group"
         work = launch(message, self.communicator)
         if message.is_cpu:
             self.latest_works.append(work)
@@ -79,12 +75,7 @@ class Channel:
             if work is not None:  # some backends return none
                 work.wait()
         except RuntimeError as error:
-            raise RuntimeError(
-                "the all-reduce of a BatchNorm layer failed: a rank has died, hangs, or did not come here within the "
-                f"process group's timeout of {self.agreement.timeout.total_seconds():g} s. Every rank has to run every "
-                "layer in training mode; give one whose data has ended empty batches (DistributedDataParallel's join() "
-                f"does not stand in for it here). {self.agreement.describe(number, description)} ({error})"
-            ) from error
+            raise self.agreement.miss(number, description, str(error)) from error
 
     def probe(self, number: int, length: int, id: int, description: Message, device: torch.device) -> None:
         """Join the all-reduce of this length under an id.
@@ -119,8 +110,8 @@ def _channel(group: dist.ProcessGroup, device: torch.device) -> Channel:
     except KeyError:
         with _lock:
             if group not in _channels:
-                _channels[group] = {}
                 when_destroyed(group, _close, group)
+                _channels[group] = {}
             known, name = _channels[group], backend_name(group, device) or device.type
             same = (channel for channel in known.values() if channel.name == name)
             return known.setdefault(device, next(same, None) or Channel(group, device, name))
@@ -166,8 +157,9 @@ def agree(group: dist.ProcessGroup, description: Message, device: torch.device, 
         layers_built: how many layers the threads that built these ones have built so far.
 
     Raises:
-        LayerMismatch: they are about to send different ones, or some do not come within the group's timeout.
-        RuntimeError: another thread is about to send a message over the group, or ranks cannot be connected.
+        LayerMismatch: they are about to send different ones.
+        RuntimeError: some do not come within the group's timeout, or cannot be connected; or another thread is about to
+            send a message over the group.
     """
     global _entered_last
     channel, _entered_last = _channel(group, device), description

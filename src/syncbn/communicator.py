@@ -52,13 +52,9 @@ def own_communicator(group: dist.ProcessGroup, device: torch.device, store: dist
 
 
 def backend_name(group: dist.ProcessGroup, device: torch.device) -> str:
-    """What carries messages on this device between the ranks of a group: "gloo", "nccl", ...; "" where that is unknown.
-
-    On the host it is gloo where the group has nothing for it.
-    """
+    """What carries messages on this device between the ranks of a group: "gloo", "nccl", ...; "" if unknown."""
     config = dist.distributed_c10d._world.pg_backend_config.get(group, "")
-    names = dict(pair.split(":") for pair in config.split(",") if ":" in pair)
-    return names.get(device.type, "gloo" if device.type == "cpu" and names else "")
+    return dict(pair.split(":") for pair in config.split(",") if ":" in pair).get(device.type, "")
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> datetime.timedelta:
@@ -74,11 +70,18 @@ def when_destroyed(group: dist.ProcessGroup, callback: Callable[..., Any], *argu
     """Call back as soon as `destroy_process_group` destroys the group, or all groups.
 
     PyTorch tells nobody, but forgets what it kept about the group: here that is a string of a kind whose end is noted.
+
+    Raises:
+        ValueError: it has been destroyed.
     """
     configs = dist.distributed_c10d._world.pg_backend_config
-    if group in configs:
-        configs[group] = watched = _Watched(configs[group])
-        weakref.finalize(watched, callback, *arguments).atexit = False
+    if group not in configs:
+        raise ValueError(
+            f"a BatchNorm layer is to synchronise over a process group of {group.size()} ranks that was destroyed: set "
+            "layer.process_group to one that is not, or to None"
+        )
+    configs[group] = watched = _Watched(configs[group])
+    weakref.finalize(watched, callback, *arguments).atexit = False
 
 
 class _Watched(str):
@@ -95,9 +98,9 @@ def _backend(group: dist.ProcessGroup, device: torch.device) -> Any:
 
 
 def _own_types() -> tuple[type, ...]:
-    """Of backends beside which another can be made; None is none for the host."""
+    """Of backends beside which another can be made, as far as this PyTorch has them."""
     known = (getattr(dist, name, None) for name in ("ProcessGroupGloo", "ProcessGroupNCCL"))
-    return (type(None), *(kind for kind in known if kind is not None))
+    return tuple(kind for kind in known if kind is not None)
 
 
 def _name(group: dist.ProcessGroup, backend: str) -> Any:
