@@ -111,7 +111,7 @@ def normalize_batch(
         residual: like x, added before the ReLU.
         running: to be updated in place.
     """
-    passes = _passes(x, map.weight, map.bias, residual)
+    passes = _passes(x)
     if passes is triton_passes:
         on_the_way = running if running is not None and _lie_alike(running) else None
         found = triton_passes.normalize_batch(x, batch, map, residual, on_the_way)
@@ -143,7 +143,7 @@ def input_sums(x: Tensor) -> Tensor:
 
 def normalize(x: Tensor, affine: Affine, residual: Tensor | None = None) -> Tensor:
     """Apply the map, with the residual added before the ReLU; like x."""
-    return _passes(x, *affine.tensors, residual).normalize(x, affine, residual)
+    return _passes(x).normalize(x, affine, residual)
 
 
 def reads_spans(x: Tensor) -> bool:
@@ -159,7 +159,7 @@ def upstream_gradient(dy: Tensor, x: Tensor) -> Tensor:
     if dy.dtype == x.dtype and lies_bare(dy):
         if dy.stride() == x.stride():
             return dy
-        passes = _passes(x, dy)
+        passes = _passes(x)
         # Rows on a CPU are copied: to read them twice with gaps between them takes longer.
         reads_parts = passes is triton_passes or (passes is native and not in_rows(x))
         if reads_parts and step_of(dy, x) is not None:
@@ -172,7 +172,7 @@ def before_relu(dy: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
 
     Their ReLU's mask is computed again from x: in them where they can, else here, in a pass of its own.
     """
-    return aten.before_relu(dy, x, affine) if _passes(x, dy, *affine.tensors) is aten else (dy, affine)
+    return aten.before_relu(dy, x, affine) if _passes(x) is aten else (dy, affine)
 
 
 def backward_sums(
@@ -185,19 +185,21 @@ def backward_sums(
         signature: the last two numbers of the message; None for no message.
 
     Returns:
-        For each, what the second pass reads, whose dy is cut by the ReLU where y was given, and its gradient;
-        this rank's backward message: [sum dy (C), sum dy * (x - mean) (C)] of each, and the signature (2).
+        For each, what the second pass reads, whose dy is cut by the ReLU where y was given, and its gradient. With a
+        message, whose answer comes when others may have changed the parameters, the maps hold copies of these.
+        This rank's backward message: [sum dy (C), sum dy * (x - mean) (C)] of each, and the signature (2).
     """
-    chosen = [_passes(one.x, one.dy, one.y, *one.affine.tensors) for one in upstream]
-    if all(passes is triton_passes for passes in chosen):
+    if _all_on_gpu([one.x for one in upstream]):
         return triton_passes.backward_sums(upstream, signature)
     found = []
-    for passes, (dy, x, affine, y) in zip(chosen, upstream, strict=True):
+    for dy, x, affine, y in upstream:
         if y is not None:
             dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        passes = _passes(x)
         if passes is aten:
             dy, affine = aten.before_relu(dy, x, affine)
-        found.append((Upstream(dy, x, affine, None), passes.gradient(dy, x, affine)))
+        gradient = passes.gradient(dy, x, affine)
+        found.append((Upstream(dy, x, affine if signature is None else affine.copied(), None), gradient))
     sums = [gradient.sums for _, gradient in found]
     if signature is None:
         return found, sums[0] if len(sums) == 1 else torch.cat(sums)
@@ -206,7 +208,7 @@ def backward_sums(
 
 def gradient(dy: Tensor, x: Tensor, affine: Affine) -> Gradient:
     """First pass of the backward: this rank's part of its message, and of the parameters' gradients."""
-    return _passes(x, dy, *affine.tensors).gradient(dy, x, affine)
+    return _passes(x).gradient(dy, x, affine)
 
 
 def input_gradient(
@@ -234,7 +236,7 @@ def input_gradient(
     Returns:
         Like x; NaN where the ranks' signatures disagree.
     """
-    passes = _passes(x, dy, *affine.tensors)
+    passes = _passes(x)
     if passes is triton_passes:
         return triton_passes.input_gradient(dy, x, affine, sums, M, signature, into)
     assert into is None, "only these passes read spans"
@@ -245,24 +247,21 @@ def input_gradient(
 
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """One step of the moving averages towards mean and M / (M - 1) * var; none where M is 0."""
-    passes = _passes(running.mean, mean, var) if _lie_alike(running) else aten
-    passes.update_running(running, mean, var, M)
+    alike = _lie_alike(running) and have_memory((mean, var))
+    (_passes(running.mean) if alike else aten).update_running(running, mean, var, M)
 
 
 def _lie_alike(running: Running) -> bool:
     """Whether all is in memory of the kind that compiled passes write to."""
     mean, var, steps, _ = running
-    if not have_memory((mean, var, steps)) or mean.dtype != var.dtype:
+    if not have_memory((var, steps)) or mean.dtype != var.dtype:
         return False
     if steps is not None and (steps.dtype != torch.int64 or steps.numel() != 1 or steps.device != mean.device):
         return False
     return mean.is_contiguous() and var.is_contiguous() and not mean.is_neg() and not var.is_neg()
 
 
-def _passes(x: Tensor, *others: Tensor | None) -> ModuleType:
-    """Those that take x and read or write the others beside it."""
-    if not have_memory(others):
-        return aten
+def _passes(x: Tensor) -> ModuleType:
     if native.takes(x):
         return native
     return triton_passes if triton_passes.takes(x) else aten

@@ -22,10 +22,10 @@ class Affine(NamedTuple):
     bias: Tensor | None
     relu: bool
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What is read of it."""
-        return self.mean, self.var, self.weight, self.bias
+    def copied(self) -> "Affine":
+        """With copies of the parameters, the bias only for a ReLU: what the second pass of the backward reads."""
+        bias = self.bias.clone() if self.relu and self.bias is not None else None
+        return self._replace(weight=None if self.weight is None else self.weight.clone(), bias=bias)
 
 
 class Map(NamedTuple):

@@ -140,10 +140,14 @@ def _layout(x: Tensor) -> _Layout:
 def _plain(affine: Affine) -> Affine:
     """The map as C++ reads it: weight and bias of one dtype, the elements of all one after the other."""
     mean, var, eps, weight, bias, relu = affine
-    dtypes = {v.dtype for v in (weight, bias) if v is not None}
-    alike = len(dtypes) <= 1 and dtypes <= _KNOWN
-    if alike and all(v is None or (v.is_contiguous() and not v.is_neg()) for v in affine.tensors):
-        return affine
+    alike = weight is None or bias is None or weight.dtype == bias.dtype
+    alike = alike and all(v is None or v.dtype in _KNOWN for v in (weight, bias))
+    for v in (mean, var, weight, bias):
+        if v is not None and (v.is_neg() or not v.is_contiguous()):
+            break
+    else:
+        if alike:
+            return affine
     weight, bias = (None if v is None else _bare(v if alike else v.double()) for v in (weight, bias))
     return Affine(_bare(mean.double()), _bare(var.double()), eps, weight, bias, relu)
 

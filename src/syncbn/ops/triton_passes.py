@@ -108,7 +108,7 @@ def normalize_batch(
 def gradient(dy: Tensor, x: Tensor, affine: Affine) -> Gradient:
     """As `ops.gradient`."""
     sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
-    return _launch_gradient(Upstream(dy, x, affine, None), sums, 0, _NO_PLACE)[1]
+    return _launch_gradient(Upstream(dy, x, affine, None), sums, 0, _NO_PLACE, copies=False)[1]
 
 
 def backward_sums(
@@ -120,8 +120,8 @@ def backward_sums(
     message = upstream[0].x.new_empty(length, dtype=torch.float64)
     found, at = [], 0
     for i, one in enumerate(upstream):
-        signs = signature is not None and i == 0
-        found.append(_launch_gradient(one, message, at, signature[0] if signs and signature else _NO_PLACE))
+        id = signature[0] if signature is not None and i == 0 else _NO_PLACE
+        found.append(_launch_gradient(one, message, at, id, copies=signature is not None))
         at += 2 * one.x.shape[1]
     return found, message
 
@@ -230,11 +230,16 @@ def _launch_normalize(
         increment_version([t for t in running[:3] if t is not None])
 
 
-def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int) -> tuple[Upstream, Gradient]:
+def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int, copies: bool) -> tuple[Upstream, Gradient]:
+    """What the second pass reads, whose map has copies of the parameters on demand; and the gradient."""
     dy, x, affine, y = one
     plan, strides = _plan_beside(dy, x, 2)
     cut = None if y is None else torch.empty_like(x)
-    weight, bias = (None if v is None else torch.empty_like(v).contiguous() for v in (affine.weight, affine.bias))
+    weight, bias = _empty_like(affine.weight), _empty_like(affine.bias)
+    later = affine
+    if copies:
+        later_bias = _empty_like(affine.bias) if affine.relu else None
+        later = affine._replace(weight=_empty_like(affine.weight), bias=later_bias)
     with _on(x.device):
         _kernels().gradient[plan.grid](
             dy,
@@ -244,6 +249,7 @@ def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int) -> tuple[
             message,
             weight,
             bias,
+            *((later.weight, later.bias) if copies else (None, None)),
             *_workspace(x, plan),
             *_parameters(affine),
             *plan.layout,
@@ -259,7 +265,7 @@ def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int) -> tuple[
             **plan.tile,
         )
     sums = message[at : at + 2 * x.shape[1]]
-    return one if cut is None else one._replace(dy=cut, y=None), Gradient(sums, weight, bias)
+    return Upstream(dy if cut is None else cut, x, later, None), Gradient(sums, weight, bias)
 
 
 def _kernels() -> Any:
@@ -334,6 +340,10 @@ def _parameters(affine: Affine) -> tuple[Tensor | float | None, ...]:
 
 def _contiguous(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.resolve_neg().contiguous()
+
+
+def _empty_like(v: Tensor | None) -> Tensor | None:
+    return None if v is None else torch.empty_like(v).contiguous()
 
 
 def _workspace(x: Tensor, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
