@@ -48,8 +48,8 @@ class Channel:
         agreement = self.agreement
         assert agreement.store is not None
         try:
-            store = dist.PrefixStore(f"communicator/{number}", own_connection(agreement.store, agreement.timeout))
-            self.communicator = own_communicator(self.group, self.device, store)
+            store = dist.PrefixStore(f"communicator/{number}", own_connection(agreement.store, agreement.patience))
+            self.communicator = own_communicator(self.group, self.device, store, agreement.patience)
         except RuntimeError as error:
             raise RuntimeError(
                 "the ranks cannot be connected for the messages of BatchNorm layers: one has died, or there is no room "
