@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.agreement import Agreement, Message
-from syncbn.ops import Signature
+from syncbn.ops import Signature, statistics_device
 
 ID_LENGTH = 2
 
@@ -77,6 +77,21 @@ def active_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
         return None
     group = group or _world()
     return group if group.size() > 1 else None
+
+
+def check_can_sum(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Refuse a group that cannot sum what layers on `device` send.
+
+    Raises:
+        ValueError: it has no backend for the `ops.statistics_device`.
+    """
+    wanted = statistics_device(device)
+    if wanted != device and wanted not in group._device_types:
+        raise ValueError(
+            f"process_group: its backend, {dist.get_backend_config(group)}, sums nothing on {wanted}, and an input on "
+            f"{device}, which has no float64, has its statistics there: add a backend, as in "
+            f'init_process_group("cpu:gloo,{device.type}:...")'
+        )
 
 
 def group_ranks(group: dist.ProcessGroup | None) -> list[int] | None:
@@ -220,7 +235,7 @@ def may_be_read(numbers: Tensor) -> bool:
 
 def all_ranks(condition: bool, device: torch.device) -> bool:
     """Whether `condition` holds on every rank of the world. A collective where there are several."""
-    return bool(sum_over_world(torch.tensor([float(not condition)], device=device))[0] == 0)
+    return bool(sum_over_world(torch.tensor([float(not condition)], device=statistics_device(device)))[0] == 0)
 
 
 def sum_over_world(values: Tensor) -> Tensor:

@@ -213,6 +213,8 @@ class PendingBatchNorm:
         self.entries = [part for e in entries for part in e.parts()] if split else entries
         self.live = [e for e in self.entries if e.uses_batch]
         self.route = _route([layer for e in self.live for layer in e.layers])
+        if self.route is not None:
+            distributed.check_can_sum(self.route.group, self.live[0].input.device)
         self.memory = self.live[0].layers[0]._memory if self.live else Memory()
         self.started: Started | graph.Started | None = None
         if self.live and graph.is_traced():
@@ -387,7 +389,7 @@ class _Entry:
         names = ("running_mean", "running_var", "weight", "bias")
         x, dtype = self.input, ops.compute_dtype(self.input.dtype)
         mean, var, weight, bias = (None if (v := self._joined(n)) is None else v.to(dtype) for n in names)
-        x = x.to(dtype) if x.device.type == "cpu" else x  # where ATen knows no mixture of dtypes
+        x = x if x.device.type == "cuda" else x.to(dtype)  # elsewhere ATen may know no mixture of dtypes
         y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.layers[0].eps)
         if self.residual is not None:
             y = y + self.residual
