@@ -17,6 +17,7 @@ ORDER = [
     "agreement",
     "distributed",
     "recomputing",
+    "memory",
     "exchange",
     "functional",
     "graph",

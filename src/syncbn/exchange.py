@@ -5,18 +5,16 @@ The messages, float64: forward [sum x (C), sum x^2 (C)] of each activation, then
 each; backward [sum dy (C), sum dy * (x - mean) (C)] of each. Both end with the id of the layers.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import ops
 from syncbn.agreement import LayerName, Message
 from syncbn.distributed import ID_LENGTH, Reduction, Ticket, agree, may_be_read
-from syncbn.recomputing import hooks_of_others
+from syncbn.memory import Memory, owners_of_forward
 
 
 class Statistics(NamedTuple):
@@ -44,67 +42,6 @@ class Route(NamedTuple):
     layers_built: int
 
 
-class Memory:
-    """A layer's messages and their sums, kept so that activation checkpointing's recomputed forward reduces nothing.
-
-    A recomputation runs inside a backward, and is recognised by its local sums: the message nearest to them is the one
-    it repeats; of several the same, the one repeated least and latest, since a backward goes from the end.
-    """
-
-    _MOST = 128
-
-    def __init__(self) -> None:
-        self.entries: deque[tuple[Tensor, Tensor]] = deque()
-        self.uses = torch.zeros(0)
-        self.recalls = 0
-
-    def __deepcopy__(self, memo: object) -> "Memory":
-        return Memory()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Memory, ()
-
-    def keep(self, message: Tensor, totals: Tensor) -> None:
-        """Remember what `message` was summed up to; forget what was repeated, and the oldest where it gets too much."""
-        if self.entries and (self.recalls >= len(self.entries) or not self._fits(message)):
-            self.forget()
-        if len(self.entries) >= self._MOST:
-            self.entries.popleft()
-        kept = len(self.entries)
-        self.uses = torch.cat([self.uses[len(self.uses) - kept :].to(message.device), message.new_zeros(1)])
-        self.entries.append((message, totals))
-
-    def forget(self) -> None:
-        """Drop everything."""
-        self.entries.clear()
-        self.recalls = 0
-
-    def is_repeated(self, message: Tensor) -> bool:
-        """Whether the forward with these local sums repeats a remembered one."""
-        if not self.entries or torch._C._current_graph_task_id() == -1 or not self._fits(message):
-            return False
-        if message.device.type != "cpu":  # comparing would stall the device
-            return True
-        return bool(self._distances(message).min() <= 1e-3 * message.abs().max())
-
-    def recall(self, message: Tensor) -> Tensor:
-        """The sums that went with `message`, found without reading a value on the host."""
-        distances = self._distances(message)
-        latest_last = torch.arange(len(self.entries) - 1, -1, -1, device=message.device)
-        order = self.uses * len(self.entries) + latest_last
-        found = order.masked_fill(distances > distances.min(), float("inf")).argmin(keepdim=True)
-        self.uses.index_add_(0, found, self.uses.new_ones(1))
-        self.recalls += 1
-        return torch.stack([totals for _, totals in self.entries])[found][0]
-
-    def _fits(self, message: Tensor) -> bool:
-        kept = self.entries[-1][0]
-        return kept.shape == message.shape and kept.device == message.device and kept.dtype == message.dtype
-
-    def _distances(self, message: Tensor) -> Tensor:
-        return (torch.stack([m for m, _ in self.entries]) - message).abs().amax(1)
-
-
 class Exchange:
     """The two messages of one synchronisation.
 
@@ -115,7 +52,7 @@ class Exchange:
 
     def __init__(self, route: Route, memory: Memory) -> None:
         self.route, self.memory = route, memory
-        self.may_be_recomputed = may_be_recomputed()  # here, since inside a Function's forward no gradients are enabled
+        self.owners = owners_of_forward()  # here, since our own Functions' forwards look like a checkpoint's
         self.recomputed = False
         self.inputs: list[Tensor] = []
         self.spans: Sequence[ops.Span | None] = []
@@ -123,6 +60,7 @@ class Exchange:
         self.results: list[Statistics] = []
         self.reduction: Reduction | None = None
         self.to_keep: Tensor | None = None
+        self.totals_to_keep: Tensor | None = None
         self.upstream: list[ops.Upstream] | None = None
         self.gradient_reduction: Reduction | None = None
 
@@ -132,7 +70,7 @@ class Exchange:
         self.spans = spans
         self.channels = [x.shape[1] for x in self.inputs]
         self.device = ops.statistics_device(inputs[0].device)
-        if self.may_be_recomputed or self.memory.entries:
+        if self.owners is not None or self.memory.may_recall():
             self.to_keep = ops.forward_message(self.inputs, (0, 0))
             self.recomputed = self.memory.is_repeated(self.to_keep)
         if not self.recomputed:
@@ -155,6 +93,13 @@ class Exchange:
         for batch, x in zip(self.batches, self.inputs, strict=True):
             if not isinstance(batch.M, Tensor):
                 refuse_single_value(batch.M, x.shape, self.route.group.size())
+
+    def remember(self, outputs: Sequence[Tensor]) -> None:
+        """Keep the sums for a repetition of the forward that has these outputs, if there may be one."""
+        if self.totals_to_keep is not None:
+            assert self.to_keep is not None and self.owners is not None
+            self.memory.keep(self.to_keep, self.totals_to_keep, self.owners, outputs[0].grad_fn)
+        self.to_keep = self.totals_to_keep = self.owners = None
 
     def launch_gradient(self, upstream: list[ops.Upstream]) -> list[tuple[ops.Upstream, ops.Gradient]]:
         """Send the sums of the backward; returns what `ops.backward_sums` does for each."""
@@ -186,9 +131,8 @@ class Exchange:
             assert self.to_keep is not None
             return self.memory.recall(self.to_keep), None
         (totals, signature), self.reduction = self.reduction.wait(), None
-        if self.to_keep is not None and self.may_be_recomputed:
-            totals = totals if signature is None else signature.poisoned(totals)
-            self.memory.keep(self.to_keep, totals)
+        if self.owners is not None:
+            totals = self.totals_to_keep = totals if signature is None else signature.poisoned(totals)
         return totals, signature
 
 
@@ -240,8 +184,3 @@ def batches_of(totals: Tensor, signature: ops.Signature | None, channels: Sequen
         counts = counts.tolist()
     sums = totals[: -ID_LENGTH - len(channels)].split([2 * C for C in channels])
     return [ops.BatchSums(own, M, signature) for own, M in zip(sums, counts, strict=True)]
-
-
-def may_be_recomputed() -> bool:
-    """Whether this forward may be inside an activation checkpoint (reentrant or not), whose backward runs it again."""
-    return not torch.is_grad_enabled() or hooks_of_others()

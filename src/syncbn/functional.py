@@ -23,7 +23,6 @@ from syncbn import ops
 from syncbn.distributed import all_reduce_differentiable
 from syncbn.exchange import (
     Exchange,
-    Memory,
     Route,
     Statistics,
     batches_of,
@@ -31,6 +30,7 @@ from syncbn.exchange import (
     gradients_of_inputs,
     refuse_single_value,
 )
+from syncbn.memory import Memory
 from syncbn.recomputing import OutputsAgain, hooks_of_others
 
 
@@ -96,6 +96,7 @@ class Started:
         settings = [norm[4:] for norm in norms]
         tensors = [t for norm in norms for t in norm.tensors]
         outputs = _Finish.apply(self.exchange, settings, self.token, *tensors)
+        self.exchange.remember(outputs)
         return list(outputs), self.exchange.results
 
 

@@ -61,6 +61,19 @@ def hooks_of_others() -> bool:
     return hooks is not None and not _is_ours(hooks)
 
 
+def unpack_hooks_of_others() -> list[Callable[..., Any]]:
+    """The second hooks of all pairs of saved-tensor hooks in force, the innermost first, without our own."""
+    found: list[_Hooks] = []
+    try:
+        while (hooks := _top_hooks()) is not None:  # torch shows the innermost alone
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            found.append(hooks)
+    finally:
+        for hooks in reversed(found):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+    return [hooks[1] for hooks in found if not _is_ours(hooks)]
+
+
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """`torch.cat` of parts (N, C, ...) along the channels, which a backward can make again of its parts."""
     result = torch.cat(list(parts), dim=1)

@@ -21,9 +21,12 @@ class _Activation(nn.Module):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._activated(input, residual)
+
+    def _activated(self, input: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None:
             input = input + residual
-        return input.relu() if self.activation == "relu" else input
+        return input if self.activation is None else input.relu()
 
 
 class _AfterLinear(_Activation):
@@ -44,7 +47,7 @@ class _AfterLinear(_Activation):
         if input.dim() > 2:
             input = (input - self.shift) / self.scale
             input = input * per_channel(self.scale, input) + per_channel(self.shift, input)
-        return super().forward(input, residual)
+        return self._activated(input, residual)
 
 
 def affine_map(norm: _BatchNorm) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,16 @@ class PerActivationBatchNorm(SyncBatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise input (N, *normalized_shape); the residual is like it."""
-        if tuple(input.shape[1:]) != self.normalized_shape:
+        if torch.jit.is_scripting():
+            if input.shape[1:] != self.normalized_shape:
+                raise ValueError("the input's samples are not of the layer's normalized_shape")
+            flat = None if residual is None else residual.flatten(1)
+            return self._scripted(input.flatten(1), flat).view(input.shape)
+        else:
+            return self._normalized(input, residual)
+
+    def _normalized(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        if not torch.jit.is_tracing() and tuple(input.shape[1:]) != self.normalized_shape:
             raise ValueError(
                 f"expected samples of shape {self.normalized_shape}, got input of size {list(input.shape)}"
             )

@@ -65,7 +65,6 @@ def estimate_population_statistics(
             assert layer.running_mean is not None and layer.running_var is not None
             layer.running_mean.copy_(mean.to(layer.running_mean.dtype))
             layer.running_var.copy_(var.to(layer.running_var.dtype))
-            layer._memory.forget()
     return model
 
 

@@ -14,10 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import distributed, graph, ops
 from syncbn.agreement import LayerName
-from syncbn.exchange import Memory, Route, Statistics, may_be_recomputed
+from syncbn.exchange import Route, Statistics
 from syncbn.functional import Norm, Started, batch_norm, composed, only_operators, start
+from syncbn.memory import Memory, Owner, owners_of_forward
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
+from syncbn.nn.scripting import scripted_batch_norm
 
 _built = 0
 _BUFFERS = ("running_mean", "running_var")
@@ -61,9 +63,32 @@ class BatchNorm(_BatchNorm):
         Returns:
             Like input, in its dtype and memory format.
         """
-        if isinstance(input, fx.Proxy):
-            return call_in_graph(self, input, residual)
-        return start_sync_batch_norm([self], [input]).finish([residual])[0]
+        if torch.jit.is_scripting():
+            return self._scripted(input, residual)
+        else:  # which TorchScript does not read
+            if isinstance(input, fx.Proxy):
+                return call_in_graph(self, input, residual)
+            return start_sync_batch_norm([self], [input]).finish([residual])[0]
+
+    def _scripted(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        return self._scripted_alone(input, residual)
+
+    def _scripted_alone(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """What torch.jit.script compiles: that of nn.BatchNorm*d, with residual and activation."""
+        mean, var, momentum = self.running_mean, self.running_var, 0.0
+        if self.training:
+            if not self.track_running_stats:
+                mean, var = None, None
+            elif self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                momentum = 1.0 / float(self.num_batches_tracked)
+            if self.momentum is not None:
+                momentum = float(self.momentum)
+        uses_batch = self.training or mean is None
+        y = scripted_batch_norm(
+            input, residual, mean, var, self.weight, self.bias, uses_batch, momentum, float(self.eps)
+        )
+        return y if self.activation is None else F.relu(y)
 
     def extra_repr(self) -> str:
         """The arguments, as `nn.BatchNorm2d` shows them, and the activation where there is one."""
@@ -158,6 +183,9 @@ class SyncBatchNorm(BatchNorm):
         LayerMismatch: in forward or backward, if ranks run different layers.
     """
 
+    __jit_unused_properties__ = ("process_group",)
+    __jit_ignored_attributes__ = ("process_group",)
+
     def __init__(
         self,
         num_features: int,
@@ -184,6 +212,24 @@ class SyncBatchNorm(BatchNorm):
             activation=activation,
         )
         self.process_group = process_group
+
+    def _scripted(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        if self.training:
+            raise RuntimeError(
+                "a scripted SyncBatchNorm does not synchronise: call .eval() before the forward, or script "
+                "revert_sync_batchnorm(model), in which each rank normalises its own batch"
+            )
+        return self._scripted_alone(input, residual)
+
+    def __prepare_scriptable__(self) -> "SyncBatchNorm":
+        """What torch.jit.script asks each module for first."""
+        if self.training:
+            (name,) = layer_names([self])
+            raise ValueError(
+                f"torch.jit.script: {name} is in training mode, in which it synchronises, and TorchScript knows no "
+                "all-reduce: call .eval() on the model first, or script revert_sync_batchnorm(model)"
+            )
+        return self
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -254,7 +300,8 @@ class PendingBatchNorm:
             outputs, statistics = composed(norms, self.route)
             statistics = [s.detach() for s in statistics]
         else:
-            may_repeat = may_be_recomputed() or bool(self.memory.entries)
+            owners = owners_of_forward()
+            may_repeat = owners is not None or self.memory.may_recall()
             if not may_repeat:
                 norms = self._with_running(norms)
             outputs, statistics = [], []
@@ -262,7 +309,7 @@ class PendingBatchNorm:
                 ys, found = batch_norm(list(of_one_input))
                 outputs += ys
                 statistics += found
-            repeated = may_repeat and self._repeats(statistics)
+            repeated = may_repeat and self._repeats(statistics, owners, outputs)
         if not repeated:
             for entry, norm, s in zip(self.live, norms, statistics, strict=True):
                 if norm.running is None:
@@ -273,14 +320,14 @@ class PendingBatchNorm:
         """The norms, to update moving averages in the pass that normalises, where there are such to update."""
         return [norm._replace(running=entry.running()) for entry, norm in zip(self.live, norms, strict=True)]
 
-    def _repeats(self, statistics: list[Statistics]) -> bool:
+    def _repeats(self, statistics: list[Statistics], owners: list[Owner] | None, outputs: list[Tensor]) -> bool:
         """Whether a forward without messages is an activation checkpoint's second; of a first one, takes note."""
         if not statistics:
             return False
         note = torch.cat([part for mean, var, _ in statistics for part in (mean, var)])
         repeated = self.memory.is_repeated(note)
-        if not repeated and may_be_recomputed():
-            self.memory.keep(note, note)
+        if not repeated and owners is not None:
+            self.memory.keep(note, note, owners, outputs[0].grad_fn)
         return repeated
 
 
@@ -403,6 +450,8 @@ class _Entry:
 
 
 def _check_input(input: Tensor, channels: int) -> None:
+    if torch.jit.is_tracing():  # which would warn of every comparison of a size
+        return
     if input.dim() < 2:
         raise ValueError(f"expected an input of 2 or more dimensions (N, C, ...), got size {list(input.shape)}")
     if input.shape[1] != channels:
@@ -413,6 +462,8 @@ def _check_input(input: Tensor, channels: int) -> None:
 
 def _check_tensors(layer: BatchNorm, device: torch.device) -> None:
     """The passes read the layer's tensors by their address alone."""
+    if torch.jit.is_tracing():
+        return
     for name in ("weight", "bias", *_BUFFERS):
         v = getattr(layer, name)
         if v is not None and (v.shape != (layer.num_features,) or v.device != device):
@@ -443,6 +494,12 @@ def _route(layers: Sequence[BatchNorm]) -> Route | None:
         )
     if group is None:
         return None
+    if torch.jit.is_tracing():
+        raise ValueError(
+            f"torch.jit.trace: {layer_names(layers)[0]} is in training mode, in which it synchronises {group.size()} "
+            "ranks, and a trace holds no all-reduce: call .eval() on the model first, or trace "
+            "revert_sync_batchnorm(model)"
+        )
     if torch.compiler.is_compiling():  # names are out of a tracer's reach
         return Route(group, tuple(LayerName("", f"BatchNorm({layer.num_features})", 0) for layer in layers), 0)
     return Route(group, layer_names(layers), layers_built())

@@ -197,7 +197,7 @@ def at_least_one(M: Any) -> Any:
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
     """View v (C) so that it broadcasts over x (N, C, ...)."""
-    return v.view(-1, *[1] * (x.dim() - 2))
+    return v.view([-1] + [1] * (x.dim() - 2))
 
 
 def is_rows(x: Tensor) -> bool:
