@@ -1,25 +1,14 @@
-"""Every collective of the package: groups of ranks, the one all-reduce of a message, and the check that ranks agree.
+"""Every collective of the package: groups of ranks, the one all-reduce of a message, and what others need."""
 
-A message is a flat float64 tensor: the payload (sums, and in the forward the count), then the id of the layers it
-belongs to, then its square. After the sum over P ranks, `id_sum == P * id` and `square_sum == P * id^2` hold together
-only where all ranks sent the same id, and both sums are exact: so each message proves, at no extra collective, that
-the ranks were in the same layer.
-"""
-
-from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.agreement import Agreement, Message
+from syncbn.channel import ID_LENGTH, Ticket
 from syncbn.ops import Signature, statistics_device
-
-ID_LENGTH = 2
-
-_agreements: dict[dist.ProcessGroup, Agreement] = {}
 
 
 def new_group(size: int) -> dist.ProcessGroup:
@@ -79,21 +68,6 @@ def active_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return group if group.size() > 1 else None
 
 
-def check_can_sum(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Refuse a group that cannot sum what layers on `device` send.
-
-    Raises:
-        ValueError: it has no backend for the `ops.statistics_device`.
-    """
-    wanted = statistics_device(device)
-    if wanted != device and wanted not in group._device_types:
-        raise ValueError(
-            f"process_group: its backend, {dist.get_backend_config(group)}, sums nothing on {wanted}, and an input on "
-            f"{device}, which has no float64, has its statistics there: add a backend, as in "
-            f'init_process_group("cpu:gloo,{device.type}:...")'
-        )
-
-
 def group_ranks(group: dist.ProcessGroup | None) -> list[int] | None:
     """The global ranks of a group, None for None."""
     return None if group is None else dist.get_process_group_ranks(group)
@@ -113,50 +87,6 @@ def _world() -> dist.ProcessGroup:
     return world
 
 
-class Ticket(NamedTuple):
-    """Leave to send one message: every rank of the group is about to send the same."""
-
-    group: dist.ProcessGroup
-    description: Message
-    number: int
-    id: int
-
-    @property
-    def signature(self) -> tuple[int, int]:
-        """What the message must end with."""
-        return self.id, self.id**2
-
-
-def agree(group: dist.ProcessGroup, description: Message, device: torch.device, layers_built: int) -> Ticket:
-    """Make sure that all ranks of the group are about to send the message described.
-
-    Args:
-        group: the ranks.
-        description: of this rank's message.
-        device: where the message lies.
-        layers_built: how many layers this process has built so far.
-
-    Raises:
-        LayerMismatch: they are about to send different ones, or some do not come within the group's timeout.
-    """
-
-    def probe(number: int, length: int, id: int) -> None:
-        sums = torch.zeros(length, dtype=torch.float64, device=device)
-        sums[-2], sums[-1] = id, id**2
-        dist.all_reduce(sums, group=group)
-        if sums[-ID_LENGTH:].tolist() != [group.size() * id, group.size() * id**2]:
-            agreement.fail(number, description)
-
-    agreement = _agreement(group)
-    number, id = agreement.announce(description, probe, layers_built)
-    return Ticket(group, description, number, id)
-
-
-_latest_works: deque[dist.Work | None] = deque(maxlen=2)
-"""What gloo's two threads may be busy with. A work holds Python objects: the thread that drops it last needs the
-interpreter, and aborts a process that is about to exit."""
-
-
 class Reduction:
     """One all-reduce under way.
 
@@ -167,9 +97,8 @@ class Reduction:
 
     def __init__(self, message: Tensor, ticket: Ticket) -> None:
         self.message, self.ticket = message, ticket
-        self.work = dist.all_reduce(message, group=ticket.group, async_op=True)
-        if message.is_cpu:
-            _latest_works.append(self.work)
+        self.work = ticket.channel.send(message)
+        ticket.channel.agreement.depart(ticket.number, ticket.description)
 
     def wait(self) -> tuple[Tensor, Signature | None]:
         """The message summed over all ranks, and its signature where that is still to be checked.
@@ -181,32 +110,25 @@ class Reduction:
             LayerMismatch: the ranks sent different layers' messages.
             RuntimeError: the collective failed.
         """
-        group, description, number, _ = self.ticket
-        try:
-            if self.work is not None:  # some backends return none
-                self._wait_observed()
-        except RuntimeError as error:
-            raise RuntimeError(
-                "the all-reduce of a BatchNorm layer failed: a rank died, hangs, or did not come here within the "
-                f"process group's timeout. {_agreement(group).describe(number, description)} ({error})"
-            ) from error
-        if dist.get_backend(group) == "fake":  # which adds nothing up
+        channel, description, number, _ = self.ticket
+        observer = _wait_observer
+        if self.message.is_cuda and torch.cuda.is_current_stream_capturing():
+            observer = None
+        if observer is not None:
+            observer.begin()
+        channel.wait(self.work, number, description)
+        if observer is not None:
+            observer.end()
+        if not channel.adds_up:
             return self.message, None
-        id_sum, square_sum = (group.size() * part for part in self.ticket.signature)
+        id_sum, square_sum = (channel.size * part for part in self.ticket.signature)
         found = self.message[-ID_LENGTH:]
         if not may_be_read(found):
             return self.message, Signature(found, (id_sum, square_sum))
         if found.tolist() != [id_sum, square_sum]:
-            _agreement(group).fail(number, description)
+            channel.agreement.fail(number, description)
+        channel.agreement.arrived(number, description)
         return self.message, None
-
-    def _wait_observed(self) -> None:
-        if _wait_observer is None or (self.message.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.work.wait()
-            return
-        _wait_observer.begin()
-        self.work.wait()
-        _wait_observer.end()
 
 
 class WaitObserver(Protocol):
@@ -294,21 +216,3 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return _AllReduce.apply(gradient, ctx.group_name), None
-
-
-def _agreement(group: dist.ProcessGroup) -> Agreement:
-    if group not in _agreements:
-        for gone in [g for g in _agreements if g not in dist.distributed_c10d._world.pg_map]:
-            del _agreements[gone]
-        _agreements[group] = Agreement(group)
-    return _agreements[group]
-
-
-def progress() -> tuple[int, str]:
-    """How many messages of BatchNorm layers this process has sent, and the last one in words.
-
-    For a thread that watches whether the process gets on: it costs the layers nothing.
-    """
-    agreements = list(_agreements.values())
-    last = next((str(agreement.recent[-1]) for agreement in agreements if agreement.recent), "")
-    return sum(agreement.sent for agreement in agreements), last

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from syncbn import ops
 from syncbn.agreement import LayerName, Message
-from syncbn.distributed import ID_LENGTH, Reduction, Ticket, agree, may_be_read
+from syncbn.channel import ID_LENGTH, Ticket, agree
+from syncbn.distributed import Reduction, may_be_read
 from syncbn.memory import Memory, owners_of_forward
 
 
@@ -35,7 +36,7 @@ class Statistics(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Whom an exchange is with, which layers it is of, and how many layers this process has built so far."""
+    """Whom an exchange is with, which layers it is of, and how many layers their threads have built so far."""
 
     group: dist.ProcessGroup
     layers: tuple[LayerName, ...]
@@ -74,12 +75,12 @@ class Exchange:
             self.to_keep = ops.forward_message(self.inputs, (0, 0))
             self.recomputed = self.memory.is_repeated(self.to_keep)
         if not self.recomputed:
-            ticket = self._ticket("forward", len(self.inputs))
-            if self.to_keep is None:
-                message = ops.forward_message(self.inputs, ticket.signature)
-            else:
-                message = ops.message_of([self.to_keep[:-ID_LENGTH]], (), ticket.signature)
-            self.reduction = Reduction(message, ticket)
+            with self._ticket("forward", len(self.inputs)) as ticket:
+                if self.to_keep is None:
+                    message = ops.forward_message(self.inputs, ticket.signature)
+                else:
+                    message = ops.message_of([self.to_keep[:-ID_LENGTH]], (), ticket.signature)
+                self.reduction = Reduction(message, ticket)
 
     def receive(self) -> None:
         """Wait for the message; fills in `batches`, the sums of each input over all ranks.
@@ -103,10 +104,10 @@ class Exchange:
 
     def launch_gradient(self, upstream: list[ops.Upstream]) -> list[tuple[ops.Upstream, ops.Gradient]]:
         """Send the sums of the backward; returns what `ops.backward_sums` does for each."""
-        ticket = self._ticket("backward", 0)
-        found, message = ops.backward_sums(upstream, ticket.signature)
-        self.upstream = [one for one, _ in found]
-        self.gradient_reduction = Reduction(message, ticket)
+        with self._ticket("backward", 0) as ticket:
+            found, message = ops.backward_sums(upstream, ticket.signature)
+            self.upstream = [one for one, _ in found]
+            self.gradient_reduction = Reduction(message, ticket)
         return found
 
     def input_gradients(self, needed: Sequence[bool]) -> list[Tensor | None]:

@@ -210,7 +210,7 @@ class Unreachable:
 
 
 def describes_without_a_store(rank):
-    agreement = Agreement(dist.group.WORLD)
+    agreement = Agreement(dist.group.WORLD, torch.device("cpu"))
     agreement.store = Unreachable()
     began = time.monotonic()
     said = agreement.describe(7, Message("forward", (LayerName("first", "SyncBatchNorm(4)", 0),), 9))

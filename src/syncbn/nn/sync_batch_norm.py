@@ -1,8 +1,9 @@
 """SyncBatchNorm, and the form in which several layers share one message."""
 
+import threading
 from collections.abc import Callable, Sequence
 from copy import copy
-from itertools import groupby
+from itertools import count, groupby
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -21,7 +22,9 @@ from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
 from syncbn.nn.scripting import scripted_batch_norm
 
-_built = 0
+_thread = threading.local()  # its number; ranks may start their threads in another order
+_threads = count()
+_built: dict[int, int] = {}  # layers, by the number of the thread
 _BUFFERS = ("running_mean", "running_var")
 
 
@@ -96,8 +99,10 @@ class BatchNorm(_BatchNorm):
 
     def _adopt(self) -> None:
         """State beside parameters and buffers; also given to a converted layer."""
-        global _built
-        self._serial, _built = _built, _built + 1
+        if not hasattr(_thread, "number"):
+            _thread.number = next(_threads)
+        self._serial = (_built.get(_thread.number, 0), _thread.number)
+        _built[_thread.number] = self._serial[0] + 1
         self._memory = Memory()
         self.observer: Callable[[Statistics], None] | None = None
 
@@ -152,9 +157,9 @@ def call_in_graph(layer: BatchNorm, *inputs: Any) -> Any:
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), inputs, {})
 
 
-def layers_built() -> int:
-    """How many layers this process has built so far."""
-    return _built
+def layers_built(layers: Sequence[BatchNorm]) -> int:
+    """How many layers the threads that built these ones have built so far."""
+    return sum(_built[layer._serial[1]] for layer in layers)
 
 
 class SyncBatchNorm(BatchNorm):
@@ -259,8 +264,6 @@ class PendingBatchNorm:
         self.entries = [part for e in entries for part in e.parts()] if split else entries
         self.live = [e for e in self.entries if e.uses_batch]
         self.route = _route([layer for e in self.live for layer in e.layers])
-        if self.route is not None:
-            distributed.check_can_sum(self.route.group, self.live[0].input.device)
         self.memory = self.live[0].layers[0]._memory if self.live else Memory()
         self.started: Started | graph.Started | None = None
         if self.live and graph.is_traced():
@@ -502,7 +505,7 @@ def _route(layers: Sequence[BatchNorm]) -> Route | None:
         )
     if torch.compiler.is_compiling():  # names are out of a tracer's reach
         return Route(group, tuple(LayerName("", f"BatchNorm({layer.num_features})", 0) for layer in layers), 0)
-    return Route(group, layer_names(layers), layers_built())
+    return Route(group, layer_names(layers), layers_built(layers))
 
 
 def _check_arguments(num_features: int, eps: float, momentum: float | None, activation: str | None) -> None:
