@@ -51,17 +51,22 @@ def own_communicator(group: dist.ProcessGroup, device: torch.device, store: dist
     return found
 
 
+def carries(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the group itself sums tensors on this device."""
+    return _backend(group, device) is not None
+
+
 def check_carries(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Refuse a group that has nothing to carry messages on this device.
+    """Refuse a group that sums nothing on this device.
 
     Raises:
         ValueError: it has no backend for the device.
     """
-    if _backend(group, device) is None:
+    if not carries(group, device):
         raise ValueError(
-            f"process_group: its backend, {dist.get_backend_config(group)}, sums nothing on {device.type}, where a "
-            "BatchNorm layer's message lies (on the host where the layer is on a device without float64): name a "
-            f'backend for it, as in init_process_group("cpu:gloo,cuda:nccl"), or leave {SHARE} unset'
+            f"the process group's backend, {dist.get_backend_config(group)}, sums nothing on {device.type}, where the "
+            "sums of BatchNorm layers are that are there or, if it is cpu, on a device without float64: name a backend "
+            f'for it, as in init_process_group("cpu:gloo,cuda:nccl"), and leave {SHARE} unset'
         )
 
 

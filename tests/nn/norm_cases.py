@@ -158,14 +158,7 @@ def errors(case: Case, rank: int = 0, layer: SyncBatchNorm | None = None) -> dic
     """Relative errors of output, gradients and running statistics of one step; raises where a format is lost."""
     batch, layer = whole_batch(case), layer or make_layer(case)
     set_parameters(layer, batch)
-    return errors_of_step(case, layer, batch, step(case, layer, batch, rank), rank)
-
-
-def errors_of_step(
-    case: Case, layer: torch.nn.Module, batch: Batch, stepped: tuple[Tensor, Tensor | None, Tensor], rank: int = 0
-) -> dict[str, float]:
-    """As `errors`, of a step that was made; the layer has its gradients and buffers."""
-    x, residual, y = stepped
+    x, residual, y = step(case, layer, batch, rank)
     assert y.dtype == x.dtype
     assert x.grad.dtype == x.dtype
     if case.layout in ("contiguous", "channels_last"):

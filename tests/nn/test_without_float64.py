@@ -11,8 +11,8 @@ from norm_cases import (
     make_layer,
     relative,
     set_parameters,
-    spread,
     step,
+    stock_errors,
     whole_batch,
 )
 from torch import nn
@@ -44,21 +44,6 @@ class There(nn.Module):
         return self.layer(x.to(DEVICE), None if residual is None else residual.to(DEVICE)).cpu()
 
 
-class Plain(nn.Module):
-    """torch's layer with residual and activation as separate operators."""
-
-    def __init__(self, case, batch):
-        super().__init__()
-        self.norm = (nn.BatchNorm1d if len(case.tail) == 1 else nn.BatchNorm2d)(case.tail[0])
-        set_parameters(self.norm, batch)
-        self.relu = case.activation == "relu"
-
-    def forward(self, x, residual=None):
-        y = self.norm(x)
-        y = y if residual is None else y + residual
-        return y.relu() if self.relu else y
-
-
 def there(case, rank=0):
     """Errors of a step of the layer on the device, and the layer, back on the host."""
     batch, layer = whole_batch(case), make_layer(case)
@@ -66,15 +51,7 @@ def there(case, rank=0):
     with NarrowDevice():
         stepped = step(case, There(layer), batch, rank)
         layer.cpu()
-    return errors_of_step(case, layer, batch, stepped, rank), layer
-
-
-def errors_of_torch(case):
-    """Those of torch's layer on the host, in the same dtype, with the whole batch."""
-    case = spread(case, (sum(case.sizes),))
-    batch = whole_batch(case)
-    plain = Plain(case, batch)
-    return errors_of_step(case, plain.norm, batch, step(case, plain, batch))
+    return errors_of_step(case, layer, batch, *stepped, rank), layer
 
 
 def assert_at_most_twice(found, theirs):
@@ -90,7 +67,7 @@ def assert_at_most_twice(found, theirs):
 )
 def test_at_most_twice_the_error_of_torch(tail, layout, dtype, options, values):
     case = Case(tail, (8 if len(tail) > 1 else 64,), dtype, layout, layout, **options, **values)
-    assert_at_most_twice(there(case)[0], errors_of_torch(case))
+    assert_at_most_twice(there(case)[0], stock_errors(case))
 
 
 ON_RANKS = [
@@ -226,10 +203,16 @@ def compiled_parts(rank):
 
 
 def a_group_without_a_backend_for_the_host(rank):
+    """Messages have a communicator of their own; where they may not, the layer says what is missing."""
     group = torch.distributed.new_group(backend="cuda:gloo")
     layer = SyncBatchNorm(4, process_group=group).to(DEVICE)
-    with pytest.raises(ValueError, match=r"cuda:gloo, sums nothing on cpu.*mps:0, which has no float64.*cpu:gloo,mps"):
-        layer(batch_of(rank, ON_DEVICE))
+    layer(batch_of(rank, ON_DEVICE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYNCBN_SHARE_COMMUNICATOR", "1")
+        other = torch.distributed.new_group(backend="cuda:gloo")
+        layer = SyncBatchNorm(4, process_group=other).to(DEVICE)
+        with pytest.raises(ValueError, match=r"cuda:gloo, sums nothing on cpu.*without float64.*SYNCBN_SHARE_COMMUNICATOR unset"):
+            layer(batch_of(rank, ON_DEVICE))
     return True
 
 
@@ -306,7 +289,7 @@ def world():
 
 @pytest.mark.parametrize("i", range(len(ON_RANKS)))
 def test_over_ranks(world, i):
-    theirs = errors_of_torch(ON_RANKS[i])
+    theirs = stock_errors(ON_RANKS[i])
     for found, _ in world:
         assert_at_most_twice(found[i][0], theirs)
     assert world[0][0][i][1] == world[1][0][i][1], "running statistics differ between ranks"
