@@ -54,6 +54,25 @@ def own_communicator(
     return found
 
 
+def carries(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the group itself sums tensors on this device."""
+    return _backend(group, device) is not None
+
+
+def check_carries(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Refuse a group that sums nothing on this device.
+
+    Raises:
+        ValueError: it has no backend for the device.
+    """
+    if not carries(group, device):
+        raise ValueError(
+            f"the process group's backend, {dist.get_backend_config(group)}, sums nothing on {device.type}, where the "
+            "sums of BatchNorm layers are that are there or, if it is cpu, on a device without float64: name a backend "
+            f'for it, as in init_process_group("cpu:gloo,cuda:nccl"), and leave {SHARE} unset'
+        )
+
+
 def backend_name(group: dist.ProcessGroup, device: torch.device) -> str:
     """What carries messages on this device between the ranks of a group: "gloo", "nccl", ...; "" if unknown."""
     config = dist.distributed_c10d._world.pg_backend_config.get(group, "")

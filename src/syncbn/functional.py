@@ -396,10 +396,10 @@ def _shifted(x: Tensor) -> _Shifted:
 
 def _composed_normalize(norm: Norm, shifted: _Shifted, mean: Tensor, var: Tensor) -> Tensor:
     z, pivot = shifted
-    scale = (var + norm.eps).rsqrt()
+    scale = ops.beside((var + norm.eps).rsqrt(), z)
     if norm.weight is not None:
         scale = scale * norm.weight
-    centre = mean if pivot is None else mean - pivot
+    centre = ops.beside(mean if pivot is None else mean - ops.as_statistic(pivot), z)
     y = (z - ops.per_channel(centre.to(z.dtype), z)) * ops.per_channel(scale.to(z.dtype), z)
     if norm.bias is not None:
         y = y + ops.per_channel(norm.bias.to(z.dtype), z)

@@ -63,8 +63,8 @@ def estimate_population_statistics(
         found = [sums[layer].statistics() for layer in layers]
         for layer, (mean, var) in zip(layers, found, strict=True):
             assert layer.running_mean is not None and layer.running_var is not None
-            layer.running_mean.copy_(mean)
-            layer.running_var.copy_(var)
+            layer.running_mean.copy_(mean.to(layer.running_mean.dtype))
+            layer.running_var.copy_(var.to(layer.running_var.dtype))
     return model
 
 
@@ -84,7 +84,7 @@ class _Sums:
             rows = torch.stack([mean, var + mean.square(), torch.ones_like(mean)]) * M
         else:
             rows = torch.stack([mean, statistics.unbiased_var, torch.ones_like(mean)]) * (M > 0)
-        rows = rows.double() / self.ranks  # each of which adds the same
+        rows = rows / self.ranks  # each of which adds the same
         self.total = rows if self.total is None else self.total + rows
 
     def statistics(self) -> tuple[Tensor, Tensor]:

@@ -443,7 +443,7 @@ class _Entry:
         names = ("running_mean", "running_var", "weight", "bias")
         x, dtype = self.input, ops.compute_dtype(self.input.dtype)
         mean, var, weight, bias = (None if (v := self._joined(n)) is None else v.to(dtype) for n in names)
-        x = x.to(dtype) if x.device.type == "cpu" else x  # where ATen knows no mixture of dtypes
+        x = x if x.device.type == "cuda" else x.to(dtype)  # elsewhere ATen may know no mixture of dtypes
         y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.layers[0].eps)
         if self.residual is not None:
             y = y + self.residual

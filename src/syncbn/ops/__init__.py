@@ -1,10 +1,10 @@
 """What one rank computes on one activation: a few passes over it, no collective and no module.
 
 This is the one dispatch point: GPU kernels (`triton_passes`) or compiled code (`native`) where these are at hand and
-take the tensor, else ATen's operators, on any device.
+take the tensor, else ATen's operators: `aten`, or `aten32` on devices without float64.
 x is (N, C, ...), floating point, and dense: planes or rows in memory (see `dense`); or a `Span` of such a tensor, where
 `reads_spans` allows it. The residual is like it, in its layout; dy as `upstream_gradient` returns it. Sums and moments
-are float64.
+are float64, on the device of x or, where that has none, on the host (`statistics_device`).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from syncbn.ops import aten, native, triton_passes
+from syncbn.ops import aten, aten32, native, triton_passes
 from syncbn.ops.aten import Sums, about_origin, composed_sums, moments_of, pivot
 from syncbn.ops.common import (
     Affine,
@@ -25,11 +25,15 @@ from syncbn.ops.common import (
     Signature,
     Span,
     Upstream,
+    as_statistic,
     at_least_one,
+    beside,
     compute_dtype,
     dense,
+    has_float64,
     in_rows,
     per_channel,
+    statistics_device,
     step_of,
 )
 
@@ -45,14 +49,17 @@ __all__ = [
     "Sums",
     "Upstream",
     "about_origin",
+    "as_statistic",
     "at_least_one",
     "backward_sums",
     "before_relu",
+    "beside",
     "composed_sums",
     "compute_dtype",
     "dense",
     "forward_message",
     "gradient",
+    "has_float64",
     "input_gradient",
     "input_sums",
     "message_of",
@@ -64,6 +71,7 @@ __all__ = [
     "pivot",
     "prepare",
     "reads_spans",
+    "statistics_device",
     "update_running",
     "upstream_gradient",
 ]
@@ -159,7 +167,8 @@ def before_relu(dy: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
 
     Their ReLU's mask is computed again from x: in them where they can, else here, in a pass of its own.
     """
-    return aten.before_relu(dy, x, affine) if _passes(x) is aten else (dy, affine)
+    passes = _passes(x)
+    return (dy, affine) if passes in _COMPILED else passes.before_relu(dy, x, affine)
 
 
 def backward_sums(
@@ -183,8 +192,8 @@ def backward_sums(
         if y is not None:
             dy = torch.ops.aten.threshold_backward(dy, y, 0)
         passes = _passes(x)
-        if passes is aten:
-            dy, affine = aten.before_relu(dy, x, affine)
+        if passes not in _COMPILED:
+            dy, affine = passes.before_relu(dy, x, affine)
         gradient = passes.gradient(dy, x, affine)
         found.append((Upstream(dy, x, affine if signature is None else affine.copied(), None), gradient))
     sums = [gradient.sums for _, gradient in found]
@@ -239,10 +248,15 @@ def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tenso
     (_passes(running.mean) if alike else aten).update_running(running, mean, var, M)
 
 
+_COMPILED = (native, triton_passes)  # which compute a ReLU's mask again in passes that they make anyway
+
+
 def _passes(x: Tensor) -> ModuleType:
     if native.takes(x):
         return native
-    return triton_passes if triton_passes.takes(x) else aten
+    if triton_passes.takes(x):
+        return triton_passes
+    return aten if has_float64(x.device) else aten32
 
 
 def _all_on_gpu(tensors: Sequence[Tensor]) -> bool:

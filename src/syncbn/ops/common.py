@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Affine(NamedTuple):
@@ -131,6 +132,53 @@ class Running(NamedTuple):
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which an activation of `dtype` is processed: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_HAVE_FLOAT64 = {"cpu": True, "cuda": True, "meta": True, "mps": False}
+_asked: dict[torch.device, bool] = {}
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes in float64: Apple's GPUs, Gaudi and some of Intel's GPUs do not."""
+    known = _HAVE_FLOAT64.get(device.type)
+    return _asked_once(device) if known is None else known
+
+
+def _asked_once(device: torch.device) -> bool:
+    if device not in _asked:
+        _asked[device] = _computes_in_float64(device)
+    return _asked[device]
+
+
+# What torch.compiler.assume_constant_result sets; that would import the compiler.
+_asked_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _computes_in_float64(device: torch.device) -> bool:
+    """Whether 2^-40 beside 1 is kept: some devices make float64 tensors, and compute in float32."""
+    try:
+        if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+            return False
+        with _disable_current_modes():
+            sums = torch.ones(1, dtype=torch.float64, device=device) + 2.0**-40
+            return float((sums - 1).cpu()) == 2.0**-40
+    except Exception:  # whatever a device's library raises: it does not compute in float64
+        return False
+
+
+def statistics_device(device: torch.device) -> torch.device:
+    """Where the sums and moments of activations on a device are: there, or on the host where it has no float64."""
+    return device if has_float64(device) else torch.device("cpu")
+
+
+def as_statistic(v: Tensor) -> Tensor:
+    """V in float64 on its `statistics_device`. To move it to the host waits for the device."""
+    return v if v.dtype == torch.float64 else v.to(statistics_device(v.device)).double()
+
+
+def beside(v: Tensor, x: Tensor) -> Tensor:
+    """A statistic v as it can be combined with x: as it is, or from the host in the compute dtype of x."""
+    return v if v.device == x.device else v.to(compute_dtype(x.dtype)).to(x.device)
 
 
 _MODES = torch._C._TorchDispatchModeKey
