@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from syncbn.agreement import Agreement, Message
 from syncbn.ops import Signature
@@ -215,7 +216,7 @@ def observe_waits(observer: WaitObserver | None) -> None:
 
 def may_be_read(numbers: Tensor) -> bool:
     """Whether the host may look at them: where they are on another device it would stall, a tracer has none."""
-    return numbers.is_cpu and not torch.compiler.is_compiling()
+    return numbers.is_cpu and not torch.compiler.is_compiling() and not isinstance(numbers, FakeTensor)
 
 
 def all_ranks(condition: bool, device: torch.device) -> bool:

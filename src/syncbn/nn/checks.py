@@ -1,0 +1,170 @@
+"""What users hand over that cannot be worked with: what it is, and what to do about it, in one line."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
+
+_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+_INTEGERS = frozenset(
+    getattr(torch, name) for name in ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+)
+
+
+def without_mkldnn(x: Any) -> Any:
+    """Of a tensor in oneDNN's own layout, which torch's layers take, a dense one; all else as it is."""
+    return x.to_dense() if type(x) is Tensor and x.is_mkldnn else x
+
+
+def check_dense(x: Any, what: str) -> None:
+    """Refuse what is no dense tensor of a dtype that batch normalisation knows.
+
+    Args:
+        x: a tensor, one hopes.
+        what: it is to be.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    dense = isinstance(x, Tensor) and not is_lazy(x)
+    dense = dense and x.layout is torch.strided and x.dtype in _DTYPES and not x.is_nested
+    if not dense or (type(x) is not Tensor and torch.masked.is_masked_tensor(x)):
+        raise ValueError(f"expected a floating point tensor as {what}, got {_tensor_and_advice(x)}")
+
+
+def check_residual(residual: Any, input: Tensor) -> None:
+    """Refuse a residual that is not like the input.
+
+    Raises:
+        ValueError: it is no dense tensor, of another size or on another device.
+    """
+    check_dense(residual, "residual")
+    if residual.shape != input.shape:
+        raise ValueError(f"residual of size {list(residual.shape)} for an input of size {list(input.shape)}")
+    if residual.device != input.device:
+        raise ValueError(
+            f"residual on {residual.device} for an input on {input.device}: move it with .to({str(input.device)!r})"
+        )
+
+
+def check_parameter(v: Tensor, name: str, channels: int, input: Tensor) -> None:
+    """Refuse what is not (C), real and on the input's device: the passes read it by its address alone.
+
+    Args:
+        v: a layer's parameter or buffer.
+        name: of it.
+        channels: C.
+        input: of the layer.
+
+    Raises:
+        ValueError: saying which of these it is not.
+    """
+    device = input.device
+    if v.shape == (channels,) and v.device == device and v.dtype in _DTYPES:
+        if type(input) is not Tensor and isinstance(input, FakeTensor):
+            _check_fake(v, name, input)
+        return
+    it = f"{name} of size {list(v.shape)} on {v.device} in a layer of {channels} channels, for an input on {device}"
+    if v.shape != (channels,):
+        raise ValueError(f"{it}: give it size [{channels}]")
+    if v.device != device:
+        how = f".to_empty(device={str(device)!r}), and load its state" if v.is_meta else f".to({str(device)!r})"
+        raise ValueError(f"{it}: move the layer with {how}")
+    how = f"build the layer anew, and leave it out of .to({v.dtype})" if v.is_complex() else "use .float() on the layer"
+    raise ValueError(f"{it}, is of {v.dtype}: {how}")
+
+
+def _check_fake(v: Tensor, name: str, input: FakeTensor) -> None:
+    if not isinstance(v, FakeTensor) and not input.fake_mode.allow_non_fake_inputs:
+        raise ValueError(
+            f"the input is a FakeTensor, and the layer's {name} is not: build the layer within the same "
+            "FakeTensorMode, or make that with allow_non_fake_inputs=True"
+        )
+
+
+def check_module(module: Any, function: str) -> None:
+    """Refuse what is no module, and scripted BatchNorm layers, which `function` would pass over in silence.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    if isinstance(module, type):
+        raise ValueError(f"{function}: expected a module, got the class {module.__name__}: make an instance of it")
+    if not isinstance(module, nn.Module):
+        each = ": do it with each module in it" if isinstance(module, list | tuple | Mapping) else ""
+        raise ValueError(f"{function}: expected a torch.nn.Module, got {_type_name(module)}{each}")
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule) and "BatchNorm" in part.original_name:
+            raise ValueError(
+                f"{function}: '{name}' is a scripted or traced {part.original_name}, which can no longer be changed: "
+                f"call {function} before torch.jit"
+            )
+
+
+def check_list(values: Any, what: str) -> None:
+    """Refuse what is no list of layers or tensors, a tensor among them, over whose rows one would iterate.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if type(values) is list:
+        return
+    if isinstance(values, Tensor) or not (hasattr(values, "__len__") and hasattr(values, "__iter__")):
+        raise ValueError(f"expected a list as {what}, got {_type_name(values)}: put it into a list, [...]")
+
+
+def _tensor_and_advice(x: Any) -> str:
+    if type(x).__module__ == "numpy":
+        return f"a NumPy {type(x).__name__}: convert it with torch.as_tensor()"
+    if not isinstance(x, Tensor):
+        return f"{_type_name(x)}: {_advice_on_other(x)}"
+    if is_lazy(x):
+        return "an uninitialized parameter: run the lazy module that it belongs to first"
+    return f"{_tensor_name(x)}: {_advice_on_tensor(x)}"
+
+
+def _advice_on_other(x: Any) -> str:
+    if x is None:
+        return "the module before returned nothing"
+    if isinstance(x, list | tuple | Mapping):
+        return "give the one tensor in it that is meant, or call the layer for each"
+    return "give a torch.Tensor"
+
+
+def _tensor_name(x: Tensor) -> str:
+    if torch.masked.is_masked_tensor(x):
+        return "a masked tensor"
+    if x.is_nested:
+        return "a nested tensor"
+    if x.layout is not torch.strided:
+        return f"a {'sparse ' if 'sparse' in str(x.layout) else ''}tensor ({x.layout}) of {x.dtype}"
+    kind = "complex " if x.is_complex() else "quantized " if x.is_quantized else ""
+    return f"a {kind}tensor of {x.dtype}"
+
+
+def _advice_on_tensor(x: Tensor) -> str:
+    if torch.masked.is_masked_tensor(x):
+        return "fill what is masked with .to_tensor(value), or select the rows that are not"
+    if x.is_nested:
+        return "normalise the values of its parts (n, C, ...) as one batch, torch.cat(x.unbind())"
+    if x.layout is not torch.strided:
+        return "convert it with .to_dense()"
+    if x.is_complex():
+        return "normalise its parts, x.real and x.imag, by a layer each"
+    if x.is_quantized:
+        return "convert it with .dequantize()"
+    if x.dtype in _INTEGERS:
+        return "convert it with .float()"
+    if x.is_floating_point():
+        return "it is a format for storage: convert it, times its scale, to torch.bfloat16 or torch.float32"
+    return "it holds raw bits: convert it to the numbers that they stand for"
+
+
+def _type_name(x: Any) -> str:
+    if x is None:
+        return "None"
+    kind = type(x).__name__
+    return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
