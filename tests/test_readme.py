@@ -22,7 +22,7 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def run(words: list[str], folder: Path) -> None:
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder, with the programs of this environment."""
     program, *rest = words
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -35,6 +35,7 @@ def run(words: list[str], folder: Path) -> None:
         timeout=120,
     )
     assert finished.returncode == 0, finished.stderr
+    return finished
 
 
 def write_digits(folder: Path) -> None:
@@ -52,7 +53,10 @@ def test_the_loop_runs_on_two_processes(tmp_path):
     assert len(loop.strip().splitlines()) <= 16
     (tmp_path / "loop.py").write_text(loop)
     [start] = re.findall(r"start with: (.*)", loop)
-    run(shlex.split(start), tmp_path)
+    finished = run(shlex.split(start), tmp_path)
+    assert "Warning" not in finished.stderr
+    printed = re.findall(r"rank \d: running mean (.*)", finished.stdout)
+    assert len(printed) == 2 and len(set(printed)) == 1, "the same on both ranks"
 
 
 def test_the_commands_run(tmp_path):

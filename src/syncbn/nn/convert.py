@@ -134,7 +134,12 @@ def _base(kind: type) -> type:
 
 
 def _matters(attribute: str) -> bool:
-    """Whether a class attribute is behaviour: any name, and the special methods that modules are run by."""
+    """Whether a class attribute is behaviour: any name, and the special methods that modules are run by.
+
+    Not what an input's dimensions may be: a converted layer takes those of every class.
+    """
+    if attribute == "_check_input_dim":
+        return False
     special = attribute.startswith("__") and attribute.endswith("__")
     return not special or attribute in ("__call__", "__getattr__", "__setattr__", "__getstate__", "__setstate__")
 
