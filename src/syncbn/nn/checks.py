@@ -1,11 +1,12 @@
 """What users hand over that cannot be worked with: what it is, and what to do about it, in one line."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 _DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
@@ -14,9 +15,12 @@ _INTEGERS = frozenset(
 )
 
 
-def without_mkldnn(x: Any) -> Any:
-    """Of a tensor in oneDNN's own layout, which torch's layers take, a dense one; all else as it is."""
-    return x.to_dense() if type(x) is Tensor and x.is_mkldnn else x
+def as_dense(x: Any, what: str) -> Tensor:
+    """A tensor that `check_dense` lets pass; of one in oneDNN's own layout, which torch's layers take, its values."""
+    if type(x) is Tensor and x.is_mkldnn:
+        x = x.to_dense()
+    check_dense(x, what)
+    return cast(Tensor, x)
 
 
 def check_dense(x: Any, what: str) -> None:
@@ -29,19 +33,24 @@ def check_dense(x: Any, what: str) -> None:
     Raises:
         ValueError: it is something else.
     """
-    dense = isinstance(x, Tensor) and not is_lazy(x)
-    dense = dense and x.layout is torch.strided and x.dtype in _DTYPES and not x.is_nested
-    if not dense or (type(x) is not Tensor and torch.masked.is_masked_tensor(x)):
+    if (type(x) is not Tensor and not _is_tensor_with_values(x)) or not _is_dense(x):
         raise ValueError(f"expected a floating point tensor as {what}, got {_tensor_and_advice(x)}")
 
 
-def check_residual(residual: Any, input: Tensor) -> None:
+def _is_tensor_with_values(x: Any) -> bool:
+    return isinstance(x, Tensor) and not is_lazy(x) and not torch.masked.is_masked_tensor(x)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.dtype in _DTYPES and x.layout is torch.strided and not x.is_nested
+
+
+def check_residual(residual: Tensor, input: Tensor) -> None:
     """Refuse a residual that is not like the input.
 
     Raises:
-        ValueError: it is no dense tensor, of another size or on another device.
+        ValueError: it is of another size or on another device.
     """
-    check_dense(residual, "residual")
     if residual.shape != input.shape:
         raise ValueError(f"residual of size {list(residual.shape)} for an input of size {list(input.shape)}")
     if residual.device != input.device:
@@ -50,39 +59,46 @@ def check_residual(residual: Any, input: Tensor) -> None:
         )
 
 
-def check_parameter(v: Tensor, name: str, channels: int, input: Tensor) -> None:
+def check_parameters(layer: _BatchNorm, input: Tensor) -> None:
     """Refuse what is not (C), real and on the input's device: the passes read it by its address alone.
 
     Args:
-        v: a layer's parameter or buffer.
-        name: of it.
-        channels: C.
-        input: of the layer.
+        layer: whose parameters and buffers to look at.
+        input: of it.
 
     Raises:
-        ValueError: saying which of these it is not.
+        ValueError: saying which of them is not, and what it is.
     """
-    device = input.device
-    if v.shape == (channels,) and v.device == device and v.dtype in _DTYPES:
-        if type(input) is not Tensor and isinstance(input, FakeTensor):
-            _check_fake(v, name, input)
-        return
-    it = f"{name} of size {list(v.shape)} on {v.device} in a layer of {channels} channels, for an input on {device}"
-    if v.shape != (channels,):
-        raise ValueError(f"{it}: give it size [{channels}]")
+    shape, device = (layer.num_features,), input.device
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        v = getattr(layer, name)
+        if v is not None and (v.shape != shape or v.device != device or v.dtype not in _DTYPES):
+            raise ValueError(_unfit(v, name, layer, device))
+    if type(input) is not Tensor and isinstance(input, FakeTensor):
+        _check_fake(layer, input)
+
+
+def _unfit(v: Tensor, name: str, layer: _BatchNorm, device: torch.device) -> str:
+    C = layer.num_features
+    it = f"{name} of size {list(v.shape)} on {v.device} in a layer of {C} channels, for an input on {device}"
+    if v.shape != (C,):
+        return f"{it}: give it size [{C}]"
     if v.device != device:
         how = f".to_empty(device={str(device)!r}), and load its state" if v.is_meta else f".to({str(device)!r})"
-        raise ValueError(f"{it}: move the layer with {how}")
+        return f"{it}: move the layer with {how}"
     how = f"build the layer anew, and leave it out of .to({v.dtype})" if v.is_complex() else "use .float() on the layer"
-    raise ValueError(f"{it}, is of {v.dtype}: {how}")
+    return f"{it}, is of {v.dtype}: {how}"
 
 
-def _check_fake(v: Tensor, name: str, input: FakeTensor) -> None:
-    if not isinstance(v, FakeTensor) and not input.fake_mode.allow_non_fake_inputs:
-        raise ValueError(
-            f"the input is a FakeTensor, and the layer's {name} is not: build the layer within the same "
-            "FakeTensorMode, or make that with allow_non_fake_inputs=True"
-        )
+def _check_fake(layer: _BatchNorm, input: FakeTensor) -> None:
+    if input.fake_mode.allow_non_fake_inputs:
+        return
+    for name, v in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+        if not isinstance(v, FakeTensor):
+            raise ValueError(
+                f"the input is a FakeTensor, and the layer's {name} is not: build the layer within the same "
+                "FakeTensorMode, or make that with allow_non_fake_inputs=True"
+            )
 
 
 def check_module(module: Any, function: str) -> None:

@@ -79,6 +79,7 @@ class PerActivationBatchNorm(SyncBatchNorm):
                 f"expected samples of shape {self.normalized_shape}, got input of size {list(input.shape)}"
             )
         if residual is not None:
+            check_dense(residual, "residual")
             check_residual(residual, input)
         flat = input.reshape(input.shape[0], self.num_features)
         output = super().forward(flat, None if residual is None else residual.reshape(flat.shape)).view(input.shape)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from itertools import groupby
 from numbers import Integral, Real
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from syncbn.agreement import LayerName
 from syncbn.exchange import Route, Statistics
 from syncbn.functional import Norm, Started, batch_norm, composed, only_operators, start
 from syncbn.memory import Memory, Owner, owners_of_forward
-from syncbn.nn.checks import check_dense, check_list, check_parameter, check_residual, without_mkldnn
+from syncbn.nn.checks import as_dense, check_dense, check_list, check_parameters, check_residual
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
 from syncbn.nn.scripting import scripted_batch_norm
@@ -111,7 +111,8 @@ class BatchNorm(_BatchNorm):
         return None
 
     def _check_input_dim(self, input: Tensor) -> None:
-        _check_input(input, self.num_features)
+        check_dense(input, "input")
+        _check_size(input, self.num_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "BatchNorm":
         """Move or convert, but keep the running statistics in float32 or wider: averages need the digits."""
@@ -370,23 +371,15 @@ class _Entry:
     """One input and the layers side by side in it."""
 
     def __init__(self, layers: Layers, input: Tensor) -> None:
-        side_by_side = isinstance(layers, list | tuple | torch.nn.ModuleList)
-        self.layers: tuple[BatchNorm, ...] = tuple(cast(Any, layers)) if side_by_side else (cast(Any, layers),)
-        self.input = without_mkldnn(input)
+        self.layers = (layers,) if isinstance(layers, BatchNorm) else _side_by_side(layers)
+        self.input = as_dense(input, "input")
         self.is_mkldnn = self.input is not input
         self.span: ops.Span | None = None
         self.residual: Tensor | None = None
-        for layer in self.layers:
-            if not isinstance(layer, BatchNorm):
-                raise ValueError(
-                    f"expected SyncBatchNorm layers, got {type(layer).__name__}: convert it with convert_sync_batchnorm"
-                )
-        if not self.layers:
-            raise ValueError("expected a layer, or several whose channels lie side by side, got an empty list")
         if not torch.jit.is_tracing():  # which warns of every comparison of a size
-            _check_input(self.input, sum(layer.num_features for layer in self.layers))
+            _check_size(self.input, sum(layer.num_features for layer in self.layers))
             for layer in self.layers:
-                _check_tensors(layer, self.input)
+                check_parameters(layer, self.input)
         first = self.layers[0]
         if len(self.layers) > 1:
             _check_siblings(self.layers)
@@ -415,7 +408,7 @@ class _Entry:
 
     def take(self, residual: Tensor | None) -> None:
         if residual is not None:
-            residual = without_mkldnn(residual)
+            residual = as_dense(residual, "residual")
             check_residual(residual, self.input)
         self.residual = residual
 
@@ -464,20 +457,24 @@ class _Entry:
         return tensors[0] if len(tensors) == 1 or tensors[0] is None else torch.cat(tensors)
 
 
-def _check_input(input: Tensor, channels: int) -> None:
-    check_dense(input, "input")
+def _side_by_side(layers: Any) -> tuple[BatchNorm, ...]:
+    is_sequence = isinstance(layers, Sequence | torch.nn.ModuleList) and not isinstance(layers, str)
+    found = tuple(layers) if is_sequence else (layers,)
+    for layer in found:
+        if not isinstance(layer, BatchNorm):
+            raise ValueError(
+                f"expected SyncBatchNorm layers, got {type(layer).__name__}: convert it with convert_sync_batchnorm"
+            )
+    if not found:
+        raise ValueError("expected a layer, or several whose channels lie side by side, got an empty list")
+    return found
+
+
+def _check_size(input: Tensor, channels: int) -> None:
     if input.dim() < 2:
         raise ValueError(f"expected an input of 2 or more dimensions (N, C, ...), got size {list(input.shape)}")
     if input.shape[1] != channels:
         raise ValueError(f"expected {channels} channels in dimension 1, got {input.shape[1]}: size {list(input.shape)}")
-
-
-def _check_tensors(layer: BatchNorm, input: Tensor) -> None:
-    """The passes read the layer's tensors by their address alone."""
-    for name in ("weight", "bias", *_BUFFERS):
-        v = getattr(layer, name)
-        if v is not None:
-            check_parameter(v, name, layer.num_features, input)
 
 
 def _check_siblings(layers: Sequence[BatchNorm]) -> None:
