@@ -148,6 +148,55 @@ def test_parameters_and_buffers_of_other_dtypes(dtype, name, training):
     assert layer.num_batches_tracked == 0
 
 
+def freed(t):
+    """As FSDP frees parameters."""
+    t.untyped_storage().resize_(0)
+    return t
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "input", "gradient"])
+def test_freed_memory(name):
+    """A null pointer, which the passes would take for no weight, or read."""
+    layer, x, dy = SyncBatchNorm(3), X.clone().requires_grad_(), torch.ones_like(X)
+    tensor = x.data if name == "input" else dy if name == "gradient" else getattr(layer, name).data
+    y = layer(x) if name == "gradient" else None
+    freed(tensor)
+    with pytest.raises((ValueError, RuntimeError), match="without memory.*freed|not allocated"):  # ours, or ATen's
+        layer(x) if y is None else y.backward(dy)
+
+
+NOT_AS_STORED = {
+    "negated": lambda v: torch._neg_view(-v),
+    "zeros": lambda v: torch._efficientzerotensor(v.shape, dtype=v.dtype),
+}
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "input", "gradient"])
+@pytest.mark.parametrize("kind", NOT_AS_STORED)
+def test_what_does_not_lie_in_memory_as_it_is(kind, name):
+    """Negated when read, as the imaginary part of a conjugate, or zeros that take no memory: as what it stands for."""
+    if kind == "zeros" and name.startswith("running"):
+        return  # nobody can write to them
+    found = []
+    for make in (NOT_AS_STORED[kind], lambda v: NOT_AS_STORED[kind](v).clone()):
+        layer = SyncBatchNorm(3, dtype=torch.float64).double()
+        values = {**layer.state_dict(), "input": X.double(), "gradient": X.double() ** 2}
+        values[name] = make(values[name] + 2)
+        x, dy = values.pop("input").detach().requires_grad_(), values.pop("gradient")
+        for parameter in ("weight", "bias"):
+            values[parameter].requires_grad_()
+        y = torch.func.functional_call(layer, values, (x,))
+        gradients = torch.autograd.grad(y, (x, values["weight"], values["bias"]), dy)
+        found.append([y, *gradients, values["running_mean"], values["running_var"]])
+    torch.testing.assert_close(*found)
+
+
+def test_sparse_gradients():
+    layer = SyncBatchNorm(3)
+    chosen = torch.gather(layer(X.clone().requires_grad_()), 1, torch.zeros(4, 1, 5, 5).long(), sparse_grad=True)
+    refused(r"gradient.*sparse tensor \(torch.sparse_coo\).*without sparse_grad=True", chosen.sum().backward)
+
+
 def test_lists():
     a, b = SyncBatchNorm(3), SyncBatchNorm(3)
     refused("a list as layers, got a SyncBatchNorm", lambda: sync_batch_norm_group(a, [X]))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.ops.common import Affine, Gradient, Running, at_least_one, compute_dtype, has_memory, per_channel
+from syncbn.ops.common import Affine, Gradient, Running, address, at_least_one, compute_dtype, has_memory, per_channel
 
 _ROWS = 512  # how many an accumulator takes
 _WIDTH = 4096  # accumulators side by side: few calls, whose data still stay in a near cache
@@ -91,6 +91,9 @@ def input_gradient(dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float
 
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """As `ops.update_running`."""
+    if has_memory(running.mean):  # operators that work in place read what was freed
+        for t in running[:3]:
+            address(t)
     seen = M > 0
     if running.steps is not None:
         running.steps.add_(seen)
