@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from syncbn.channel import ID_LENGTH, Ticket
 from syncbn.communicator import carries, check_carries
@@ -153,7 +154,7 @@ def observe_waits(observer: WaitObserver | None) -> None:
 
 def may_be_read(numbers: Tensor) -> bool:
     """Whether the host may look at them: where they are on another device it would stall, a tracer has none."""
-    return numbers.is_cpu and not torch.compiler.is_compiling()
+    return numbers.is_cpu and not torch.compiler.is_compiling() and not isinstance(numbers, FakeTensor)
 
 
 def all_ranks(condition: bool, device: torch.device) -> bool:

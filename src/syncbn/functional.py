@@ -341,9 +341,9 @@ def _upstream(ctx: Any, gradients: Sequence[Tensor]) -> list[ops.Upstream]:
 
 def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
     """The other in the layout and dtype of x."""
-    if other.stride() == x.stride() and other.dtype == x.dtype and not other.is_neg():
+    if other.stride() == x.stride() and other.dtype == x.dtype and ops.as_stored(other):
         return other
-    return torch.empty_like(x).copy_(other)
+    return ops.copy_like(x, other)
 
 
 def cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:

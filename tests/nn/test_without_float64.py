@@ -211,7 +211,9 @@ def a_group_without_a_backend_for_the_host(rank):
         patch.setenv("SYNCBN_SHARE_COMMUNICATOR", "1")
         other = torch.distributed.new_group(backend="cuda:gloo")
         layer = SyncBatchNorm(4, process_group=other).to(DEVICE)
-        with pytest.raises(ValueError, match=r"cuda:gloo, sums nothing on cpu.*without float64.*SYNCBN_SHARE_COMMUNICATOR unset"):
+        with pytest.raises(
+            ValueError, match=r"cuda:gloo, sums nothing on cpu.*without float64.*SYNCBN_SHARE_COMMUNICATOR unset"
+        ):
             layer(batch_of(rank, ON_DEVICE))
     return True
 

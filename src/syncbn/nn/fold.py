@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.nn.checks import check_module
 from syncbn.nn.sync_batch_norm import BatchNorm
 from syncbn.ops import as_statistic, per_channel
 
@@ -98,6 +99,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a BatchNorm to be folded keeps no running statistics.
     """
+    check_module(model, "fold_batch_norm")
     fold_itself = getattr(model, "fold_batch_norm", None)
     if callable(fold_itself):
         return cast(nn.Module, fold_itself())

@@ -26,9 +26,11 @@ from syncbn.ops.common import (
     Span,
     Upstream,
     as_statistic,
+    as_stored,
     at_least_one,
     beside,
     compute_dtype,
+    copy_like,
     dense,
     has_float64,
     in_rows,
@@ -50,12 +52,14 @@ __all__ = [
     "Upstream",
     "about_origin",
     "as_statistic",
+    "as_stored",
     "at_least_one",
     "backward_sums",
     "before_relu",
     "beside",
     "composed_sums",
     "compute_dtype",
+    "copy_like",
     "dense",
     "forward_message",
     "gradient",
@@ -111,7 +115,7 @@ def normalize_batch(
         running: to be updated in place.
     """
     passes = _passes(x)
-    if passes is triton_passes:
+    if passes is triton_passes and (running is None or _passes_update(running)):
         return triton_passes.normalize_batch(x, batch, map, residual, running)
     if batch is None:
         M: float | Tensor = x.numel() // x.shape[1]
@@ -151,7 +155,7 @@ def reads_spans(x: Tensor) -> bool:
 
 def upstream_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """Dy as the passes over x can read it: like x in memory and dtype, or channels cut out of such a wider tensor."""
-    if dy.dtype == x.dtype and not dy.is_neg():
+    if dy.dtype == x.dtype and as_stored(dy):
         if dy.stride() == x.stride():
             return dy
         passes = _passes(x)
@@ -159,7 +163,7 @@ def upstream_gradient(dy: Tensor, x: Tensor) -> Tensor:
         reads_parts = passes is triton_passes or (passes is native and not in_rows(x))
         if reads_parts and step_of(dy, x) is not None:
             return dy
-    return torch.empty_like(x).copy_(dy)
+    return copy_like(x, dy)
 
 
 def before_relu(dy: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
@@ -243,9 +247,15 @@ def input_gradient(
 
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """One step of the moving averages towards mean and M / (M - 1) * var; none where M is 0."""
-    alike = running.mean.dtype == running.var.dtype and running.mean.is_contiguous() and running.var.is_contiguous()
-    alike = alike and (running.steps is None or running.steps.dtype == torch.int64)
-    (_passes(running.mean) if alike else aten).update_running(running, mean, var, M)
+    passes = _passes(running.mean) if _passes_update(running) else aten
+    passes.update_running(running, mean, var, M)
+
+
+def _passes_update(running: Running) -> bool:
+    """Whether moving averages lie in memory as compiled code takes them."""
+    mean, var, steps, _ = running
+    alike = mean.dtype == var.dtype and mean.is_contiguous() and var.is_contiguous()
+    return alike and as_stored(mean) and as_stored(var) and (steps is None or steps.dtype == torch.int64)
 
 
 _COMPILED = (native, triton_passes)  # which compute a ReLU's mask again in passes that they make anyway

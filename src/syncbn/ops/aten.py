@@ -23,6 +23,7 @@ from syncbn.ops.common import (
     Affine,
     Gradient,
     Running,
+    address,
     as_statistic,
     at_least_one,
     compute_dtype,
@@ -101,6 +102,9 @@ def input_gradient(dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """As `ops.update_running`."""
     device = running.mean.device  # the moments may be on the host
+    if has_memory(running.mean):  # operators that work in place read what was freed
+        for t in running[:3]:
+            address(t)
     seen = M > 0
     if running.steps is not None:
         running.steps.add_(seen.to(device) if isinstance(seen, Tensor) else seen)

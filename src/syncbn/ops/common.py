@@ -195,6 +195,50 @@ def has_memory(x: Tensor) -> bool:
     return type(x) in _WITH_MEMORY and not torch._C._are_functorch_transforms_active()
 
 
+def as_stored(t: Tensor) -> bool:
+    """Whether the elements of t lie in memory as they are: not to be negated yet, nor zeros that take no memory."""
+    return not (t.is_neg() or t._is_zerotensor())
+
+
+def stored(v: Tensor | None) -> Tensor | None:
+    """V itself where its elements lie in memory as they are, one after the other; else such a copy. None of None."""
+    if v is None or (v.is_contiguous() and as_stored(v)):
+        return v
+    return v.clone(memory_format=torch.contiguous_format)
+
+
+def address(t: Tensor | None) -> int | None:
+    """Where the elements of t begin, None of None.
+
+    Raises:
+        ValueError: there are none, though t is not empty. A null pointer would be taken for None, or read.
+    """
+    if t is None:
+        return None
+    found = t.data_ptr()
+    if not found and t.numel():
+        raise ValueError(
+            f"a BatchNorm layer was given a tensor of size {list(t.shape)} without memory: it was freed, as FSDP frees "
+            "parameters after the forward of the module that it wraps; call that module, not the layer in it, or give "
+            "a tensor with memory"
+        )
+    return found
+
+
+def copy_like(x: Tensor, other: Tensor) -> Tensor:
+    """A copy of `other` in the layout and dtype of x.
+
+    Raises:
+        ValueError: it is sparse, which of all that comes here a gradient alone may be.
+    """
+    if other.layout is not torch.strided:
+        raise ValueError(
+            f"the gradient of a BatchNorm layer's output is a sparse tensor ({other.layout}): let what takes the "
+            "output return a dense one, such as torch.gather without sparse_grad=True"
+        )
+    return torch.empty_like(x).copy_(other)
+
+
 def at_least_one(M: Any) -> Any:
     """max(M, 1), so that an empty batch divides by no zero."""
     return M.clamp(min=1) if isinstance(M, Tensor) else max(M, 1.0)
