@@ -23,8 +23,8 @@ FLOAT32 = TOLERANCE[torch.float32]
 
 
 def limits_of(passes, x, *more):
-    """By name. Compiled passes sum in float64 whatever the input, ATen's in float32 but for float64."""
-    if passes is aten and x.dtype != torch.float64:
+    """By name. Compiled passes sum in float64 whatever the input, others in float32 but for float64."""
+    if passes is not native and x.dtype != torch.float64:
         return limits_of_float32_sums(x, *more)
     return {"mean": 1e-12, "var": 1e-12, "sums": 1e-12, "dweight": FLOAT32, "dbias": FLOAT32}
 

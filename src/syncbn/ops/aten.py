@@ -102,7 +102,7 @@ def input_gradient(dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """As `ops.update_running`."""
     device = running.mean.device  # the moments may be on the host
-    if has_memory(running.mean):  # operators that work in place read what was freed
+    if has_memory(running.mean) and not running.mean.is_meta:  # in place, operators read what was freed
         for t in running[:3]:
             address(t)
     seen = M > 0
