@@ -86,6 +86,10 @@ class Agreement:
         self.group_store = _store_of(group)
         self.store: dist.Store | None = None  # connected when the ranks first meet
         self.timeout = timeout_of(group, device)
+        # The end of it is for saying who is missing. A rank that left may wait in another collective until all of it is
+        # over; its process then ends, and launchers such as torchrun end the others before they have said anything.
+        self.reserve = min(self.timeout / 4, datetime.timedelta(seconds=_GRACE_SECONDS))
+        self.patience = self.timeout - self.reserve
         self.standard: dict[Message, str] = {}  # a message as the first rank to meet described it
         self.followed_by: dict[tuple[Message, ...], Message] = {}
         self.recent: deque[Message] = deque(maxlen=_CONTEXT)
@@ -162,20 +166,23 @@ class Agreement:
 
     def miss(self, number: int, message: Message, cause: str = "") -> RuntimeError:
         """The error for a message that some ranks have not come to; says where each rank was."""
-        seconds = self.timeout.total_seconds()
+        said = self.describe(number, message, self.reserve.total_seconds() / 2)
         return RuntimeError(
-            "the all-reduce of a BatchNorm layer failed: a rank has died, or did not come within the process group's "
-            f"timeout of {seconds:g} s. {self.describe(number, message)}. Every rank must run every layer in training "
+            "the all-reduce of a BatchNorm layer failed: a rank has died, or did not come in time (the timeout of the "
+            f"process group: {self.timeout.total_seconds():g} s). {said}. Every rank must run every layer in training "
             "mode; give one whose data has ended empty batches (DistributedDataParallel's join() does not do it)"
             f"{cause and f' ({cause})'}"
         )
 
-    def describe(self, number: int, message: Message) -> str:
-        """What each rank says it sent as message `number`; this one sent `message`. A silent one is where it was."""
+    def describe(self, number: int, message: Message, grace: float = _GRACE_SECONDS) -> str:
+        """What each rank says it sent as message `number`; this one sent `message`. A silent one is where it was.
+
+        Ranks have `grace` seconds to say so.
+        """
         self.recent.clear()
         self.number = max(self.number, number)
         own = str(message) + (f", over the process group itself ({SHARE})" if self.shares else "")
-        said = {self.rank: own} if self.group_store is None else self._reports(number, own)
+        said = {self.rank: own} if self.group_store is None else self._reports(number, own, grace)
         silence = "nothing heard"
         if self.common is not None:
             silence = f"silent, last known at message {self.common[0]}, {self.common[1]}"
@@ -185,7 +192,7 @@ class Agreement:
         """Compare notes in the store: the first rank's message is the standard, the last to agree opens the gate."""
         mine = self.standard.get(message) or json.dumps([*message, layers_built, self.shares])
         found: list[str] = []
-        _in_time(self.timeout.total_seconds() + _GRACE_SECONDS, self._compare, number, message, mine, found)
+        _in_time(self.patience.total_seconds() + _GRACE_SECONDS, self._compare, number, message, mine, found)
         if not found:
             raise self.miss(number, message)
         standard, verdict = found
@@ -203,27 +210,27 @@ class Agreement:
             store.set(verdict, "disagree")
         elif store.add(f"{number}/agreed", 1) == self.size:
             store.set(verdict, "agree")
-        store.wait([verdict], self.timeout)
+        store.wait([verdict], self.patience)
         found += [standard, store.get(verdict).decode()]
 
     def _connected(self) -> dist.Store:
         if self.store is None:
             assert self.group_store is not None
-            store = own_connection(self.group_store, self.timeout)
+            store = own_connection(self.group_store, self.patience)
             # A group that is destroyed and made again has the same name: do not read what its predecessor left.
             times = store.add(f"{self.key}/{self.rank}", 1)
             self.store = dist.PrefixStore(f"{self.key}/{times}", store)
         return self.store
 
-    def _reports(self, number: int, text: str) -> dict[int, str]:
+    def _reports(self, number: int, text: str, grace: float) -> dict[int, str]:
         """What each rank says it sent as message `number`; ranks that stay silent are left out."""
         said = {self.rank: text}
-        _in_time(2 * _GRACE_SECONDS, self._exchange_reports, number, said)
+        _in_time(1.5 * grace, self._exchange_reports, number, said, grace)
         return dict(said)
 
-    def _exchange_reports(self, number: int, said: dict[int, str]) -> None:
+    def _exchange_reports(self, number: int, said: dict[int, str], grace: float) -> None:
         """Tell the others what this rank says in `said`, and add what they say."""
-        store, deadline = self._connected(), time.monotonic() + _GRACE_SECONDS
+        store, deadline = self._connected(), time.monotonic() + grace
         store.set(f"{number}/report/{self.rank}", said[self.rank])
         while len(said) < self.size:
             for r in set(range(self.size)) - said.keys():

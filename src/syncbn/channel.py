@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.agreement import Agreement, Message, own_connection
-from syncbn.communicator import SHARE, backend_name, may_have_own, own_communicator, when_destroyed
+from syncbn.communicator import SHARE, backend_name, check_carries, may_have_own, own_communicator, when_destroyed
 
 ID_LENGTH = 2
 
@@ -27,12 +27,17 @@ class Channel:
         group: the ranks.
         device: where the messages lie.
         name: of what carries them.
+
+    Raises:
+        ValueError: nothing carries them.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, name: str) -> None:
         self.group, self.device, self.name, self.size = group, device, name, group.size()
         self.adds_up = dist.get_backend(group) != "fake"
         shares = not may_have_own(group, device)
+        if shares:
+            check_carries(group, device)
         self.agreement = Agreement(group, device, shares)
         self.communicator = group if shares else None
         # What gloo's two threads may be busy with. A work holds Python objects: the thread that drops it last needs the
@@ -48,8 +53,8 @@ class Channel:
         agreement = self.agreement
         assert agreement.store is not None
         try:
-            store = dist.PrefixStore(f"communicator/{number}", own_connection(agreement.store, agreement.timeout))
-            self.communicator = own_communicator(self.group, self.device, store)
+            store = dist.PrefixStore(f"communicator/{number}", own_connection(agreement.store, agreement.patience))
+            self.communicator = own_communicator(self.group, self.device, store, agreement.patience)
         except RuntimeError as error:
             raise RuntimeError(
                 "the ranks cannot be connected for the messages of BatchNorm layers: one has died, or there is no room "

@@ -4,7 +4,7 @@ A process group carries whatever the program sends. A rank that leaves the layer
 sends something else there, and the messages of its peers meet that: over gloo two lengths that meet abort the process,
 over NCCL they hang or add garbage up. On a communicator of their own, messages meet nothing but messages.
 
-It has the backend, the ranks and the timeout of the group. PyTorch's registry of groups does not know it, since the
+It has the backend and the ranks of the group. PyTorch's registry of groups does not know it, since the
 names of later groups depend on how many there are (`new_group(use_local_synchronization=True)`).
 """
 
@@ -28,27 +28,49 @@ def may_have_own(group: dist.ProcessGroup, device: torch.device) -> bool:
     return backend_name(group, device) in _MAKERS and isinstance(_backend(group, device), _own_types())
 
 
-def own_communicator(group: dist.ProcessGroup, device: torch.device, store: dist.Store) -> dist.ProcessGroup:
+def own_communicator(
+    group: dist.ProcessGroup, device: torch.device, store: dist.Store, timeout: datetime.timedelta
+) -> dist.ProcessGroup:
     """A communicator of the ranks of `group` that nothing else uses. All of them must come here.
 
     Args:
         group: the ranks; `may_have_own`.
         device: where messages lie.
         store: in which the ranks find each other; nobody else may use the connection or the keys.
+        timeout: of a message.
 
     Raises:
-        RuntimeError: some ranks do not come within the group's timeout, or the system has no room for more sockets.
+        RuntimeError: some ranks do not come within the timeout, or the system has no room for more sockets.
     """
     name = backend_name(group, device)
     kind = getattr(dist.ProcessGroup.BackendType, name.upper())
     found = dist.ProcessGroup(store, group.rank(), group.size())
     found._set_default_backend(kind)
-    backend = _MAKERS[name](group, store, timeout_of(group, device))
+    backend = _MAKERS[name](group, store, timeout)
     for device_type in {device.type, *(d.type for d in group._device_types if backend_name(group, d) == name)}:
         found._register_backend(torch.device(device_type), kind, backend)
     found._set_group_name(_name(group, name))
     found._set_group_desc("messages of BatchNorm layers")
     return found
+
+
+def carries(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the group itself sums tensors on this device."""
+    return _backend(group, device) is not None
+
+
+def check_carries(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Refuse a group that sums nothing on this device.
+
+    Raises:
+        ValueError: it has no backend for the device.
+    """
+    if not carries(group, device):
+        raise ValueError(
+            f"the process group's backend, {dist.get_backend_config(group)}, sums nothing on {device.type}, where the "
+            "sums of BatchNorm layers are that are there or, if it is cpu, on a device without float64: name a backend "
+            f'for it, as in init_process_group("cpu:gloo,cuda:nccl"), and leave {SHARE} unset'
+        )
 
 
 def backend_name(group: dist.ProcessGroup, device: torch.device) -> str:

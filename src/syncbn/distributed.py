@@ -6,8 +6,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from syncbn.channel import ID_LENGTH, Ticket
+from syncbn.communicator import carries, check_carries
 from syncbn.ops import Signature, has_memory
 
 
@@ -157,14 +159,23 @@ def may_be_read(numbers: Tensor) -> bool:
 
 def all_ranks(condition: bool, device: torch.device) -> bool:
     """Whether `condition` holds on every rank of the world. A collective where there are several."""
-    return bool(sum_over_world(torch.tensor([float(not condition)], device=device))[0] == 0)
+    return bool(sum_over_world(torch.tensor([float(not condition)]).to(device))[0] == 0)
 
 
 def sum_over_world(values: Tensor) -> Tensor:
-    """The sum of `values` over all ranks; `values` itself in one process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
+    """The sum of `values` over all ranks; `values` itself in one process.
+
+    Through the host where the world sums nothing on their device.
+
+    Raises:
+        ValueError: it sums nothing on the host either.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    sums = values if carries(_world(), values.device) else values.cpu()
+    check_carries(_world(), sums.device)
+    dist.all_reduce(sums)
+    return sums.to(values.device)
 
 
 def gather_objects(mine: Any) -> list[Any]:
@@ -198,12 +209,17 @@ def all_reduce_differentiable(message: Tensor, group: dist.ProcessGroup, id: int
     """`message`, which ends with id and its square, summed over the group: traceable, differentiable at any order.
 
     NaN where the ranks were in different layers.
+
+    Raises:
+        ValueError: the group sums nothing where the message is.
     """
+    if not torch.compiler.is_compiling():
+        check_carries(group, message.device)
     return nan_where_ranks_disagree(_sum_over_ranks(message, group.group_name), group, id)
 
 
 def _sum_over_ranks(message: Tensor, group_name: str) -> Tensor:
-    if torch.compiler.is_compiling() or (torch._C._has_storage(message) and not _is_functionalized()):
+    if torch.compiler.is_compiling() or not (is_legacy_batchedtensor(message) or _is_functionalized()):
         return _AllReduce.apply(message, group_name)
     return _all_reduce(message, group_name)
 

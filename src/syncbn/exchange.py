@@ -97,7 +97,8 @@ class Exchange:
         self.given = [keep(x) for x in inputs]
         self.inputs = [dense_part(x, span) for x, span in zip(inputs, spans, strict=True)]
         self.spans = spans
-        self.channels, self.device = [x.shape[1] for x in self.inputs], inputs[0].device
+        self.channels = [x.shape[1] for x in self.inputs]
+        self.device = ops.statistics_device(inputs[0].device)
         if self.owners is not None or self.memory.may_recall():
             self.to_keep = ops.forward_message(self.inputs, (0, 0))
             self.recomputed = self.memory.is_repeated(self.to_keep)

@@ -354,9 +354,9 @@ def _upstream(ctx: Any, gradients: Sequence[Tensor]) -> list[ops.Upstream]:
 
 def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
     """The other in the layout and dtype of x."""
-    if other.stride() == x.stride() and other.dtype == x.dtype and ops.lies_bare(other):
+    if other.stride() == x.stride() and other.dtype == x.dtype and ops.as_stored(other):
         return other
-    return torch.empty_like(x).copy_(other)
+    return ops.copy_like(x, other)
 
 
 def cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:
@@ -418,10 +418,10 @@ def _shifted(x: Tensor) -> _Shifted:
 
 def _composed_normalize(norm: Norm, shifted: _Shifted, mean: Tensor, var: Tensor) -> Tensor:
     z, pivot = shifted
-    scale = (var + norm.eps).rsqrt()
+    scale = ops.beside((var + norm.eps).rsqrt(), z)
     if norm.weight is not None:
         scale = scale * norm.weight
-    centre = mean if pivot is None else mean - pivot
+    centre = ops.beside(mean if pivot is None else mean - ops.as_statistic(pivot), z)
     y = (z - ops.per_channel(centre.to(z.dtype), z)) * ops.per_channel(scale.to(z.dtype), z)
     if norm.bias is not None:
         y = y + ops.per_channel(norm.bias.to(z.dtype), z)

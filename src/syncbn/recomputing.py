@@ -90,17 +90,16 @@ def unseen_by_selective_checkpoints() -> AbstractContextManager[None]:
 def _without_selective_checkpoints() -> Iterator[None]:
     """Take the modes of `torch.utils.checkpoint` off the stack of dispatch modes, and leave the others in order."""
     modes = _get_current_dispatch_mode_stack()
-    first = next((i for i, mode in enumerate(modes) if _is_of_checkpoint(mode)), len(modes))
-    others = [mode for mode in modes[first:] if not _is_of_checkpoint(mode)]
+    others = [mode for mode in modes if not _is_of_checkpoint(mode)]
     try:
-        _replace_modes(modes[first:], others)
+        _replace_modes(modes, others)
         yield
     finally:
-        _replace_modes(others, modes[first:])
+        _replace_modes(others, modes)
 
 
-def _replace_modes(old: Sequence[TorchDispatchMode], new: Sequence[TorchDispatchMode]) -> None:
-    for _ in old:
+def _replace_modes(all: Sequence[TorchDispatchMode], new: Sequence[TorchDispatchMode]) -> None:
+    for _ in all:  # torch keeps modes of its own below those of users, so none can be taken from between
         _pop_mode()
     for mode in new:
         _push_mode(mode)

@@ -92,6 +92,9 @@ def trained_in_every_way(rank, P):
         found["ATen"] = trained(Network(SyncBatchNorm), rank, P)
     with syncbn.recompute_activations():
         found["recomputed"] = trained(Network(SyncBatchNorm), rank, P)
+    compiled = Network(SyncBatchNorm)
+    compiled.compile(fullgraph=True, backend="aot_eager")
+    found["compiled"] = trained(compiled, rank, P)
     return found
 
 

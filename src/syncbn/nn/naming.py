@@ -29,7 +29,8 @@ def _name_layers(layers: Sequence[nn.Module]) -> None:
     for layer in [m for m in modules if type(m) in kinds and "_serial" in m.__dict__] + list(layers):
         if "_layer_name" not in layer.__dict__:
             path, kind = _qualified_name(layer, parents), f"{type(layer).__name__}({layer.num_features})"
-            layer.__dict__["_layer_name"] = LayerName(path, kind, *layer._serial)
+            if path or layer in layers:  # others may become part of a model before their first message
+                layer.__dict__["_layer_name"] = LayerName(path, kind, *layer._serial)
 
 
 def _qualified_name(module: nn.Module, parents: dict[int, list[tuple[nn.Module, str]]], depth: int = 0) -> str:

@@ -28,11 +28,14 @@ from syncbn.ops.common import (
     Running,
     Signature,
     Upstream,
+    address,
+    as_stored,
     compute_dtype,
     has_memory,
     in_rows,
     is_rows,
     step_of,
+    stored,
 )
 from syncbn.ops.triton_plan import COUNTERS, Plan, aligned_to, plan_of
 
@@ -43,7 +46,7 @@ _NO_PLACE = -1
 
 def takes(x: Tensor) -> bool:
     """Whether these passes can process x."""
-    return x.is_cuda and x.dtype in _KNOWN and has_memory(x) and not x.is_neg() and _usable(x.device)
+    return x.is_cuda and x.dtype in _KNOWN and has_memory(x) and as_stored(x) and _usable(x.device)
 
 
 @cache
@@ -84,7 +87,7 @@ def forward_message(inputs: Sequence[Tensor], signature: tuple[int, int]) -> Ten
 def normalize(x: Tensor, affine: Affine, residual: Tensor | None) -> Tensor:
     """As `ops.normalize`."""
     y = _dense_like(x)
-    mean, var = _contiguous(affine.mean), _contiguous(affine.var)
+    mean, var = stored(affine.mean), stored(affine.var)
     map = Map(affine.eps, affine.weight, affine.bias, affine.relu)
     _launch_normalize(x, y, mean, var, None, map, residual, None)
     return y
@@ -138,6 +141,7 @@ def input_gradient(
     """As `ops.input_gradient`."""
     dx = torch.empty_like(x) if into is None else into
     assert dx.stride() == x.stride()
+    _check_memory(dy, x, affine.weight)
     plan, strides = _plan_beside(dy, x, 2)
     kernel = _kernels().input_gradient
     with _on(x.device):
@@ -163,6 +167,7 @@ def input_gradient(
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """As `ops.update_running`."""
     assert running.momentum is not None or running.steps is not None
+    _check_memory(*running[:3])
     momentum = float("nan") if running.momentum is None else running.momentum
     with _on(mean.device):
         _kernels().update_running[(1,)](
@@ -172,6 +177,7 @@ def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tenso
 
 
 def _launch_input_sums(x: Tensor, message: Tensor, sums_at: int, count_at: int, id: int) -> None:
+    _check_memory(x)
     plan = _plan(x, 1)
     with _on(x.device):
         _kernels().input_sums[plan.grid](
@@ -204,6 +210,7 @@ def _launch_normalize(
     plan, strides = _plan_beside(y, x, 1)
     sums, M, signature = (None, 0.0, None) if batch is None else batch
     averages = (None, None, None, 0.0) if running is None else running
+    _check_memory(x, residual, map.weight, map.bias, *averages[:3])
     with _on(x.device):
         _kernels().normalize[plan.grid](
             x,
@@ -214,8 +221,8 @@ def _launch_normalize(
             sums,
             *_number(M),
             *_expected(signature),
-            _contiguous(map.weight),
-            _contiguous(map.bias),
+            stored(map.weight),
+            stored(map.bias),
             map.eps,
             *averages,
             *plan.layout,
@@ -233,6 +240,7 @@ def _launch_normalize(
 def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int, copies: bool) -> tuple[Upstream, Gradient]:
     """What the second pass reads, whose map has copies of the parameters on demand; and the gradient."""
     dy, x, affine, y = one
+    _check_memory(dy, x, affine.weight, affine.bias)
     plan, strides = _plan_beside(dy, x, 2)
     cut = None if y is None else torch.empty_like(x)
     weight, bias = _empty_like(affine.weight), _empty_like(affine.bias)
@@ -266,6 +274,12 @@ def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int, copies: b
         )
     sums = message[at : at + 2 * x.shape[1]]
     return Upstream(dy if cut is None else cut, x, later, None), Gradient(sums, weight, bias)
+
+
+def _check_memory(*tensors: Tensor | None) -> None:
+    """What a kernel reads where there is none is an error that ends the process's use of the GPU."""
+    for t in tensors:
+        address(t)
 
 
 def _kernels() -> Any:
@@ -334,12 +348,8 @@ def _expected(signature: Signature | None) -> tuple[Tensor | None, float, float]
 
 
 def _parameters(affine: Affine) -> tuple[Tensor | float | None, ...]:
-    tensors = (affine.mean, affine.var, affine.weight, affine.bias)
-    return (*map(_contiguous, tensors), affine.eps)
-
-
-def _contiguous(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.resolve_neg().contiguous()
+    mean, var, eps, weight, bias, _ = affine
+    return stored(mean), stored(var), stored(weight), stored(bias), eps
 
 
 def _empty_like(v: Tensor | None) -> Tensor | None:

@@ -18,6 +18,7 @@ from syncbn.models.embedding import embed, put_proxy_head
 from syncbn.models.weights import HeadPolicy
 from syncbn.models.weights.card import CARD_KEY
 from syncbn.nn import SyncBatchNorm, estimate_population_statistics
+from syncbn.ops import as_statistic
 from syncbn.training.batch_arithmetic import BatchArithmetic, scale_learning_rate
 from syncbn.training.class_weights import balanced_weights, given_weights
 from syncbn.training.evaluation import Evaluated, log_of_mean
@@ -319,10 +320,10 @@ class ImageClassifier(Evaluated):
         if weights is not None:
             # As torch's mean, but over the global batch: DDP takes the mean over the ranks.
             weights = self.class_weights = weights.to(logits)
-            total = sum_over_world(weights[labels].sum().double())
+            total = sum_over_world(as_statistic(weights[labels].sum()))
             loss = F.cross_entropy(logits, labels, weights, label_smoothing=smoothing, reduction="sum")
-            weighted = loss * self.trainer.world_size / total.clamp(min=torch.finfo(total.dtype).tiny)
-            return weighted.to(loss.dtype)
+            scaled = as_statistic(loss * self.trainer.world_size)
+            return (scaled / total.clamp(min=torch.finfo(total.dtype).tiny)).to(loss.dtype).to(loss.device)
         if not len(labels):
             return logits.sum()  # 0, and of the same graph: this rank takes part in every exchange
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
