@@ -185,7 +185,10 @@ class ImageDataModule(LightningDataModule):
         return f"{images}; {shuffled}, of which each {reader} holds about {held / 1e6:,.1f} MB"
 
     def train_dataloader(self) -> "ResumableDataLoader | DaliLoader":
-        """Shuffled, augmented training batches of this rank, from the trainer's present place onwards."""
+        """Shuffled, augmented training batches of this rank, from the trainer's present place onwards.
+
+        With the trainer's ``overfit_batches`` every epoch has the same batches, images changed as in the first.
+        """
         trainer = self.trainer
         sampler = GlobalBatchSampler(
             self.training_images,
@@ -195,6 +198,7 @@ class ImageDataModule(LightningDataModule):
             accumulate_grad_batches=trainer.accumulate_grad_batches if trainer else 1,
             drop_last=self.drop_last,
             order=self.order,
+            repeat_first_epoch=bool(trainer and trainer.overfit_batches),
         )
         if trainer and trainer.state.fn == TrainerFn.FITTING:
             epoch, batch = self._place_of_trainer(len(sampler))
