@@ -29,6 +29,7 @@ ORDER = [
     "doctor",
     "experiments",
     "benchmarks",
+    "errors",
     "cli",
 ]
 COLLECTIVES = {

@@ -1,5 +1,6 @@
 """Checkpoints from which training goes on exactly: when they are written, and how signals stop a training."""
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -100,8 +101,11 @@ class Checkpointing(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the keepers of the best checkpoints find them where the run folder is now."""
         if trainer.state.fn == TrainerFn.FITTING and self._folder is not None:
+            states = checkpoint.get("callbacks", {})
             for callback in trainer.checkpoint_callbacks:
-                state = checkpoint.get("callbacks", {}).get(callback.state_key)
+                if isinstance(callback, OwnCheckpoint):
+                    callback.take_older_state(states)
+                state = states.get(callback.state_key)
                 if isinstance(callback, ModelCheckpoint) and state:
                     move_paths(state, str(callback.dirpath))
 
@@ -147,6 +151,39 @@ class Checkpointing(Callback):
         if failure:
             raise ValueError(f"told to stop, but {failure}")
         raise SystemExit(exit_status(trainer))
+
+
+class OwnCheckpoint(ModelCheckpoint):
+    """One of the run's own, whose state in a checkpoint has another name than that of a user's `ModelCheckpoint`."""
+
+    def take_older_state(self, states: dict[str, Any]) -> None:
+        """Find the state where runs have it that were begun when it had the name of Lightning's class.
+
+        Args:
+            states: Of all callbacks, in a checkpoint; changed in place.
+        """
+        older = self.state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+        if older in states and self.state_key not in states:
+            states[self.state_key] = states.pop(older)
+
+
+class BestCheckpoint(OwnCheckpoint):
+    """Keeps the best: the key ``checkpoint`` of a config."""
+
+
+class LastCheckpoint(OwnCheckpoint):
+    """Saves ``last.ckpt`` after every epoch.
+
+    Lightning's option save_last does not: in a callback that keeps the best, it copies the best.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(filename="last", enable_version_counter=False)
+
+
+def is_named_as_own(name: str) -> bool:
+    """Whether a file is called as what `Checkpointing` and `LastCheckpoint` write."""
+    return name == "last.ckpt" or re.fullmatch(r"step=\d+\.ckpt", name) is not None
 
 
 @contextmanager
