@@ -198,7 +198,7 @@ class ImageDataModule(LightningDataModule):
             accumulate_grad_batches=trainer.accumulate_grad_batches if trainer else 1,
             drop_last=self.drop_last,
             order=self.order,
-            repeat_first_epoch=bool(trainer and trainer.overfit_batches),
+            repeat_first_epoch=bool(getattr(trainer, "overfit_batches", 0)),
         )
         if trainer and trainer.state.fn == TrainerFn.FITTING:
             epoch, batch = self._place_of_trainer(len(sampler))

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
-from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -20,7 +19,6 @@ from syncbn.training.checkpoint_files import AtomicCheckpointIO
 from syncbn.training.checkpointing import BestCheckpoint, Checkpointing, LastCheckpoint, RandomByStep
 from syncbn.training.classifier import ImageClassifier
 from syncbn.training.config_checks import (
-    MAY_BE_OFF,
     read_hyperparameters,
     refuse_dropped,
     refuse_nulls,

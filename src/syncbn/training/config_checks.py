@@ -1,4 +1,4 @@
-"""What the words and configs of ``syncbn fit`` and its sisters may not say, found before anything is built from them."""
+"""What the words and configs of ``syncbn fit`` and its sisters may not say, found before anything is built."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -102,8 +102,8 @@ def refuse_nulls_within(name: str, value: Any) -> None:
             raise ValueError(f"{name}: {described.class_path}: {error}") from error
 
 
-def nulls_of(kind: type, value: Any, name: str) -> Iterator[str]:
-    """The fields of a dataclass, and of those in it, that are null in a config and may not be."""
+def nulls_of(kind: Any, value: Any, name: str) -> Iterator[str]:
+    """The fields of a dataclass, ``kind``, and of those in it, that are null in a config and may not be."""
     hints = get_type_hints(kind)
     for field, given in vars(value).items() if isinstance(value, Namespace) else ():
         kinds = get_args(hints[field]) or (hints[field],)

@@ -36,7 +36,7 @@ SAID_AT_EVERY_START = re.compile(
         )
     )
 )
-"""How the messages begin that nobody asked for. Reports of profilers, summaries, verbose callbacks and others are shown."""
+"""How the messages begin that nobody asked for. Reports of profilers, summaries and verbose callbacks are shown."""
 
 WITHOUT_CONCERN = (
     ".*does not have many workers.*",  # said whatever the images cost to prepare

@@ -1,7 +1,8 @@
 """What of Lightning's Trainer and callbacks ``syncbn fit`` takes, and what it refuses: the option to use instead.
 
-Every option of the Trainer and every callback of Lightning has a row; docs/lightning.md shows them. Refused is what would
-change the batch, the learning rate or the images behind what a run prints, and what would be taken and then ignored.
+Every option of the Trainer and every callback of Lightning has a row; docs/lightning.md shows them. Refused is what
+would change the batch, the learning rate or the images behind what a run prints, and what would be taken and then
+ignored.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -90,7 +91,7 @@ TRAINER_OPTIONS = (
     Row("min_epochs", MORE_THAN_MOST, exceeds("max_epochs"), "more than max_epochs", "max_epochs"),
     Row("max_steps", "optimiser steps"),
     Row("min_steps", MORE_THAN_MOST, exceeds("max_steps"), "more than the run has", "max_steps"),
-    Row("max_time", "Lightning ignores it beside the callback: leave one out", beside_timer, "beside Timer", "callbacks"),
+    Row("max_time", "ignored beside the callback: leave one out", beside_timer, "beside Timer", "callbacks"),
     Row(
         "limit_train_batches",
         "of each epoch's order; a multiple of accumulate_grad_batches; said at the start",
@@ -154,7 +155,7 @@ TRAINER_OPTIONS = (
     Row("reload_dataloaders_every_n_epochs", "the images of each step stay the same"),
     Row("default_root_dir", "nothing is written there: use runs_folder and name", is_given),
     Row("enable_autolog_hparams"),
-    Row("model_registry", "checkpoints are not uploaded: leave it out, and upload the files of the run folder", is_given),
+    Row("model_registry", "checkpoints are not uploaded: leave it out, upload the files of the run folder", is_given),
 )
 """Every option of Lightning's Trainer."""
 
@@ -178,7 +179,7 @@ CALLBACKS = (
     Row("Checkpoint", "to derive from"),
     Row("DeviceStatsMonitor", "needs psutil on a CPU"),
     Row("EarlyStopping", "the reason is printed; of a metric that the run will not have, refused unless strict: false"),
-    Row("EMAWeightAveraging", "the averaged weights are validated, saved and tested; as syncbn.training.PolyakAveraging"),
+    Row("EMAWeightAveraging", "averaged weights are validated, saved and tested; as syncbn.training.PolyakAveraging"),
     Row(
         "GradientAccumulationScheduler",
         "changes the batch during training: use trainer.accumulate_grad_batches, one number for the run",
@@ -187,12 +188,12 @@ CALLBACKS = (
     Row("LambdaCallback", "functions by their import path"),
     Row("LearningRateFinder", "changes the learning rate: use model.learning_rate_per_32_images", always),
     Row("LearningRateMonitor"),
-    Row("ModelCheckpoint", "beside the run's own (key checkpoint), under names of its own: not step=N.ckpt or last.ckpt"),
+    Row("ModelCheckpoint", "beside the run's own (key checkpoint); not for files step=N.ckpt or last.ckpt"),
     Row("ModelPruning", "convolutions that run as one read the weights before they are pruned; there is none", always),
     Row("ModelSummary"),
     Row(
         "OnExceptionCheckpoint",
-        "the next fit would go on from its file unasked: use checkpointing and --resume, or checkpoint.save_on_exception",
+        "the next fit would go on from its file: use checkpointing and --resume, or checkpoint.save_on_exception",
         always,
     ),
     Row("ProgressBar", "to derive from"),
@@ -201,7 +202,7 @@ CALLBACKS = (
     Row("SpikeDetection", "ends the run at a jump of the loss"),
     Row(
         "StochasticWeightAveraging",
-        "changes the learning rate and adds an epoch: use syncbn.training.PolyakAveraging, and syncbn statistics after it",
+        "changes the learning rate, adds an epoch: use syncbn.training.PolyakAveraging, then syncbn statistics",
         always,
     ),
     Row("ThroughputMonitor", "waits for the GPU in every step; images_per_second is logged anyhow"),
@@ -257,8 +258,9 @@ def describe(spec: Any) -> str:
         return f"[{', '.join(map(describe, spec))}]"
     if getattr(spec, "class_path", None) is None:
         return repr(spec) if isinstance(spec, str) else str(spec)
-    arguments = {name: value for name, value in dict(getattr(spec, "init_args", None) or {}).items() if value is not None}
-    return f"{class_of(spec).__name__}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+    arguments = dict(getattr(spec, "init_args", None) or {})
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
+    return f"{class_of(spec).__name__}({given})"
 
 
 def are_of_lightning(callbacks: Iterable[Callback]) -> bool:

@@ -103,7 +103,7 @@ def describe_plan(plan: RunPlan, trainer: Trainer) -> str:
     """Where an epoch is not all of the training images, which part of them it is, one line; "" where it is."""
     if plan.steps_of_epoch == plan.steps_of_data:
         return ""
-    same = ", the same ones every time" if trainer.overfit_batches else ""
+    same = ", the same ones every time" if getattr(trainer, "overfit_batches", 0) else ""
     return f"an epoch is {plan.steps_of_epoch:,} of {plan.steps_of_data:,} global batches{same}"
 
 
