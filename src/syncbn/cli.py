@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from syncbn.errors import describe_error
 
@@ -66,8 +67,11 @@ def run_verb(verb: str, arguments: Sequence[str]) -> None:
     """Run one of a verb's functions, whose parameters are the options of the command."""
     from jsonargparse import auto_cli
 
+    from syncbn.paths import ExpandingParser
+
     module = importlib.import_module(VERBS[verb])
     if hasattr(module, "run"):
         module.run(arguments)
         return
-    auto_cli(module.COMMANDS, args=list(arguments), prog=f"syncbn {verb}", exit_on_error=False)
+    options: dict[str, Any] = {"prog": f"syncbn {verb}", "exit_on_error": False, "parser_class": ExpandingParser}
+    auto_cli(module.COMMANDS, args=list(arguments), **options)

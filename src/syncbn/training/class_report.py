@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from syncbn.pictures import drawable_names, plain_text, unless_it_fails
 from syncbn.training.runs import run_folder
 
 NAMED_CLASSES = 40
@@ -104,7 +105,9 @@ class ClassReport(Callback):
         classes = class_names(trainer)
         write_confusion(folder / f"confusion_{stage}.csv", counts, classes)
         write_classes(folder / f"classes_{stage}.csv", counts, classes)
-        draw_confusion(folder / f"confusion_{stage}.png", counts, classes)
+        picture = folder / f"confusion_{stage}.png"
+        with unless_it_fails(picture):
+            draw_confusion(picture, counts, classes)
 
 
 def class_names(trainer: Trainer) -> Sequence[str]:
@@ -153,13 +156,15 @@ def draw_confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    side = 5 + 0.2 * min(len(classes), NAMED_CLASSES)
-    figure = Figure(figsize=(2 * side, side), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    _draw_matrix(left, counts, classes)
-    _draw_accuracies(right, counts, classes)
-    figure.savefig(path, dpi=120, bbox_inches="tight")  # long names of classes included
+    names = drawable_names(classes)
+    side = 5 + 0.2 * min(len(names), NAMED_CLASSES)
+    with plain_text(*names):
+        figure = Figure(figsize=(2 * side, side), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2)
+        _draw_matrix(left, counts, names)
+        _draw_accuracies(right, counts, names)
+        figure.savefig(path, dpi=120, bbox_inches="tight")  # long names of classes included
 
 
 def _draw_matrix(axes: Any, counts: np.ndarray, classes: Sequence[str]) -> None:
@@ -189,12 +194,15 @@ def strongest(shares: np.ndarray) -> np.ndarray:
 
 
 def _draw_accuracies(axes: Any, counts: np.ndarray, classes: Sequence[str]) -> None:
+    from matplotlib import rcParams
+
     accuracy = accuracies(counts)
     order = [int(label) for label in np.argsort(accuracy) if not np.isnan(accuracy[label])]
     overall = np.trace(counts) / max(1, counts.sum())
     axes.set(title=f"accuracy of each class ({overall:.1%} of {counts.sum():,} images)")
     if len(classes) <= NAMED_CLASSES:
-        axes.barh([classes[label] for label in reversed(order)], accuracy[order[::-1]])
+        axes.barh(range(len(order)), accuracy[order[::-1]])
+        axes.set_yticks(range(len(order)), [classes[label] for label in reversed(order)])
         axes.set(xlabel="accuracy", xlim=(0, 1))
     else:
         axes.plot(accuracy[order], range(1, len(order) + 1))
@@ -203,7 +211,8 @@ def _draw_accuracies(axes: Any, counts: np.ndarray, classes: Sequence[str]) -> N
         text = "\n".join(
             ["lowest:", *worst, "", "most often taken for another:", *commonest_confusions(counts, classes)]
         )
-        axes.text(0.03, 0.98, text, transform=axes.transAxes, va="top", fontsize=7, family="monospace")
+        families = ["monospace", *rcParams["font.family"]]
+        axes.text(0.03, 0.98, text, transform=axes.transAxes, va="top", fontsize=7, family=families)
     axes.grid(alpha=0.3)
 
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from syncbn.data import ImageDataModule
 from syncbn.data.samplers import batches_per_epoch
+from syncbn.paths import expand_home
 from syncbn.training.checkpoint_files import AtomicCheckpointIO
 from syncbn.training.checkpointing import BestCheckpoint, Checkpointing, LastCheckpoint, RandomByStep
 from syncbn.training.classifier import ImageClassifier
 from syncbn.training.config_checks import (
+    MAY_BE_OFF,
     read_hyperparameters,
     refuse_dropped,
     refuse_nulls,
@@ -95,6 +97,7 @@ class SyncBNCLI(LightningCLI):
     checkpoint_hparams: Mapping[str, Any] = {}  # of ckpt_path
     resume_point: ResumePoint | None = None  # of rank 0
     plan: RunPlan | None = None  # of a fit, but for a fast_dev_run
+    parts_off: Sequence[str] = ()  # of `MAY_BE_OFF`
 
     def __init__(self) -> None:
         quieten()
@@ -194,11 +197,12 @@ class SyncBNCLI(LightningCLI):
         words = expand_data_shorthand(sys.argv[1:])
         refuse_other_network(words)
         words, off = split_off(words)
-        self.config = parser.parse_args(words_without_weights(words))
+        self.config = expand_home(parser.parse_args(words_without_weights(words)))
         verb = self.config["subcommand"]
         config = self.config[verb]
         for name in off:
             config[name] = None
+        self.parts_off = [name for name in MAY_BE_OFF if name in config and config[name] is None]
         refuse_nulls(self._parser(verb), config)
         self.checkpoint_hparams = read_hyperparameters(config.get("ckpt_path"))
         if self.checkpoint_hparams:
@@ -218,7 +222,12 @@ class SyncBNCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Several checkpoints become one model, the mean of their class probabilities."""
+        config = self.config[self.subcommand]
+        for name in self.parts_off:  # jsonargparse makes no object of null
+            del config[name]
         super().instantiate_classes()
+        for name in self.parts_off:
+            config[name] = None
         if self.trainer.precision == "64-true":
             self.model.double()  # Lightning would after it has restored a checkpoint, in single precision
         checkpoints, ckpt_path = self._get(self.config, "checkpoints", []), self._get(self.config, "ckpt_path")
@@ -231,6 +240,8 @@ class SyncBNCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers, the callbacks and the strategy of a run."""
         kwargs |= follow_launcher(sys.argv, os.environ)
+        for name in self.parts_off:
+            self.config_init[self.subcommand][name] = None
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         callbacks: list[Any] = []
         if self.subcommand == "fit" and not config.get("fast_dev_run"):

@@ -5,6 +5,7 @@ would change the batch, the learning rate or the images behind what a run prints
 ignored.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pydoc import locate
@@ -81,7 +82,7 @@ TRAINER_OPTIONS = (
     Row("precision", "auto is bf16-mixed on GPUs that know it"),
     Row(
         "logger",
-        "further loggers are added; the run folder and the curves need the CSV log",
+        "the run folder and the curves need the logs: leave it out; a logger given here is added to them",
         lambda value, options: value is False,
         "false",
     ),
@@ -253,11 +254,11 @@ def class_of(spec: Any) -> type:
 
 
 def describe(spec: Any) -> str:
-    """What a config holds, as one would write it in Python."""
+    """What a config holds: objects as one would write them in Python, values as in YAML."""
     if isinstance(spec, (list, tuple)):
         return f"[{', '.join(map(describe, spec))}]"
     if getattr(spec, "class_path", None) is None:
-        return repr(spec) if isinstance(spec, str) else str(spec)
+        return str(spec) if isinstance(spec, str) else json.dumps(spec, default=str)
     arguments = dict(getattr(spec, "init_args", None) or {})
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
     return f"{class_of(spec).__name__}({given})"
