@@ -33,7 +33,7 @@ from syncbn.training.finite import StopAtNonFinite
 from syncbn.training.launchers import follow_launcher
 from syncbn.training.left_out import LeftOutImages
 from syncbn.training.lightning_messages import quieten
-from syncbn.training.lightning_support import refuse_options
+from syncbn.training.lightning_support import make_writable, refuse_options
 from syncbn.training.model_card import choose_preprocessing, words_without_weights
 from syncbn.training.population import StatisticsTrainer
 from syncbn.training.predictions import PredictionTable
@@ -217,6 +217,7 @@ class SyncBNCLI(LightningCLI):
             return
         options = self._get(self.config, "trainer")
         refuse_options(options, self._get(self.config, "global_batch_size"))
+        make_writable(options["callbacks"])
         options["precision"] = default_precision(options)
         options["benchmark"] = default_benchmark(options)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.callbacks.timer import Interval
 
 
 class Row(NamedTuple):
@@ -200,7 +201,11 @@ CALLBACKS = (
     Row("ProgressBar", "to derive from"),
     Row("RichModelSummary"),
     Row("RichProgressBar"),
-    Row("SpikeDetection", "ends the run at a jump of the loss"),
+    Row(
+        "SpikeDetection",
+        "its state cannot be read back, for a test or a restart: a loss that is not finite ends every run without it",
+        always,
+    ),
     Row(
         "StochasticWeightAveraging",
         "changes the learning rate, adds an epoch: use syncbn.training.PolyakAveraging, then syncbn statistics",
@@ -234,6 +239,14 @@ def refuse_options(options: Mapping[str, Any], global_batch_size: int) -> None:
             if row.refuses and is_subclass(callback, getattr(lightning_callbacks, row.name)):
                 what = f"{describe(callback)} with global_batch_size={global_batch_size}"
                 raise ValueError(f"trainer.callbacks: {what}: {row.note}")
+
+
+def make_writable(callbacks: Any) -> None:
+    """Make configs of callbacks such that YAML holds them, in place: a `Timer` has an enumeration for its text."""
+    for callback in as_list(callbacks):
+        arguments = getattr(callback, "init_args", None)
+        if is_subclass(callback, Timer) and arguments and isinstance(arguments.get("interval"), Interval):
+            arguments["interval"] = arguments["interval"].value
 
 
 def as_list(value: Any) -> Sequence[Any]:
