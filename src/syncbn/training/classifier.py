@@ -350,6 +350,7 @@ class ImageClassifier(Evaluated):
 
     def on_validation_start(self) -> None:
         """Where ranks normalise in several groups, make their running statistics one: the mean over the ranks."""
+        super().on_validation_start()
         if not self.in_several_groups or self.trainer.sanity_checking:
             return
         for name, layer in self.network.named_modules():

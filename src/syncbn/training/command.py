@@ -25,6 +25,7 @@ from syncbn.training.config_checks import (
     refuse_dropped,
     refuse_nulls,
     refuse_other_network,
+    refuse_random_layers,
     split_off,
 )
 from syncbn.training.curves import CurvesPlot
@@ -218,6 +219,7 @@ class SyncBNCLI(LightningCLI):
         options = self._get(self.config, "trainer")
         refuse_options(options, self._get(self.config, "global_batch_size"))
         make_writable(options["callbacks"])
+        refuse_random_layers(self.config[self.subcommand])
         options["precision"] = default_precision(options)
         options["benchmark"] = default_benchmark(options)
 

@@ -11,7 +11,9 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from syncbn.data import Augmentation
-from syncbn.training.lightning_support import as_list, class_of
+from syncbn.models.weights.files import WHERE_FROM
+from syncbn.training.lightning_support import as_list, class_of, is_subclass
+from syncbn.training.unfreezing import GradualUnfreezing
 
 MAY_BE_OFF = ("checkpoint", "checkpointing", "watchdog")
 """Parts of a run that null leaves out."""
@@ -100,6 +102,27 @@ def refuse_nulls_within(name: str, value: Any) -> None:
             parser.validate(arguments, skip_unset=False)
         except TypeError as error:
             raise ValueError(f"{name}: {described.class_path}: {error}") from error
+
+
+def refuse_random_layers(config: Namespace) -> None:
+    """Refuse to hold layers of a network that begins with random weights, where they would stay random.
+
+    Args:
+        config: Of a fit that begins anew.
+
+    Raises:
+        ValueError: No weights are given to a fit that freezes something; the message says what to do.
+    """
+    model = config["model"]
+    callbacks = as_list(config["trainer"].get("callbacks"))
+    held = [f"model.freeze={model['freeze']}"] if model["freeze"] else []
+    held += [f"model.batch_norm={model['batch_norm']}"] if model["batch_norm"] != "train" else []
+    held += ["GradualUnfreezing" for callback in callbacks if is_subclass(callback, GradualUnfreezing)]
+    if held and model["weights"] is None and not config["ckpt_path"] and not config["resume"]:
+        raise ValueError(
+            f"{' and '.join(held)} without model.weights would hold layers that are random: {WHERE_FROM},"
+            " but must train all of it (model.batch_norm=train, no model.freeze, no GradualUnfreezing)"
+        )
 
 
 def nulls_of(kind: Any, value: Any, name: str) -> Iterator[str]:
