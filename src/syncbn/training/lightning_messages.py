@@ -64,10 +64,16 @@ class Unasked(logging.Filter):
 
 def quieten() -> None:
     """Leave out what Lightning says at every start, and warnings that do not apply here."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning",
+        "",
+    ):  # "": the root, where a program has set it up
         logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
-        for handler in logger.handlers or logging.getLogger().handlers:
+        if "." in name:
+            logger.setLevel(logging.INFO)
+        for handler in logger.handlers:
             if not any(isinstance(known, Unasked) for known in handler.filters):
                 handler.addFilter(Unasked())
     for message in WITHOUT_CONCERN:

@@ -178,10 +178,10 @@ def check_names_of_checkpoints(trainer: Trainer) -> None:
 def reason_of_early_end(plan: RunPlan, trainer: Trainer) -> str:
     """Why a fit ended before its last step, or took no step at all; "" where it ended as planned."""
     step = trainer.global_step
-    if step >= plan.last_step:
-        return "there was nothing left to train" if step == plan.begun_at else ""
     if plan.passes == 0:
         return f"trainer.limit_train_batches={plan.limit} leaves nothing to train on"
+    if step >= plan.last_step:
+        return "there was nothing left to train" if step == plan.begun_at else ""
     reasons: list[Any] = [
         f"EarlyStopping: {callback.stopping_reason_message}"
         for callback in trainer.callbacks  # type: ignore[attr-defined]
