@@ -208,8 +208,9 @@ def test_an_interrupted_fit_keeps_its_curves_and_names_its_folder():
         output, errors = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode != 0 and "Traceback" not in errors
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in errors
     folder = Path(output.strip().splitlines()[-1])
+    assert f"; --resume {folder} goes on there" in errors and list((folder / "checkpoints").glob("step=*.ckpt"))
     assert (folder / "curves.png").is_file() and (folder / "config.yaml").is_file()
 
 

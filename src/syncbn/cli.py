@@ -4,6 +4,7 @@ import importlib
 import signal
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.argv[1:] = arguments  # where Lightning looks for them when it starts the other ranks
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for a user's own callbacks, as with ``python -m syncbn``
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the screen's encoding does not have
     try:
         run_command()
     except KeyboardInterrupt:  # while it imports or prepares, too

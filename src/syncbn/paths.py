@@ -1,10 +1,21 @@
-"""Paths that a user writes, in YAML or on the command line: ``~`` is the home folder, of every option and verb."""
+"""Paths that a user writes, in YAML or on the command line, and names of files in what is written.
+
+``~`` is the home folder, of every option and verb.
+"""
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jsonargparse import ArgumentParser, Namespace
+
+ESCAPE = "backslashreplace"
+"""What is done with characters that an encoding does not have; in JSON it is what the format has for them."""
+
+
+def open_text(path: Path) -> TextIO:
+    r"""A new text file, in UTF-8; what is not of it, as in names of files of another encoding, is escaped: \udcfc."""
+    return path.open("w", newline="", encoding="utf-8", errors=ESCAPE)
 
 
 def expand_home(value: Any) -> Any:

@@ -30,7 +30,7 @@ def use_one_thread(worker: int) -> None:
 def set_up_worker(worker: int) -> None:
     """What a process that prepares batches begins with."""
     use_one_thread(worker)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # sent to a whole job they ask the ranks to stop, which need their batch
 
 

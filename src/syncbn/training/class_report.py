@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from syncbn.paths import open_text
 from syncbn.pictures import drawable_names, plain_text, unless_it_fails
 from syncbn.training.runs import run_folder
 
@@ -130,7 +131,7 @@ def accuracies(counts: np.ndarray) -> np.ndarray:
 
 def write_confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
     """Write the matrix: a row for each true class, a column for each predicted one."""
-    with path.open("w", newline="") as lines:
+    with open_text(path) as lines:
         writer = csv.writer(lines)
         writer.writerow(["true \\ predicted", *classes])
         writer.writerows([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
@@ -139,7 +140,7 @@ def write_confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> N
 def write_classes(path: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
     """Write a row for each class: its images, how many were recognised, and what it was most often taken for."""
     confused = counts - np.diag(np.diagonal(counts))
-    with path.open("w", newline="") as lines:
+    with open_text(path) as lines:
         writer = csv.writer(lines)
         writer.writerow(["class", "images", "recognised", "accuracy", "most_often_taken_for", "so_many_times"])
         for label, (name, accuracy) in enumerate(zip(classes, accuracies(counts), strict=True)):

@@ -63,7 +63,7 @@ from syncbn.training.run_plan import (
 from syncbn.training.run_summary import RunSummary
 from syncbn.training.runs import RunRecord, claim_run_folder, run_folder
 from syncbn.training.speed import default_benchmark, default_precision
-from syncbn.training.stopping import STOPPED, describe_lost_rank
+from syncbn.training.stopping import INTERRUPTED, STOPPED, describe_lost_rank
 from syncbn.training.strategies import SynchronisedDDPStrategy
 from syncbn.training.throughput import Throughput
 from syncbn.training.watchdog import Watchdog
@@ -302,7 +302,7 @@ class SyncBNCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:
-            if isinstance(error, SystemExit) and error.code == STOPPED:
+            if isinstance(error, SystemExit) and error.code in (STOPPED, INTERRUPTED):
                 wait_for_other_ranks(launcher)
                 raise
             stop_other_ranks(launcher, error)
@@ -343,8 +343,10 @@ class SyncBNCLI(LightningCLI):
             arguments["ckpt_path"] = tell_ranks(self.trainer, self.resume_point) or arguments.get("ckpt_path")
         try:
             self.trainer.fit(**arguments)
-        except SystemExit:  # Lightning's answer to Ctrl-C, and ours to other signals
+        except SystemExit as stop:
             self._print_run_folder()
+            if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's answer to it is 1
+                raise SystemExit(INTERRUPTED) from None
             raise
 
     def after_fit(self) -> None:
