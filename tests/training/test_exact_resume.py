@@ -44,10 +44,6 @@ def kill() -> None:
     raise Killed
 
 
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 class Watch(Callback):
     """The weights, the average and the optimiser's state at the end of training."""
 
