@@ -182,6 +182,24 @@ def test_a_mistake_is_answered_in_one_line(words, expected, capsys):
     assert len([line for line in errors if "error" in line]) == 1
 
 
+@pytest.mark.parametrize(
+    ("verb", "word", "expected"),
+    [
+        ("fit", "--model.momentum=0.5", "last.ckpt has model.momentum=0.9, which cannot be made 0.5"),
+        ("fit", "--global_batch_size=64", "last.ckpt has global_batch_size=32, which cannot be made 64"),
+        ("test", "--model.momentum=0.5", "last.ckpt has model.momentum=0.9, which cannot be made 0.5"),
+        ("fit", "--model.weights=other.pth", "last.ckpt brings its weights: leave --model.weights out"),
+        ("fit", "--resume=runs/name/version_0", "goes on from the run's own checkpoint: leave --ckpt_path out"),
+    ],
+)
+def test_what_a_checkpoint_would_override_is_refused(verb, word, expected, capsys):
+    kept = {"momentum": 0.9, "global_batch_size": 32, "weights": None}
+    torch.save({"state_dict": {}, "hyper_parameters": kept}, "last.ckpt")
+    with pytest.raises(SystemExit):
+        main([verb, "--config", str(FASHION_MNIST), "--global_batch_size=32", "--ckpt_path=last.ckpt", word])
+    assert expected in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_broken_image_is_named(num_workers, tmp_path, capsys):
     for split in ("train", "val"):

@@ -155,6 +155,7 @@ def test_a_checkpoint_holds_no_code_and_builds_the_network_again(tmp_path, whole
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:You are using a custom batch sampler")
 def test_weights_that_are_not_finite_are_not_evaluated(tmp_path):
     model, data = make()
     with torch.no_grad():
