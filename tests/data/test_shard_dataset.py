@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from shard_cases import CLASSES, encoded_photo, make_shards, train_loader, train_set
-from syncbn.cli import one_line
 from syncbn.data import ReadError, open_image_sets
+from syncbn.errors import one_line
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -54,6 +57,22 @@ def test_csv_has_a_line_for_each_image_and_class(tmp_path):
         rows = list(csv.DictReader(lines))
     assert [(row["image"], row["rank"]) for row in rows] == [(str(path), rank) for path in paths for rank in "12"]
     assert all(row["class"] == f"name {row['label']}" and 0 < float(row["probability"]) <= 1 for row in rows)
+
+
+def test_a_file_name_of_another_encoding_is_escaped(tmp_path):
+    path = tmp_path / "photo.png"
+    cv2.imwrite(str(path), np.full((32, 32, 3), 90, np.uint8))
+    weights, _ = make_file(tmp_path)
+    (tmp_path / "new").mkdir()
+    odd = os.fsdecode(bytes(tmp_path) + b"/new/gr\xfcn.png")
+    for name in ("a.png", odd, "z.png"):
+        shutil.copy(path, tmp_path / "new" / name)
+    for form in ("csv", "jsonl"):
+        output = tmp_path / f"out.{form}"
+        assert predict(weights, tmp_path / "new", f"--format={form}", "--top_k=1", f"--output={output}") == 0
+        text = output.read_text(encoding="utf-8")
+        assert "a.png" in text and r"gr\udcfcn.png" in text and "z.png" in text
+    assert json.loads(text.splitlines()[1])["image"] == odd
 
 
 def test_several_crops_average_probabilities(tmp_path):
@@ -166,6 +185,19 @@ def test_a_mistake_is_answered_in_one_line(words, expected, tmp_path, capsys, mo
     assert predict("model.safetensors", *words) == 1
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and errors[0].startswith("syncbn: error:") and expected in errors[0]
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, capsys):
+    network = make_network()
+    with torch.no_grad():
+        network.classifier.weight[3, :2] = torch.tensor([float("nan"), float("inf")])
+    weights = str(tmp_path / "broken.safetensors")
+    write_weights(network, make_card(network, "paper"), Path(weights), "safetensors")
+    for words in (["predict", weights, __file__], ["export", weights]):
+        with pytest.raises(SystemExit) as exited:
+            main(words)
+        error = capsys.readouterr().err
+        assert exited.value.code == 1 and "2 of " in error and "values of classifier.weight are not finite" in error
 
 
 def test_weights_that_do_not_say_what_they_are_fed(tmp_path, capsys):

@@ -30,7 +30,7 @@ def use_one_thread(worker: int) -> None:
 def set_up_worker(worker: int) -> None:
     """What a process that prepares batches begins with."""
     use_one_thread(worker)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # sent to a whole job they ask the ranks to stop, which need their batch
 
 
@@ -185,7 +185,10 @@ class ImageDataModule(LightningDataModule):
         return f"{images}; {shuffled}, of which each {reader} holds about {held / 1e6:,.1f} MB"
 
     def train_dataloader(self) -> "ResumableDataLoader | DaliLoader":
-        """Shuffled, augmented training batches of this rank, from the trainer's present place onwards."""
+        """Shuffled, augmented training batches of this rank, from the trainer's present place onwards.
+
+        With the trainer's ``overfit_batches`` every epoch has the same batches, images changed as in the first.
+        """
         trainer = self.trainer
         sampler = GlobalBatchSampler(
             self.training_images,
@@ -195,6 +198,7 @@ class ImageDataModule(LightningDataModule):
             accumulate_grad_batches=trainer.accumulate_grad_batches if trainer else 1,
             drop_last=self.drop_last,
             order=self.order,
+            repeat_first_epoch=bool(getattr(trainer, "overfit_batches", 0)),
         )
         if trainer and trainer.state.fn == TrainerFn.FITTING:
             epoch, batch = self._place_of_trainer(len(sampler))

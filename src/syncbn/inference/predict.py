@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
@@ -17,6 +16,7 @@ from syncbn.inference.images import find_images, prepare_images
 from syncbn.inference.writers import Embedding, Format, Prediction, choose_writer, opened_writer
 from syncbn.models.weights import ModelCard, build_network, check_input, read_weights, require_folder
 from syncbn.nn import fold_batch_norm
+from syncbn.paths import ExpandingParser
 
 TOP_K = 5
 
@@ -180,7 +180,7 @@ def run(arguments: Sequence[str]) -> int:
         The exit status.
     """
     assert predict.__doc__
-    parser = ArgumentParser(
+    parser = ExpandingParser(
         prog="syncbn predict", exit_on_error=False, description=predict.__doc__.partition("Args:")[0]
     )
     parser.add_argument("weights", type=Path, help="A checkpoint, or any file that `syncbn import` reads.")

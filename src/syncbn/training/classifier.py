@@ -33,7 +33,7 @@ from syncbn.training.model_card import (
 )
 from syncbn.training.parameter_groups import parameter_groups, scale_groups
 from syncbn.training.rank_state import add_rank_state, take_rank_state
-from syncbn.training.retrieval import RecallAtK
+from syncbn.training.retrieval import NEIGHBOURS, RecallAtK
 from syncbn.training.schedules import exponential_schedule
 from syncbn.training.speed import CompileMode, compile_network, use_fused_optimizer, use_recomputation
 
@@ -257,6 +257,12 @@ class ImageClassifier(Evaluated):
             estimate_population_statistics(self.network, batches, min(self.hparams["estimation_batches"], len(loader)))
         self.train()
 
+    @property
+    def logged(self) -> list[str]:
+        """Names of the metrics of a fit, for callbacks that look at one."""
+        evaluated = [f"val_recall_at_{neighbours}" for neighbours in NEIGHBOURS] if self.recall else self.metrics
+        return ["train_loss", "train_top1", "learning_rate", *(name for name in evaluated if name.startswith("val_"))]
+
     def batch_arithmetic(self, trainer: Trainer) -> BatchArithmetic:
         """What the global batch size comes to with a trainer."""
         return BatchArithmetic(
@@ -344,6 +350,7 @@ class ImageClassifier(Evaluated):
 
     def on_validation_start(self) -> None:
         """Where ranks normalise in several groups, make their running statistics one: the mean over the ranks."""
+        super().on_validation_start()
         if not self.in_several_groups or self.trainer.sanity_checking:
             return
         for name, layer in self.network.named_modules():
