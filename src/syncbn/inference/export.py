@@ -17,6 +17,7 @@ from syncbn.data.samplers import SampleKey
 from syncbn.inference.graphs import GRAPHS, PixelInput, Runner
 from syncbn.inference.images import find_images, prepare_images
 from syncbn.models.weights import (
+    CARD_KEY,
     ModelCard,
     build_network,
     card_path,
@@ -67,8 +68,8 @@ def export(
     Graphs take any number of images at a time: normalised float32 of shape (N, C, H, W), and return logits, or
     embeddings of a network that was trained to embed. What is written is read again and compared with the original on
     images; where an output differs by 1e-4 or more (where outputs exceed 10, by 1e-5 of the largest), nothing is left
-    behind. A model card (FILE.card.json beside the file, in a safetensors file its metadata) says how images are
-    prepared and names the classes.
+    behind. A model card (FILE.card.json beside the file, also the metadata of a safetensors or ONNX file) says how images
+    are prepared, in fields and in words, and names the classes.
 
     Args:
         weights: A checkpoint of `syncbn fit`, what `syncbn import` wrote, or whatever that reads.
@@ -163,8 +164,10 @@ class ExportJob:
         graph = GRAPHS[self.format]
         inference = fold_batch_norm(self.network) if self.fold else revert_sync_batchnorm(self.network)
         inference = PixelInput(inference, self.card.preprocessing) if self.preprocessing else inference
-        graph.write(inference.eval(), example, path, self.output_name)
-        card_path(path).write_text(self._card_of_graph().to_json())
+        card = self._card_of_graph()
+        notes = {CARD_KEY: card.to_json(), "pixels": card.in_words}
+        graph.write(inference.eval(), example, path, self.output_name, notes)
+        card_path(path).write_text(card.to_json())
         return graph.load(path)
 
     @property

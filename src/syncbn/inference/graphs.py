@@ -3,9 +3,10 @@
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,7 +47,14 @@ class Graph(ABC):
     """One format of graphs."""
 
     @abstractmethod
-    def write(self, network: nn.Module, images: Tensor, path: Path, output: str = "logits") -> None:
+    def write(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        path: Path,
+        output: str = "logits",
+        notes: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Write a network.
 
         Args:
@@ -54,6 +62,7 @@ class Graph(ABC):
             images: An example of its input with N = 2; N stays free.
             path: The file.
             output: What the network gives, "logits" or "embeddings", in formats that name it.
+            notes: Texts by their names, in formats that hold such.
         """
 
     @abstractmethod
@@ -64,23 +73,30 @@ class Graph(ABC):
 class Onnx(Graph):
     """ONNX, of one file; runs under onnxruntime and others."""
 
-    def write(self, network: nn.Module, images: Tensor, path: Path, output: str = "logits") -> None:
-        """Write by torch.onnx: input ``images``, dimension ``batch`` free."""
+    def write(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        path: Path,
+        output: str = "logits",
+        notes: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Write by torch.onnx: input ``images``, dimension ``batch`` free; the notes are the model's metadata."""
         require_packages("onnx", "onnxscript", "onnxruntime")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
-            torch.onnx.export(
+            program: Any = torch.onnx.export(
                 network,
                 (images,),
-                path,
                 input_names=["images"],
                 output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 dynamo=True,
-                external_data=False,
                 verbose=False,
             )
+            program.model.metadata_props.update(notes)
+            program.save(path, external_data=False)
 
     def load(self, path: Path) -> Runner:
         """Run it under onnxruntime, on as many threads as torch has."""
@@ -95,7 +111,14 @@ class Onnx(Graph):
 class TorchScript(Graph):
     """TorchScript, for libtorch and old servers: torch itself recommends torch.export."""
 
-    def write(self, network: nn.Module, images: Tensor, path: Path, output: str = "logits") -> None:
+    def write(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        path: Path,
+        output: str = "logits",
+        notes: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Trace and freeze."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecation, and checks of the input's shape that become constants
@@ -112,7 +135,14 @@ class TorchScript(Graph):
 class Exported(Graph):
     """torch.export's program, for torch.export.load, AOTInductor and ExecuTorch."""
 
-    def write(self, network: nn.Module, images: Tensor, path: Path, output: str = "logits") -> None:
+    def write(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        path: Path,
+        output: str = "logits",
+        notes: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Export with dimension ``batch`` free."""
         program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         with path.open("wb") as file:  # by its name it would insist on a suffix
