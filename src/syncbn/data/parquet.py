@@ -1,8 +1,8 @@
 """Images in Hugging Face's tables: parquet files with a column of encoded images and one of labels.
 
 Source of the layout: the ``datasets`` package, whose ``push_to_hub`` writes ``train-00000-of-00294.parquet``, an image
-as a struct of its bytes and its path, and the names of the classes into the schema's metadata. Its ``to_parquet`` leaves
-out the bytes: the file at the path is then read, where it is there.
+as a struct of its bytes and its path, and the names of the classes into the schema's metadata. Its ``to_parquet``
+leaves out the bytes: the file at the path is then read, where it is there.
 """
 
 import json
@@ -228,8 +228,8 @@ def _require_images(table: Any, image: str, path: Path) -> None:
     first = first["path"] if isinstance(first, dict) else first
     if first and not place_of(first, path).is_file():
         raise ValueError(
-            f"the table {path} holds paths of images, not the images, and there is no file {first}: bring them there, or"
-            " embed them as you write the table: dataset.with_format('arrow').map(datasets.table.embed_table_storage,"
+            f"the table {path} holds paths of images, not images, and there is no file {first}: bring them there, or"
+            " embed them as you write it: dataset.with_format('arrow').map(datasets.table.embed_table_storage,"
             " batched=True).to_parquet(...)"
         )
 

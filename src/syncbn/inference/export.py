@@ -68,7 +68,7 @@ def export(
     Graphs take any number of images at a time: normalised float32 of shape (N, C, H, W), and return logits, or
     embeddings of a network that was trained to embed. What is written is read again and compared with the original on
     images; where an output differs by 1e-4 or more (where outputs exceed 10, by 1e-5 of the largest), nothing is left
-    behind. A model card (FILE.card.json beside the file, also the metadata of a safetensors or ONNX file) says how images
+    behind. A model card (FILE.card.json beside the file, also metadata of a safetensors or ONNX file) says how images
     are prepared, in fields and in words, and names the classes.
 
     Args:

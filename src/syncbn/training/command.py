@@ -20,6 +20,7 @@ from syncbn.training.checkpoint_files import AtomicCheckpointIO
 from syncbn.training.checkpointing import Checkpointing, RandomByStep
 from syncbn.training.classifier import ImageClassifier
 from syncbn.training.curves import CurvesPlot
+from syncbn.training.earlier_data import settle_data
 from syncbn.training.evaluation import check_same_task, load_ensemble
 from syncbn.training.finite import StopAtNonFinite
 from syncbn.training.launchers import follow_launcher
@@ -177,6 +178,7 @@ class SyncBNCLI(LightningCLI):
         """Parse; ``--data PATH`` is short for ``--data.root PATH``."""
         self.config = parser.parse_args(words_without_weights(expand_data_shorthand(sys.argv[1:])))
         self._check_checkpoint()
+        settle_data(self.config[self.config["subcommand"]])
 
     def _check_checkpoint(self) -> None:
         """Refuse a file that is no checkpoint before anything is built for it."""
@@ -221,6 +223,8 @@ class SyncBNCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers, the callbacks and the strategy of a run."""
+        # As a restart will find it in the run's config, whatever the defaults are then.
+        self._get(self.config, "data")["exif_orientation"] = self.datamodule.exif_orientation
         kwargs |= follow_launcher(sys.argv, os.environ)
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         callbacks: list[Any] = []

@@ -97,8 +97,8 @@ def folder(
             without it.
         workers: Processes; all cores without it.
         max_dropped: Fraction of the images that may be lost to damage before it is an error.
-        exif_orientation: Whether images are turned as their EXIF says, and encoded again. Without it, as the destination
-            was begun; a new one turns them, but not ImageNet's, known by its classes' names (n01440764 ...).
+        exif_orientation: Whether images are turned as their EXIF says, and encoded again. Without it, as before where
+            the destination was begun; else they are, but not ImageNet's, known by its classes' names (n01440764 ...).
 
     Raises:
         ValueError: There are no images, more was dropped than ``max_dropped``, or the destination holds
