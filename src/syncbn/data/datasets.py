@@ -117,8 +117,9 @@ def decode_image(content: bytes, dataset: ImageDataset, index: int, reduction: i
     try:
         return decode(content, dataset.channels, reduction, applies_orientation(dataset))
     except DecodingError as error:
+        name, size = dataset.name(index), len(content)
         raise ReadError(
-            f"cannot decode the image {dataset.name(index)} ({error}): remove, replace or convert the file"
+            f"cannot decode the image {name} ({size} bytes): remove or replace the file ({error})"
         ) from error
 
 

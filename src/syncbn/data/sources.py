@@ -1,6 +1,7 @@
 """From what the user names as data to data sets: the layout is detected."""
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from syncbn.data.batches import OnReadError
 from syncbn.data.datasets import ArrayDataset, ImageDataset, class_counts, hold_out
@@ -212,8 +213,8 @@ def _open_shards(folder: Path, reading: Reading) -> Splits:
             f"{damaged[0]} ({len(damaged)} such shards): prepare the data again, or leave out what is lost by"
             " data.on_read_error=skip"
         )
-    for line in damaged:
-        rank_zero_warn(f"{line}: its images are left out")
+    for line in damaged if getattr(rank_zero_only, "rank", 0) == 0 else ():  # without Lightning there is no rank
+        warnings.warn(f"{line}: its images are left out", stacklevel=2)
     if "train" not in index.splits or not index.splits["train"].samples:
         raise ValueError(f"{folder} holds shards, but none of training images: prepare the data again")
     if reading.exif_orientation not in (None, index.exif_orientation):

@@ -107,6 +107,8 @@ def folder(
     """
     if destination.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{destination} lies in {source}, where it would pass for a class: name another folder")
+    if validation_fraction is not None and not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction={validation_fraction} must be between 0 and 1")
     options = Options(shorter_side, quality, shard_megabytes, _turns(exif_orientation, source, destination))
     description = {"source": "folder", **asdict(options), "validation_fraction": validation_fraction}
 

@@ -23,10 +23,8 @@ def plan_folder(source: Path, validation_fraction: float | None) -> Plan:
 
     Raises:
         ValueError: The training images are not found, a class has no image, other images have a class of their own, or
-            ``validation_fraction`` is not in 0..1, or not needed.
+            ``validation_fraction`` is not needed.
     """
-    if validation_fraction is not None and not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction={validation_fraction} must be between 0 and 1")
     if not source.is_dir():
         raise ValueError(f"{source} is no folder")
     folders = find_splits(source)
