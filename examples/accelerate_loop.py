@@ -8,7 +8,6 @@ On any number of processes it prints the same losses: together they normalise, a
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,10 +18,7 @@ GLOBAL_BATCH, STEPS = 32, 5
 
 def main() -> None:
     """Train a small network for some steps on made-up images."""
-    # Running statistics are equal on all ranks already, so there is no need to broadcast them.
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
-    )
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     torch.manual_seed(0)  # the same weights and images on all ranks
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, bias=False),

@@ -33,8 +33,9 @@ def main() -> None:
         nn.Linear(16, 4),
     ).to(device)
     syncbn.convert_sync_batchnorm(net)
-    # Running statistics are equal on all ranks already, so there is no need to broadcast them.
-    ddp = DistributedDataParallel(net, broadcast_buffers=False)
+    # Running statistics are equal on all ranks already: forward_sync_buffers=False (before torch 2.13:
+    # broadcast_buffers=False) saves a broadcast a step.
+    ddp = DistributedDataParallel(net)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
 
     for step in range(STEPS):

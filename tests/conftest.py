@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, so that ranks do not fight for cores; a folder to run commands in."""
+"""Shared by all tests: one thread, so that ranks do not fight for cores; a folder to run commands in; float64."""
 
 import os
 import sys
@@ -9,6 +9,14 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """New layers and tensors are float64: what should be equal is, to 1e-7 and on any machine."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ def losses(example: str, processes: int) -> list[float]:
         timeout=120,
     )
     assert finished.returncode == 0, finished.stderr
+    assert "Warning" not in finished.stderr
     return [float(loss) for loss in re.findall(r"step \d: loss (\S+)", finished.stdout)]
 
 

@@ -14,9 +14,12 @@ HEAVY = ["triton", "lightning", "deepspeed", "matplotlib", "torchmetrics", "cv2"
 HEAVY_TORCH = ["torch._dynamo", "torch._inductor", "torch.fx.experimental", "torch.testing", "torch.utils.tensorboard"]
 ORDER = [
     "ops",
+    "communicator",
     "agreement",
+    "channel",
     "distributed",
     "recomputing",
+    "memory",
     "exchange",
     "functional",
     "graph",

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from ranks import run_ranks
+from syncbn.training.strategies import BUFFER_OPTION
 
 PAGE = Path(__file__).parents[1] / "docs" / "migrating.md"
 C = 3
@@ -256,10 +256,10 @@ def test_every_row_has_a_check():
 
 
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.")
-@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")  # in torch 2.13; older ones know no other name
 @pytest.mark.parametrize(("before", "after"), rows(), ids=[name_of(before) for before, _ in rows()])
 def test_a_row(before, after, names):
     code, name = code_of(after).removeprefix("net = "), name_of(before)
+    code = code.replace("forward_sync_buffers", BUFFER_OPTION)  # as this version of torch calls it
     if name in NETWORKS:
         names["net"] = NETWORKS[name](names["group"])
         names["layer"] = names["net"][1]
@@ -275,9 +275,7 @@ def claims_of_two_ranks(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {"group": dist.get_world_size(syncbn.new_group(1))}
     for name, shares in {"none": (slice(0, 3), slice(3, 3)), "unequal": (slice(0, 1), slice(1, 3))}.items():
         net = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(C)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch 2.13 renames broadcast_buffers
-            ddp = DistributedDataParallel(net, broadcast_buffers=False)
+        ddp = DistributedDataParallel(net, **{BUFFER_OPTION: False})
         images = whole[shares[rank]]
         output = ddp(images)
         output.square().sum().backward()

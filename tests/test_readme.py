@@ -22,7 +22,7 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def run(words: list[str], folder: Path) -> None:
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder, with the programs of this environment."""
     program, *rest = words
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -35,6 +35,7 @@ def run(words: list[str], folder: Path) -> None:
         timeout=120,
     )
     assert finished.returncode == 0, finished.stderr
+    return finished
 
 
 def write_digits(folder: Path) -> None:
@@ -52,7 +53,10 @@ def test_the_loop_runs_on_two_processes(tmp_path):
     assert len(loop.strip().splitlines()) <= 16
     (tmp_path / "loop.py").write_text(loop)
     [start] = re.findall(r"start with: (.*)", loop)
-    run(shlex.split(start), tmp_path)
+    finished = run(shlex.split(start), tmp_path)
+    assert "Warning" not in finished.stderr
+    printed = re.findall(r"rank \d: running mean (.*)", finished.stdout)
+    assert len(printed) == 2 and len(set(printed)) == 1, "the same on both ranks"
 
 
 def test_the_commands_run(tmp_path):
@@ -73,6 +77,24 @@ def test_the_commands_run(tmp_path):
 @pytest.mark.parametrize("target", ["train", "test", "benchmark"])
 def test_make_knows_its_targets(target):
     subprocess.run(["make", "--dry-run", target], cwd=REPOSITORY, check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options"), [(0, ["--trainer.accelerator", "cpu"]), (1, ["--trainer.devices", "1"]), (2, []), (8, [])]
+)
+def test_make_train_asks_for_the_devices_that_there_are(gpus, options, tmp_path):
+    """Lightning's accelerator=auto alone takes a Mac's GPU, and refuses two processes there."""
+    (tmp_path / "torch.py").write_text(f"from types import SimpleNamespace as S\ncuda = S(device_count=lambda: {gpus})")
+    for name, does in {
+        "syncbn": 'echo "$@"',
+        "python": f"PYTHONPATH={tmp_path} exec {sys.executable} " + '"$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "package").touch()  # newer than what it is made of
+    words = ["make", "--silent", f"BIN={tmp_path}", f"PACKAGE={tmp_path / 'package'}", "train"]
+    done = subprocess.run(words, cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["fit", "--config", "configs/fashion_mnist.yaml", *options]
 
 
 def test_every_file_that_the_readme_names_is_there():

@@ -23,7 +23,6 @@ from syncbn import ops
 from syncbn.distributed import all_reduce_differentiable
 from syncbn.exchange import (
     Exchange,
-    Memory,
     Route,
     Statistics,
     batches_of,
@@ -31,7 +30,8 @@ from syncbn.exchange import (
     gradients_of_inputs,
     refuse_single_value,
 )
-from syncbn.recomputing import OutputsAgain, hooks_of_others
+from syncbn.memory import Memory
+from syncbn.recomputing import OutputsAgain, hooks_of_others, keep
 
 
 class Norm(NamedTuple):
@@ -96,6 +96,7 @@ class Started:
         settings = [norm[4:] for norm in norms]
         tensors = [t for norm in norms for t in norm.tensors]
         outputs = _Finish.apply(self.exchange, settings, self.token, *tensors)
+        self.exchange.remember(outputs)
         return list(outputs), self.exchange.results
 
 
@@ -182,18 +183,25 @@ class _Alone(torch.autograd.Function):
 
 
 class _Start(torch.autograd.Function):
-    """Inputs in, a token out that ties finish's node to this one; neither it nor its gradient holds anything."""
+    """Inputs in, a token out that ties finish's node to this one.
+
+    The token holds no number, nor does its gradient. That one has an attribute `under_way`: what finish's node leaves
+    to this one. So it belongs to one backward, of several there may be, and ends with it.
+    """
 
     @staticmethod
     def forward(ctx: Any, exchange: Exchange, spans: Sequence[ops.Span | None], *inputs: Tensor) -> Tensor:
         ctx.exchange = exchange
         ctx.set_materialize_grads(False)
         exchange.launch(inputs, spans)
-        return inputs[0].new_empty((), dtype=torch.float32)
+        return _token(inputs[0])
 
     @staticmethod
-    def backward(ctx: Any, _token: Tensor | None) -> Any:
-        return (None, None, *ctx.exchange.input_gradients(ctx.needs_input_grad[2:]))
+    def backward(ctx: Any, token: Any) -> Any:
+        needed = ctx.needs_input_grad[2:]
+        if token is None:  # second derivatives were asked for, and computed otherwise
+            return (None, None, *[None] * len(needed))
+        return (None, None, *ctx.exchange.input_gradients(token.under_way, needed))
 
 
 class _Finish(torch.autograd.Function):
@@ -217,12 +225,17 @@ class _Finish(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         if torch.is_grad_enabled():
             return (None, None, None, *_composed_gradients(ctx, gradients))
-        upstream = _upstream(ctx, gradients)
+        upstream, token = _upstream(ctx, gradients), None
         if ctx.needs_input_grad[2]:
-            found = ctx.exchange.launch_gradient(upstream)
+            token = _token(gradients[0])
+            found, token.under_way = ctx.exchange.launch_gradient(upstream)
         else:
             found, _ = ops.backward_sums(upstream, None)
-        return (None, None, None, *_returned(ctx, found, [None] * len(found)))
+        return (None, None, token, *_returned(ctx, found, [None] * len(found)))
+
+
+def _token(like: Tensor) -> Any:
+    return like.new_empty(0, dtype=torch.float32)
 
 
 class _Saved(NamedTuple):
@@ -230,7 +243,7 @@ class _Saved(NamedTuple):
 
     x: Tensor
     weight: Tensor | None
-    bias: Tensor | None
+    bias: Tensor | None  # read only where `_reads_bias`; else whoever likes may change it, as with torch's layers
     y: Tensor | None  # only where the ReLU's mask cannot be computed again from x
     mean: Tensor
     var: Tensor
@@ -243,10 +256,18 @@ class _Saved(NamedTuple):
 
 def _saved(ctx: Any) -> list[_Saved]:
     found: list[_Saved] = []
-    for row in zip(*[iter(ctx.saved_tensors)] * len(_Saved._fields), strict=True):
+    rows = zip(*[iter(ctx.saved_tensors)] * len(_Saved._fields), strict=True)
+    for row, bias in zip(rows, ctx.unread_biases, strict=True):
         one = _Saved(*row)
-        found.append(one if one.x is not None else one._replace(x=found[-1].x))
+        if one.x is None:
+            one = one._replace(x=found[-1].x)
+        found.append(one if bias is None else one._replace(bias=bias.tensor))
     return found
+
+
+def _reads_bias(norm: Norm, saved: _Saved) -> bool:
+    """Whether the backward needs its values: for the ReLU's mask."""
+    return norm.activation == "relu" and saved.y is None
 
 
 def _norms(settings: Sequence[_Setting], tensors: Sequence[Any]) -> list[Norm]:
@@ -260,7 +281,12 @@ def _keep(ctx: Any, norms: Sequence[Norm], pairs: Sequence[tuple[Tensor, _Saved]
     ctx.settings, ctx.residuals = [norm[4:] for norm in norms], [norm.residual is not None for norm in norms]
     # Of the spans of one input the first keeps it for all.
     inputs = [norm.x if norm.span is None or norm.span.first == 0 else None for norm in norms]
-    ctx.save_for_backward(*(t for x, (_, saved) in zip(inputs, pairs, strict=True) for t in (x, *saved[1:])))
+    kept, ctx.unread_biases = [], []
+    for x, norm, (_, saved) in zip(inputs, norms, pairs, strict=True):
+        unread = None if norm.bias is None or _reads_bias(norm, saved) else keep(norm.bias)
+        kept += [x, saved.weight, saved.bias if unread is None else None, *saved[3:]]
+        ctx.unread_biases.append(unread)
+    ctx.save_for_backward(*kept)
     _offer_outputs_again(ctx, outputs)
     return outputs
 
@@ -298,6 +324,8 @@ def _offer_outputs_again(ctx: Any, outputs: Sequence[Tensor]) -> None:
 
 def _output_again(ctx: Any, i: int) -> Tensor:
     saved, setting = _saved(ctx)[i], ctx.settings[i]
+    if ctx.unread_biases[i] is not None:  # until now
+        ctx.unread_biases[i].unchanged()
     return ops.normalize(dense_part(saved.x, setting[-1]), saved.affine(setting))
 
 
@@ -313,9 +341,9 @@ def _upstream(ctx: Any, gradients: Sequence[Tensor]) -> list[ops.Upstream]:
 
 def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
     """The other in the layout and dtype of x."""
-    if other.stride() == x.stride() and other.dtype == x.dtype and not other.is_neg():
+    if other.stride() == x.stride() and other.dtype == x.dtype and ops.as_stored(other):
         return other
-    return torch.empty_like(x).copy_(other)
+    return ops.copy_like(x, other)
 
 
 def cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:
@@ -368,10 +396,10 @@ def _shifted(x: Tensor) -> _Shifted:
 
 def _composed_normalize(norm: Norm, shifted: _Shifted, mean: Tensor, var: Tensor) -> Tensor:
     z, pivot = shifted
-    scale = (var + norm.eps).rsqrt()
+    scale = ops.beside((var + norm.eps).rsqrt(), z)
     if norm.weight is not None:
         scale = scale * norm.weight
-    centre = mean if pivot is None else mean - pivot
+    centre = ops.beside(mean if pivot is None else mean - ops.as_statistic(pivot), z)
     y = (z - ops.per_channel(centre.to(z.dtype), z)) * ops.per_channel(scale.to(z.dtype), z)
     if norm.bias is not None:
         y = y + ops.per_channel(norm.bias.to(z.dtype), z)

@@ -18,9 +18,10 @@ import syncbn
 from syncbn.cli import main
 from syncbn.data.order import epoch_order
 from syncbn.experiments import sigmoid_network as module
+from syncbn.experiments.figure1_plot import _lowest_accuracy
 from syncbn.experiments.figure1_report import typical_unit, unsteadiness
 from syncbn.experiments.recipe_runs import claimed_folder
-from syncbn.experiments.sigmoid_network import Run, Training, load_digits, sigmoid_network
+from syncbn.experiments.sigmoid_network import Curves, Run, Training, load_digits, sigmoid_network
 
 MNIST = Path(os.environ.get("SYNCBN_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "mnist"
 RUN = Run(True, 0.5, 0.1, 3, 1, steps=40, batch_size=30, evaluate_every=10, precision="float64")
@@ -149,6 +150,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_not_the_experiment(run_main,
     with (tmp_path / "out" / "figure1.csv").open(newline="") as found:
         losses = [(row["step"], row["test_loss"]) for row in csv.DictReader(found) if row["network"] == "plain"][:5]
     assert [step for step, loss in losses if loss == "nan"] == ["10", "20", "30", "40"]
+
+
+def test_the_axis_of_accuracy_holds_every_curve():
+    """It begins at the paper's 0.7, unless a network hardly gets there: then it holds all of that curve."""
+    nothing = torch.ones(2, dtype=torch.float64), torch.zeros(2, 3, 100, dtype=torch.float64)
+    low, high = (
+        Curves(torch.tensor([1, 2]), torch.tensor(of_steps, dtype=torch.float64), *nothing)
+        for of_steps in ([0.1, 0.4], [0.3, 0.95])
+    )
+    assert _lowest_accuracy([high, high]) == 0.7
+    assert _lowest_accuracy([low, high]) == pytest.approx(0.08)
 
 
 def test_unsteadiness_by_hand():

@@ -5,6 +5,7 @@ import torch
 from norm_cases import Case, errors, failures, make_layer, relative
 from torch import nn
 
+from exactness import TOLERANCE
 from graphs import operators_backend
 from ranks import run_ranks
 from syncbn import SyncBatchNorm, sync_batch_norm_group
@@ -67,7 +68,7 @@ def test_low_precision_as_eager(dtype):
         y.backward(torch.randn(case.shape, generator=generator).to(dtype))
         assert y.dtype == x.grad.dtype == dtype
         results.append([y.detach(), x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
-    limits = [torch.finfo(dtype).eps] * 2 + [1e-6] * 4
+    limits = [TOLERANCE[dtype]] * 2 + [TOLERANCE[torch.float32]] * 4
     assert [relative(b, a) < limit for a, b, limit in zip(*results, limits, strict=True)] == [True] * 6
 
 
@@ -81,6 +82,7 @@ def test_one_value_on_all_ranks_gives_nan():
     assert run_ranks(results_of_one_value, 2) == [(True, [0.0] * 3, [1.0] * 3)] * 2
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("inputs", [1, 2, 3])
 @pytest.mark.parametrize("no_grad", [False, True])
 def test_a_message_of_inputs_that_need_no_gradient(inputs, no_grad):

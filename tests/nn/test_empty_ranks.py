@@ -7,6 +7,7 @@ import torch
 from norm_cases import buffer_bytes, lay_out, relative
 from torch import nn
 
+from exactness import TOLERANCE
 from ranks import RankError, run_ranks
 from syncbn import SyncBatchNorm, sync_batch_norm_group
 from syncbn.ops import reference
@@ -35,9 +36,8 @@ def steps_with_an_empty_rank(rank):
             y.backward(dy.split(sizes)[rank])
             oracle = reference.batch_norm(whole, activation=layer.activation)
             gradients = reference.batch_norm_gradients(dy, whole, activation=layer.activation)
-            limit = 1e-6 if dtype == torch.float32 else 1e-2
             for found, true in ((y.detach(), oracle.y), (x.grad, gradients.x)):
-                if not relative(found, true.split(sizes)[rank]) < limit:
+                if not relative(found, true.split(sizes)[rank]) < TOLERANCE[dtype]:
                     failed.append((layer, tail, dtype, layout, shift))
         if layer.num_batches_tracked != 2 or not layer.running_var.isfinite().all():
             failed.append((layer, "statistics"))

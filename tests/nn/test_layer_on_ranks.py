@@ -9,6 +9,7 @@ from norm_cases import Case, buffer_bytes, errors, failures, lay_out, make_layer
 from torch import nn
 
 import syncbn
+from exactness import TOLERANCE
 from ranks import run_ranks
 from syncbn import SyncBatchNorm
 from syncbn.ops import reference
@@ -40,11 +41,11 @@ def cases(P):
     return made
 
 
-def failed_cases(rank, made, tolerances):
+def failed_cases(rank, made):
     failed = []
     layers = [make_layer(case) for case in made]  # all at once: naming a layer at its first message takes a while
-    for case, layer, tolerance in zip(made, layers, tolerances, strict=True):
-        failed += [f"rank {rank}: {f}" for f in failures(case, errors(case, rank, layer), tolerance)]
+    for case, layer in zip(made, layers, strict=True):
+        failed += [f"rank {rank}: {f}" for f in failures(case, errors(case, rank, layer))]
     return failed
 
 
@@ -55,7 +56,7 @@ def joined(lists):
 @pytest.mark.parametrize("P", [1, 2, 3, 4])
 def test_outputs_gradients_and_running_statistics(P):
     made = cases(P)
-    assert joined(run_ranks(failed_cases, P, made, [None] * len(made))) == []
+    assert joined(run_ranks(failed_cases, P, made)) == []
 
 
 @pytest.mark.parametrize("P", [2, 3])
@@ -67,7 +68,7 @@ def test_mean_large_against_deviation(P):
         for layout in ("contiguous", "channels_last")
         for activation in (None, "relu")
     ]
-    assert joined(run_ranks(failed_cases, P, made, [1e-5] * len(made))) == []
+    assert joined(run_ranks(failed_cases, P, made)) == []
 
 
 def errors_of_ranks_with_means_of_their_own(rank, P):
@@ -91,7 +92,7 @@ def errors_of_ranks_with_means_of_their_own(rank, P):
 @pytest.mark.parametrize("P", [2, 4])
 def test_ranks_with_means_of_their_own(P):
     for found in run_ranks(errors_of_ranks_with_means_of_their_own, P, P):
-        assert max(found) < 1e-5
+        assert max(found) < TOLERANCE[torch.float32]
 
 
 def running_statistics_of_steps(rank, P):
@@ -228,7 +229,7 @@ def one_gradient_only(rank):
 
 def test_one_gradient_only():
     for found in run_ranks(one_gradient_only, 2):
-        assert max(found) < 1e-6, found
+        assert max(found) < TOLERANCE[torch.float32], found
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -153,6 +153,7 @@ def test_meta_device():
     assert SyncBatchNorm(3, device="meta").running_mean.is_meta
 
 
+@pytest.mark.usefixtures("float64")
 def test_functional_call():
     layer = SyncBatchNorm(3)
     twice = {"weight": torch.full((3,), 2.0), "bias": torch.ones(3)}
@@ -177,6 +178,7 @@ def test_device_and_dtype_may_be_positional(kind):
     assert layer.weight.dtype == torch.float64
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", [SyncBatchNorm, syncbn.nn.BatchNorm])
 def test_without_bias(kind):
     layer, plain = kind(3, bias=False), nn.BatchNorm1d(3)
@@ -186,6 +188,7 @@ def test_without_bias(kind):
     torch.testing.assert_close(layer.eval()(x), plain.eval()(x))
 
 
+@pytest.mark.usefixtures("float64")
 def test_statistics_that_are_no_longer_tracked():
     """As nn.BatchNorm2d: training normalises by the batch and leaves them as they are."""
     layer = shaken(SyncBatchNorm(3))
@@ -196,6 +199,7 @@ def test_statistics_that_are_no_longer_tracked():
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("momentum", [None, 0.1])
 def test_no_count_of_batches(momentum):
     """As nn.BatchNorm2d: without a count there is no cumulative average to take."""

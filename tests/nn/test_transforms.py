@@ -11,12 +11,14 @@ from torch.testing import assert_close
 from ranks import run_ranks
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
 
-pytestmark = [  # torch's own, of its decompositions and of operators that it batches in a loop
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    # torch's own, of its decompositions and of operators that it batches in a loop
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
 ]
 
-UNTRACKED = {"track_running_stats": False, "dtype": torch.float64}
+UNTRACKED = {"track_running_stats": False, "dtype": torch.float64}  # said, since ranks have no fixture
 
 
 def both():

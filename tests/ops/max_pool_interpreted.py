@@ -24,6 +24,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import syncbn
+from exactness import TOLERANCE
 from syncbn.models.blocks import max_pool_halving
 from syncbn.ops.max_pool import max_pool2d
 
@@ -72,7 +73,7 @@ def test_gradients_are_summed_in_float32(dtype):
     (dx,) = torch.autograd.grad(max_pool2d(x.requires_grad_(), 3, 1, 1), x, dy)
     wide = x.detach().double().requires_grad_()
     (true,) = torch.autograd.grad(torchs((3, 1, 1, False), wide), wide, dy.double())
-    assert_near(dx, true, torch.finfo(dtype).eps / 2 + 1e-7)
+    assert_near(dx, true, TOLERANCE[dtype])
 
 
 @ROWS

@@ -15,6 +15,7 @@ def test_kernels_under_the_interpreter():
 
 
 @NEEDS_TRITON
+@pytest.mark.timeout(900)
 def test_kernels_compile_for_a_gpu(tmp_path):
     """To machine code of compute capability 9.0, which loads and stores 16 bytes at once."""
     compile_kernels_of("compile_pool_kernels.py", tmp_path)

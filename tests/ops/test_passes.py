@@ -6,18 +6,27 @@ import sys
 
 import pytest
 import torch
-from norm_problems import assert_near, laid_out, problem
+from norm_problems import assert_near, laid_out, limits_of_float32_sums, problem
 
 import syncbn
+from exactness import TOLERANCE
 from syncbn import ops
-from syncbn.ops import aten, native, reference
+from syncbn.ops import aten, aten32, native, reference
 
 PASSES = [
     pytest.param(aten, id="aten"),
+    pytest.param(aten32, id="aten32"),
     pytest.param(native, id="native", marks=pytest.mark.skipif(not native._functions, reason="not built: no compiler")),
 ]
 SHAPES = [(3, 5), (70, 16), (4, 3, 7), (2, 64, 5, 5), (5, 7, 1, 1), (3, 1, 9, 9), (2, 3, 4, 5, 6), (6, 33, 30, 31)]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+FLOAT32 = TOLERANCE[torch.float32]
+
+
+def limits_of(passes, x, *more):
+    """By name. Compiled passes sum in float64 whatever the input, others in float32 but for float64."""
+    if passes is not native and x.dtype != torch.float64:
+        return limits_of_float32_sums(x, *more)
+    return {"mean": 1e-12, "var": 1e-12, "sums": 1e-12, "dweight": FLOAT32, "dbias": FLOAT32}
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
@@ -26,34 +35,36 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, to
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
 def test_passes_are_those_of_the_reference(passes, dtype, shape, rows, relu):
+    if passes is aten32 and dtype == torch.float64:
+        pytest.skip("which these passes are for the lack of")
     x, dy, _, weight, bias = problem(shape, dtype, rows)
-    tolerance, activation = TOLERANCE[dtype], "relu" if relu else None
+    activation = "relu" if relu else None
+    limits = limits_of(passes, x, dy, weight, bias, activation)
     y, mean, var = reference.batch_norm(x, weight, bias, activation=activation)
     found_mean, found_var = passes.moments(x)
-    assert_near(found_mean, mean, tolerance)
-    assert_near(found_var, var, tolerance)
+    assert_near(found_mean, mean, limits["mean"])
+    assert_near(found_var, var, limits["var"])
     M = x.numel() // shape[1]
     sums = passes.input_sums(x)
     assert sums.dtype == torch.float64
-    assert_near(sums, torch.cat([mean * M, (var + mean.square()) * M]), tolerance if dtype == torch.float64 else 2e-6)
+    assert_near(sums, torch.cat([mean * M, (var + mean.square()) * M]), limits["sums"])
 
     affine = ops.Affine(mean, var, 1e-5, weight, bias, relu)
     found = passes.normalize(x, affine, None)
     assert found.dtype == dtype
     assert found.stride() == x.stride()
-    assert_near(found, y, tolerance)
+    assert_near(found, y, TOLERANCE[dtype])
 
-    if passes is aten:
-        dy, affine = aten.before_relu(dy, x, affine)
+    if passes is not native:
+        dy, affine = passes.before_relu(dy, x, affine)
     expected = reference.batch_norm_gradients(dy, x, weight, bias, activation=activation)
     sums, dweight, dbias = passes.gradient(dy, x, affine)
-    wide = max(tolerance, 1e-6)
-    assert_near(dweight, expected.gamma, wide)
-    assert_near(dbias, expected.beta, wide)
+    assert_near(dweight, expected.gamma, limits["dweight"])
+    assert_near(dbias, expected.beta, limits["dbias"])
     dx = passes.input_gradient(dy, x, affine, sums, M)
     assert dx.dtype == dtype
     assert dx.stride() == x.stride()
-    assert_near(dx, expected.x, 3 * tolerance)
+    assert_near(dx, expected.x, TOLERANCE[dtype])
 
 
 def wider(dy, rows, before, after):
@@ -124,7 +135,7 @@ def test_strides_where_there_is_nothing_to_step_over(x):
         )
     )
     for a, b in zip(found, expected, strict=True):
-        assert_near(a, b.double(), 1e-5)
+        assert_near(a, b.double(), FLOAT32)
 
 
 @pytest.mark.parametrize("passes", PASSES)
@@ -132,23 +143,25 @@ def test_strides_where_there_is_nothing_to_step_over(x):
 def test_a_residual_enters_before_the_relu(passes, rows):
     x, _, residual, weight, bias = problem((4, 6, 5, 5), torch.float32, rows)
     y, mean, var = reference.batch_norm(x, weight, bias, residual=residual, activation="relu")
-    assert_near(passes.normalize(x, ops.Affine(mean, var, 1e-5, weight, bias, True), residual), y, 1e-6)
+    assert_near(passes.normalize(x, ops.Affine(mean, var, 1e-5, weight, bias, True), residual), y, FLOAT32)
 
 
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("mean", [1e3, -1e4])
 @pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
 def test_a_mean_far_from_zero_costs_no_digits(passes, mean, rows):
-    x, dy, _, weight, bias = problem((16, 5, 12, 12), torch.float32, rows, mean=mean)
+    x, dy, _, weight, bias = problem((16, 5, 12, 12), torch.float32, rows)
+    limits = limits_of(passes, x, dy, weight, bias)
+    x, *_ = problem((16, 5, 12, 12), torch.float32, rows, mean=mean)
     y, _, var = reference.batch_norm(x, weight, bias)
     found_mean, found_var = passes.moments(x)
-    assert_near(found_var, var, 1e-6)
+    assert_near(found_var, var, limits["var"])
     affine = ops.Affine(found_mean, found_var, 1e-5, weight, bias, False)
-    assert_near(passes.normalize(x, affine, None), y, 1e-6)
+    assert_near(passes.normalize(x, affine, None), y, FLOAT32)
     expected = reference.batch_norm_gradients(dy, x, weight, bias)
     sums, dweight, _ = passes.gradient(dy, x, affine)
-    assert_near(dweight, expected.gamma, 1e-6)
-    assert_near(passes.input_gradient(dy, x, affine, sums, x.numel() // 5), expected.x, 2e-6)
+    assert_near(dweight, expected.gamma, limits["dweight"])
+    assert_near(passes.input_gradient(dy, x, affine, sums, x.numel() // 5), expected.x, FLOAT32)
 
 
 @pytest.mark.parametrize("passes", PASSES)
@@ -167,12 +180,12 @@ def test_parameters_of_other_dtypes(passes, dtypes):
     weight, bias = weight.to(dtypes[0]), bias.to(dtypes[1])
     y, mean, var = reference.batch_norm(x, weight, bias)
     affine = ops.Affine(mean, var, 1e-5, weight, bias, False)
-    assert_near(passes.normalize(x, affine, None), y, 1e-6)
+    assert_near(passes.normalize(x, affine, None), y, FLOAT32)
     _, dweight, dbias = passes.gradient(dy, x, affine)
     assert (dweight.dtype, dbias.dtype) == dtypes
     expected = reference.batch_norm_gradients(dy, x, weight, bias)
-    assert_near(dweight, expected.gamma, 8e-3)
-    assert_near(dbias, expected.beta, 8e-3)
+    assert_near(dweight, expected.gamma, TOLERANCE[dtypes[0]])
+    assert_near(dbias, expected.beta, TOLERANCE[dtypes[1]])
 
 
 @pytest.mark.parametrize("passes", PASSES)
@@ -190,8 +203,8 @@ def test_moving_averages(passes, momentum, dtype):
     else:
         mean = 0.9 * 0.1 * values + 0.1 * 2 * values
         var = 0.9 * (0.9 + 0.1 * 1.25 * values) + 0.1 * 1.5 * values
-    assert_near(running.mean, mean, 1e-6)
-    assert_near(running.var, var, 1e-6)
+    assert_near(running.mean, mean, TOLERANCE[dtype])
+    assert_near(running.var, var, TOLERANCE[dtype])
     assert running.mean._version > 0, "autograd must see that a buffer changed"
 
 
@@ -225,16 +238,16 @@ def test_tensors_without_memory_are_left_to_aten():
 
 @pytest.mark.parametrize("wrong", ["x", "dy"])
 def test_a_tensor_that_is_negated_when_read(wrong):
-    x, dy = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    x, dy = torch.randn(4, 3, 5, dtype=torch.float64), torch.randn(4, 3, 5, dtype=torch.float64)
     x, dy = (torch._neg_view(t) if name == wrong else t for name, t in (("x", x), ("dy", dy)))
-    layer, plain = syncbn.SyncBatchNorm(3), torch.nn.BatchNorm1d(3)
+    layer, plain = syncbn.SyncBatchNorm(3).double(), torch.nn.BatchNorm1d(3).double()
     gradients = []
     for norm in (layer, plain):
         leaf = x.detach().requires_grad_()
         y = norm(leaf)
         gradients.append((y, *torch.autograd.grad(y, (leaf, norm.weight), dy)))
     for found, expected in zip(*gradients, strict=True):
-        assert_near(found, expected.double(), 1e-5)
+        assert_near(found, expected.double(), 1e-12)
 
 
 def test_running_statistics_in_float64_are_not_rounded_to_float32():
@@ -242,5 +255,5 @@ def test_running_statistics_in_float64_are_not_rounded_to_float32():
     mean, var = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     running = ops.Running(torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64), None, 0.1)
     aten.update_running(running, mean, var, torch.tensor(7.0, dtype=torch.float64))
-    torch.testing.assert_close(running.mean, 0.1 * mean, rtol=1e-14, atol=0)
-    torch.testing.assert_close(running.var, 0.9 + 0.1 * var * (7 / 6), rtol=1e-14, atol=0)
+    torch.testing.assert_close(running.mean, 0.1 * mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(running.var, 0.9 + 0.1 * var * (7 / 6), rtol=1e-12, atol=0)

@@ -1,6 +1,6 @@
 """Figure 1's picture: test accuracy, and the percentiles of a sigmoid's input without and with BatchNorm."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from syncbn.experiments.sigmoid_network import Curves, Run
 LABELS = {False: "without BN", True: "with BN"}
 STYLES = {False: "--", True: "-"}
 COLOURS = {False: "C3", True: "C0"}
+PAPERS_LOWEST_ACCURACY = 0.7
 
 
 def plot_figure1(results: Mapping[Run, Curves], units: Mapping[Run, int], picture: Path) -> None:
@@ -60,7 +61,14 @@ def _draw_accuracy(axes: Any, results: Mapping[Run, Curves]) -> None:
         if run.ranks > 1:
             label = f"{LABELS[run.batch_norm]}, {run.ranks} ranks, seed {run.seed}"
             axes.plot(curves.steps, curves.accuracy, ":", color="black", label=label)
-    axes.set_ylim(0.7, 1)
+    axes.set_ylim(_lowest_accuracy(results.values()), 1)
+
+
+def _lowest_accuracy(curves: Iterable[Curves]) -> float:
+    """Where the axis begins: at the paper's 0.7, or below all of a curve that never gets well above it."""
+    of_runs = [one.accuracy[one.accuracy.isfinite()] for one in curves]
+    low = [accuracy for accuracy in of_runs if len(accuracy) and accuracy.max() < PAPERS_LOWEST_ACCURACY + 0.1]
+    return min([PAPERS_LOWEST_ACCURACY, *(max(0.0, float(accuracy.min()) - 0.02) for accuracy in low)])
 
 
 def _draw_percentiles(axes: Any, run: Run, curves: Curves, unit: int) -> None:

@@ -72,14 +72,13 @@ class Conv2dSame(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Pad by the input's size, then convolve."""
-        return super().forward(self.pad(input))
+        return self._conv_forward(self.pad(input), self.weight, self.bias)
 
     def pad(self, input: Tensor) -> Tensor:
         """What is convolved: the input with its zeros."""
-        (top, bottom), (left, right) = (
-            same_padding(size, self.kernel_size[0], self.stride[0]) for size in input.shape[-2:]
-        )
-        return F.pad(input, (left, right, top, bottom))
+        top, bottom = same_padding(input.shape[-2], self.kernel_size[0], self.stride[0])
+        left, right = same_padding(input.shape[-1], self.kernel_size[0], self.stride[0])
+        return F.pad(input, [left, right, top, bottom])
 
 
 def make_conv(
@@ -124,9 +123,11 @@ class SeparableConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve."""
-        if self.depthwise.weight.is_cuda and self.may_run_as_one():
-            return self.as_one(input)
-        return self.pointwise(self.depthwise(input))
+        if torch.jit.is_scripting():
+            return self.pointwise(self.depthwise(input))
+        else:  # which TorchScript does not read
+            as_one = self.depthwise.weight.is_cuda and self.may_run_as_one()
+            return self.as_one(input) if as_one else self.pointwise(self.depthwise(input))
 
     def may_run_as_one(self) -> bool:
         """Whether it trains, and nobody looks at its parts, prunes or parametrises them."""
@@ -199,6 +200,8 @@ class ConvNorm(nn.Module):
             )
         self.bn = _make_norm(out_channels, spec, activation_size)
 
+    __jit_unused_properties__ = ("last_conv", "shares_messages")
+
     @property
     def last_conv(self) -> nn.Conv2d:
         """The convolution right before the norm: the one whose weights can absorb it."""
@@ -231,7 +234,11 @@ class ConvNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the unit by itself: one message."""
-        return start_norm_activation([[self]], [self.conv(input)]).finish()[0]
+        if torch.jit.is_scripting():
+            y = self.bn(self.conv(input))
+            return torch.sigmoid(y) if self.activation == "sigmoid" else F.relu(y)
+        else:  # which TorchScript does not read
+            return start_norm_activation([[self]], [self.conv(input)]).finish()[0]
 
 
 def _make_norm(channels: int, spec: UnitSpec, activation_size: tuple[int, int] | None) -> nn.Module:
@@ -339,6 +346,13 @@ def max_pool_halving(input: Tensor, odd_padding: bool, max_pool: MaxPool = max_p
         return max_pool(input, 3, 2, padding, ceil_mode=True)
 
 
+def scripted_max_pool_halving(input: Tensor, odd_padding: bool) -> Tensor:
+    """`max_pool_halving` in operators that TorchScript knows."""
+    height, width = input.shape[-2], input.shape[-1]
+    padding = [height % 2, width % 2] if odd_padding else [0, 0]
+    return F.max_pool2d(input, [3, 3], [2, 2], padding, ceil_mode=True)
+
+
 class GlobalAveragePool(nn.Module):
     """Average over the positions: (N, C, H, W) -> (N, C)."""
 
@@ -389,7 +403,19 @@ class PoolBranch(nn.Module):
         self.count_padding = padding == "symmetric"
 
     def forward(self, input: Tensor) -> Tensor:
-        """Pool and project, before norm and activation."""
+        """Pool and project, before norm and activation; what torch.jit.script compiles ends with these."""
+        if torch.jit.is_scripting():
+            if self.stride == 2:
+                return scripted_max_pool_halving(input, odd_padding=True)
+            if self.kind == "max":
+                pooled = F.max_pool2d(input, [3, 3], [1, 1], [1, 1])
+            else:
+                pooled = F.avg_pool2d(input, [3, 3], [1, 1], [1, 1], count_include_pad=self.count_padding)
+            return pooled if self.projection is None else self.projection(pooled)
+        else:
+            return self._pooled(input)
+
+    def _pooled(self, input: Tensor) -> Tensor:
         if self.stride == 2:
             # Its output lies beside those of the stride-2 convolutions, which return ceil(H/2).
             return max_pool_halving(input, odd_padding=True, max_pool=self.max_pool)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from syncbn.models.blocks import (
@@ -26,6 +27,7 @@ from syncbn.models.blocks import (
     UnitSpec,
     init_convolutions,
     max_pool_halving,
+    scripted_max_pool_halving,
     sibling_conv,
     start_norm_activation,
 )
@@ -129,6 +131,20 @@ class InceptionModule(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the branches side by side and concatenate them: 1x1, 3x3, double 3x3, pool."""
+        if torch.jit.is_scripting():  # which compiles one unit after the other
+            double = self.branch_double_3x3
+            parts = [
+                self.branch_3x3.spatial(self.branch_3x3.reduce(input)),
+                double.spatial_2(double.spatial_1(double.reduce(input))),
+                self.branch_pool(input),
+            ]
+            if self.branch_1x1 is not None:
+                parts.insert(0, self.branch_1x1(input))
+            return torch.cat(parts, dim=1)
+        else:
+            return self._in_three_messages(input)
+
+    def _in_three_messages(self, input: Tensor) -> Tensor:
         single, double, projection = self.branch_3x3, self.branch_double_3x3, self.branch_pool.projection
         siblings = [single.reduce, double.reduce]
         if self.branch_1x1 is not None:
@@ -187,11 +203,17 @@ class Stem(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the stem: three messages."""
-        x = max_pool_halving(self.conv1(input), self.odd_padding, self.max_pool)
+        x = self._halved(self.conv1(input))
         x = x if self.lrn1 is None else self.lrn1(x)
         x = self.conv2(self.conv2_reduce(x))
         x = x if self.lrn2 is None else self.lrn2(x)
-        return max_pool_halving(x, self.odd_padding, self.max_pool) if self.second_pool else x
+        return self._halved(x) if self.second_pool else x
+
+    def _halved(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return scripted_max_pool_halving(input, self.odd_padding)
+        else:
+            return max_pool_halving(input, self.odd_padding, self.max_pool)
 
 
 class InceptionBN(nn.Module):
@@ -235,7 +257,7 @@ class InceptionBN(nn.Module):
             process_group,
         )
         self.variant = variant
-        self.arguments: dict[str, Any] = {}  # those of inception_bn that are not the default
+        self.arguments = dict[str, Any]()  # those of inception_bn that are not the default
         self.in_channels = in_channels
         self.minimum_size = MINIMUM_SIZE[stem]
         self.head_image_size = per_activation_head
@@ -271,7 +293,12 @@ class InceptionBN(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, in_channels, H, W); raises as ``forward_features`` does."""
-        return self.classifier(self.dropout(self.pool(self.forward_features(input))))
+        if torch.jit.is_scripting():
+            for part in self.children():  # in their order
+                input = part(input)
+            return input
+        else:
+            return self.classifier(self.dropout(self.pool(self.forward_features(input))))
 
     def fold_batch_norm(self) -> InceptionBN:
         """A copy for inference, in eval mode, each BN folded into the convolution before it (Algorithm 2)."""

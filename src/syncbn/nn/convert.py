@@ -6,13 +6,15 @@ they were. This is also why only classes whose behaviour is known are converted.
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from syncbn import distributed
+from syncbn.nn.checks import check_module
 from syncbn.nn.sync_batch_norm import BatchNorm, SyncBatchNorm, call_in_graph
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -21,13 +23,16 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 class SyncBatchNormAct(SyncBatchNorm):
     """A converted timm `BatchNormAct2d`: its drop and activation modules follow the normalisation."""
 
-    def forward(self, input: Any, residual: Any = None) -> Any:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise, then apply the layer's own `drop` and `act`."""
-        if isinstance(input, fx.Proxy):
-            return call_in_graph(self, input, residual)
-        drop: Any = self.drop
-        act: Any = self.act
-        return act(drop(super().forward(input, residual)))
+        if torch.jit.is_scripting():
+            return self.act(self.drop(self._scripted(input, residual)))  # type: ignore[operator]
+        else:
+            if isinstance(input, fx.Proxy):
+                return call_in_graph(self, input, residual)
+            drop: Any = self.drop
+            act: Any = self.act
+            return act(drop(super().forward(input, residual)))
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
@@ -47,6 +52,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
         ValueError: a layer whose class has behaviour of its own, so that converting it would change what it does;
             nothing is converted then.
     """
+    check_module(module, "convert_sync_batchnorm")
     distributed.check_member(process_group)
     found = [(name, layer, _target_class(name or "module", layer)) for name, layer in unsynchronised_layers(module)]
     for _, layer, target in found:
@@ -72,6 +78,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     Returns:
         `module`.
     """
+    check_module(module, "revert_sync_batchnorm")
     for layer in list(module.modules()):
         if isinstance(layer, SyncBatchNorm):
             _become_local(layer)
@@ -127,7 +134,12 @@ def _base(kind: type) -> type:
 
 
 def _matters(attribute: str) -> bool:
-    """Whether a class attribute is behaviour: any name, and the special methods that modules are run by."""
+    """Whether a class attribute is behaviour: any name, and the special methods that modules are run by.
+
+    Not what an input's dimensions may be: a converted layer takes those of every class.
+    """
+    if attribute == "_check_input_dim":
+        return False
     special = attribute.startswith("__") and attribute.endswith("__")
     return not special or attribute in ("__call__", "__getattr__", "__setattr__", "__getstate__", "__setstate__")
 

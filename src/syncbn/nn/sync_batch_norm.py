@@ -1,8 +1,9 @@
 """SyncBatchNorm, and the form in which several layers share one message."""
 
+import threading
 from collections.abc import Callable, Sequence
 from copy import copy
-from itertools import groupby
+from itertools import count, groupby
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -14,12 +15,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import distributed, graph, ops
 from syncbn.agreement import LayerName
-from syncbn.exchange import Memory, Route, Statistics, may_be_recomputed
+from syncbn.exchange import Route, Statistics
 from syncbn.functional import Norm, Started, batch_norm, composed, only_operators, start
+from syncbn.memory import Memory, Owner, owners_of_forward
+from syncbn.nn.checks import as_dense, check_dense, check_list, check_parameters, check_residual
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
+from syncbn.nn.scripting import scripted_batch_norm
+from syncbn.recomputing import unseen_by_selective_checkpoints
 
-_built = 0
+_thread = threading.local()  # its number; ranks may start their threads in another order
+_threads = count()
+_built: dict[int, int] = {}  # layers, by the number of the thread
 _BUFFERS = ("running_mean", "running_var")
 
 
@@ -61,9 +68,32 @@ class BatchNorm(_BatchNorm):
         Returns:
             Like input, in its dtype and memory format.
         """
-        if isinstance(input, fx.Proxy):
-            return call_in_graph(self, input, residual)
-        return start_sync_batch_norm([self], [input]).finish([residual])[0]
+        if torch.jit.is_scripting():
+            return self._scripted(input, residual)
+        else:  # which TorchScript does not read
+            if isinstance(input, fx.Proxy):
+                return call_in_graph(self, input, residual)
+            return start_sync_batch_norm([self], [input]).finish([residual])[0]
+
+    def _scripted(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        return self._scripted_alone(input, residual)
+
+    def _scripted_alone(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """What torch.jit.script compiles: that of nn.BatchNorm*d, with residual and activation."""
+        mean, var, momentum = self.running_mean, self.running_var, 0.0
+        if self.training:
+            if not self.track_running_stats:
+                mean, var = None, None
+            elif self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                momentum = 1.0 / float(self.num_batches_tracked)
+            if self.momentum is not None:
+                momentum = float(self.momentum)
+        uses_batch = self.training or mean is None
+        y = scripted_batch_norm(
+            input, residual, mean, var, self.weight, self.bias, uses_batch, momentum, float(self.eps)
+        )
+        return y if self.activation is None else F.relu(y)
 
     def extra_repr(self) -> str:
         """The arguments, as `nn.BatchNorm2d` shows them, and the activation where there is one."""
@@ -71,8 +101,10 @@ class BatchNorm(_BatchNorm):
 
     def _adopt(self) -> None:
         """State beside parameters and buffers; also given to a converted layer."""
-        global _built
-        self._serial, _built = _built, _built + 1
+        if not hasattr(_thread, "number"):
+            _thread.number = next(_threads)
+        self._serial = (_built.get(_thread.number, 0), _thread.number)
+        _built[_thread.number] = self._serial[0] + 1
         self._memory = Memory()
         self.observer: Callable[[Statistics], None] | None = None
 
@@ -85,7 +117,8 @@ class BatchNorm(_BatchNorm):
         return None
 
     def _check_input_dim(self, input: Tensor) -> None:
-        _check_input(input, self.num_features)
+        check_dense(input, "input")
+        _check_size(input, self.num_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "BatchNorm":
         """Move or convert, but keep the running statistics in float32 or wider: averages need the digits."""
@@ -127,9 +160,9 @@ def call_in_graph(layer: BatchNorm, *inputs: Any) -> Any:
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), inputs, {})
 
 
-def layers_built() -> int:
-    """How many layers this process has built so far."""
-    return _built
+def layers_built(layers: Sequence[BatchNorm]) -> int:
+    """How many layers the threads that built these ones have built so far."""
+    return sum(_built[layer._serial[1]] for layer in layers)
 
 
 class SyncBatchNorm(BatchNorm):
@@ -158,6 +191,9 @@ class SyncBatchNorm(BatchNorm):
         LayerMismatch: in forward or backward, if ranks run different layers.
     """
 
+    __jit_unused_properties__ = ("process_group",)
+    __jit_ignored_attributes__ = ("process_group",)
+
     def __init__(
         self,
         num_features: int,
@@ -184,6 +220,24 @@ class SyncBatchNorm(BatchNorm):
             activation=activation,
         )
         self.process_group = process_group
+
+    def _scripted(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        if self.training:
+            raise RuntimeError(
+                "a scripted SyncBatchNorm does not synchronise: call .eval() before the forward, or script "
+                "revert_sync_batchnorm(model), in which each rank normalises its own batch"
+            )
+        return self._scripted_alone(input, residual)
+
+    def __prepare_scriptable__(self) -> "SyncBatchNorm":
+        """What torch.jit.script asks each module for first."""
+        if self.training:
+            (name,) = layer_names([self])
+            raise ValueError(
+                f"torch.jit.script: {name} is in training mode, in which it synchronises, and TorchScript knows no "
+                "all-reduce: call .eval() on the model first, or script revert_sync_batchnorm(model)"
+            )
+        return self
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -218,7 +272,8 @@ class PendingBatchNorm:
         if self.live and graph.is_traced():
             self.started = graph.Started([e.input for e in self.live], self.route)
         elif self.route is not None and not only_operators():
-            self.started = start([e.input for e in self.live], self.route, self.memory, [e.span for e in self.live])
+            with unseen_by_selective_checkpoints():
+                self.started = start([e.input for e in self.live], self.route, self.memory, [e.span for e in self.live])
 
     def finish(self, residuals: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """Wait for the message and normalise.
@@ -233,13 +288,18 @@ class PendingBatchNorm:
             raise ValueError("residuals cannot be added with split=True: leave split out, or add them to the outputs")
         if residuals is None or self.split:
             residuals = [None] * len(self.entries)
+        check_list(residuals, "residuals")
+        if len(residuals) != len(self.entries):
+            raise ValueError(f"expected {len(self.entries)} residuals, one or None an input, got {len(residuals)}")
         for entry, residual in zip(self.entries, residuals, strict=True):
             entry.take(residual)
-        normalised = iter(self._normalize([e.norm() for e in self.live]))
+        norms = [e.norm() for e in self.live]
+        with unseen_by_selective_checkpoints():
+            normalised = iter(self._normalize(norms))
         outputs = [next(normalised) if e.uses_batch else e.from_running_statistics() for e in self.entries]
         if not self.split:
-            return outputs
-        return [part for e, y in zip(self.entries, outputs, strict=True) for part in e.split(y)]
+            return [e.laid_out(y) for e, y in zip(self.entries, outputs, strict=True)]
+        return [e.laid_out(part) for e, y in zip(self.entries, outputs, strict=True) for part in e.split(y)]
 
     def _normalize(self, norms: list[Norm]) -> list[Tensor]:
         repeated = False
@@ -252,7 +312,8 @@ class PendingBatchNorm:
             outputs, statistics = composed(norms, self.route)
             statistics = [s.detach() for s in statistics]
         else:
-            may_repeat = may_be_recomputed() or bool(self.memory.entries)
+            owners = owners_of_forward()
+            may_repeat = owners is not None or self.memory.may_recall()
             if not may_repeat:
                 norms = self._with_running(norms)
             outputs, statistics = [], []
@@ -260,7 +321,7 @@ class PendingBatchNorm:
                 ys, found = batch_norm(list(of_one_input))
                 outputs += ys
                 statistics += found
-            repeated = may_repeat and self._repeats(statistics)
+            repeated = may_repeat and self._repeats(statistics, owners, outputs)
         if not repeated:
             for entry, norm, s in zip(self.live, norms, statistics, strict=True):
                 if norm.running is None:
@@ -271,14 +332,14 @@ class PendingBatchNorm:
         """The norms, to update moving averages in the pass that normalises, where there are such to update."""
         return [norm._replace(running=entry.running()) for entry, norm in zip(self.live, norms, strict=True)]
 
-    def _repeats(self, statistics: list[Statistics]) -> bool:
+    def _repeats(self, statistics: list[Statistics], owners: list[Owner] | None, outputs: list[Tensor]) -> bool:
         """Whether a forward without messages is an activation checkpoint's second; of a first one, takes note."""
         if not statistics:
             return False
         note = torch.cat([part for mean, var, _ in statistics for part in (mean, var)])
         repeated = self.memory.is_repeated(note)
-        if not repeated and may_be_recomputed():
-            self.memory.keep(note, note)
+        if not repeated and owners is not None:
+            self.memory.keep(note, note, owners, outputs[0].grad_fn)
         return repeated
 
 
@@ -297,6 +358,8 @@ def start_sync_batch_norm(layers: Sequence[Layers], inputs: Sequence[Tensor], sp
     Raises:
         ValueError: entries and inputs do not match, or the process groups differ.
     """
+    check_list(layers, "layers")
+    check_list(inputs, "inputs")
     if len(layers) != len(inputs):
         raise ValueError(
             f"expected one input for each entry of layers, got {len(layers)} layers and {len(inputs)} inputs"
@@ -317,18 +380,16 @@ class _Entry:
     """One input and the layers side by side in it."""
 
     def __init__(self, layers: Layers, input: Tensor) -> None:
-        self.layers = (layers,) if isinstance(layers, torch.nn.Module) else tuple(layers)
-        self.input = input
+        self.layers = (layers,) if isinstance(layers, BatchNorm) else _side_by_side(layers)
+        self.input = as_dense(input, "input")
+        self.is_mkldnn = self.input is not input
         self.span: ops.Span | None = None
         self.residual: Tensor | None = None
-        for layer in self.layers:
-            if not isinstance(layer, BatchNorm):
-                raise ValueError(
-                    f"expected SyncBatchNorm layers, got {type(layer).__name__}: convert it with convert_sync_batchnorm"
-                )
-            _check_tensors(layer, input.device)
+        if not torch.jit.is_tracing():  # which warns of every comparison of a size
+            _check_size(self.input, sum(layer.num_features for layer in self.layers))
+            for layer in self.layers:
+                check_parameters(layer, self.input)
         first = self.layers[0]
-        _check_input(input, sum(layer.num_features for layer in self.layers))
         if len(self.layers) > 1:
             _check_siblings(self.layers)
         self.uses_batch = first.training or first.running_mean is None
@@ -350,9 +411,14 @@ class _Entry:
         """What of the output is each layer's."""
         return (y,) if len(self.layers) == 1 else y.split([layer.num_features for layer in self.layers], dim=1)
 
+    def laid_out(self, y: Tensor) -> Tensor:
+        """An output in the layout of the input."""
+        return y.to_mkldnn() if self.is_mkldnn else y
+
     def take(self, residual: Tensor | None) -> None:
-        if residual is not None and residual.shape != self.input.shape:
-            raise ValueError(f"residual of size {list(residual.shape)} for an input of size {list(self.input.shape)}")
+        if residual is not None:
+            residual = as_dense(residual, "residual")
+            check_residual(residual, self.input)
         self.residual = residual
 
     def norm(self) -> Norm:
@@ -387,7 +453,7 @@ class _Entry:
         names = ("running_mean", "running_var", "weight", "bias")
         x, dtype = self.input, ops.compute_dtype(self.input.dtype)
         mean, var, weight, bias = (None if (v := self._joined(n)) is None else v.to(dtype) for n in names)
-        x = x.to(dtype) if x.device.type == "cpu" else x  # where ATen knows no mixture of dtypes
+        x = x if x.device.type == "cuda" else x.to(dtype)  # elsewhere ATen may know no mixture of dtypes
         y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.layers[0].eps)
         if self.residual is not None:
             y = y + self.residual
@@ -400,24 +466,24 @@ class _Entry:
         return tensors[0] if len(tensors) == 1 or tensors[0] is None else torch.cat(tensors)
 
 
-def _check_input(input: Tensor, channels: int) -> None:
+def _side_by_side(layers: Any) -> tuple[BatchNorm, ...]:
+    is_sequence = isinstance(layers, Sequence | torch.nn.ModuleList) and not isinstance(layers, str)
+    found = tuple(layers) if is_sequence else (layers,)
+    for layer in found:
+        if not isinstance(layer, BatchNorm):
+            raise ValueError(
+                f"expected SyncBatchNorm layers, got {type(layer).__name__}: convert it with convert_sync_batchnorm"
+            )
+    if not found:
+        raise ValueError("expected a layer, or several whose channels lie side by side, got an empty list")
+    return found
+
+
+def _check_size(input: Tensor, channels: int) -> None:
     if input.dim() < 2:
         raise ValueError(f"expected an input of 2 or more dimensions (N, C, ...), got size {list(input.shape)}")
     if input.shape[1] != channels:
         raise ValueError(f"expected {channels} channels in dimension 1, got {input.shape[1]}: size {list(input.shape)}")
-    if not input.is_floating_point():
-        raise ValueError(f"expected a floating point input, got {input.dtype}: convert it with .float()")
-
-
-def _check_tensors(layer: BatchNorm, device: torch.device) -> None:
-    """The passes read the layer's tensors by their address alone."""
-    for name in ("weight", "bias", *_BUFFERS):
-        v = getattr(layer, name)
-        if v is not None and (v.shape != (layer.num_features,) or v.device != device):
-            raise ValueError(
-                f"{name} of size {list(v.shape)} on {v.device} in a layer of {layer.num_features} channels, for an "
-                f"input on {device}: give it size [{layer.num_features}], and move the layer with .to({str(device)!r})"
-            )
 
 
 def _check_siblings(layers: Sequence[BatchNorm]) -> None:
@@ -441,9 +507,15 @@ def _route(layers: Sequence[BatchNorm]) -> Route | None:
         )
     if group is None:
         return None
+    if torch.jit.is_tracing():
+        raise ValueError(
+            f"torch.jit.trace: {layer_names(layers)[0]} is in training mode, in which it synchronises {group.size()} "
+            "ranks, and a trace holds no all-reduce: call .eval() on the model first, or trace "
+            "revert_sync_batchnorm(model)"
+        )
     if torch.compiler.is_compiling():  # names are out of a tracer's reach
         return Route(group, tuple(LayerName("", f"BatchNorm({layer.num_features})", 0) for layer in layers), 0)
-    return Route(group, layer_names(layers), layers_built())
+    return Route(group, layer_names(layers), layers_built(layers))
 
 
 def _check_arguments(num_features: int, eps: float, momentum: float | None, activation: str | None) -> None:

@@ -18,6 +18,7 @@ from syncbn.models.embedding import embed, put_proxy_head
 from syncbn.models.weights import HeadPolicy
 from syncbn.models.weights.card import CARD_KEY
 from syncbn.nn import SyncBatchNorm, estimate_population_statistics
+from syncbn.ops import as_statistic
 from syncbn.training.batch_arithmetic import BatchArithmetic, scale_learning_rate
 from syncbn.training.class_weights import balanced_weights, given_weights
 from syncbn.training.evaluation import Evaluated, log_of_mean
@@ -107,8 +108,6 @@ class ImageClassifier(Evaluated):
     Raises:
         ValueError: An argument is out of range, a pattern matches nothing, or arguments contradict each other.
     """
-
-    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -200,7 +199,7 @@ class ImageClassifier(Evaluated):
             staircase=decay_staircase,
         )
         self.in_several_groups = False
-        self.register_buffer("class_weights", None, persistent=False)
+        self.class_weights: Tensor | None = None  # no buffer, which precision=bf16-true would round
         if isinstance(class_weights, list):
             self.class_weights = given_weights(class_weights, num_classes)
         self.train()  # but for the layers whose statistics are fixed
@@ -272,8 +271,7 @@ class ImageClassifier(Evaluated):
         """Logits, shape (N, num_classes), float32 or wider, of normalised images, shape (N, C, H, W)."""
         if self.hparams["channels_last"]:
             images = images.contiguous(memory_format=torch.channels_last)
-        logits = self.network(images)
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return _float32_or_wider(self.network(images))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what differs between ranks, and the model card.
@@ -321,10 +319,11 @@ class ImageClassifier(Evaluated):
         smoothing, weights = self.hparams["label_smoothing"], self.class_weights
         if weights is not None:
             # As torch's mean, but over the global batch: DDP takes the mean over the ranks.
-            total = sum_over_world(weights[labels].sum().double())
+            weights = self.class_weights = weights.to(logits)
+            total = sum_over_world(as_statistic(weights[labels].sum()))
             loss = F.cross_entropy(logits, labels, weights, label_smoothing=smoothing, reduction="sum")
-            weighted = loss * self.trainer.world_size / total.clamp(min=torch.finfo(total.dtype).tiny)
-            return weighted.to(loss.dtype)
+            scaled = as_statistic(loss * self.trainer.world_size)
+            return (scaled / total.clamp(min=torch.finfo(total.dtype).tiny)).to(loss.dtype).to(loss.device)
         if not len(labels):
             return logits.sum()  # 0, and of the same graph: this rank takes part in every exchange
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
@@ -396,7 +395,7 @@ class ImageClassifier(Evaluated):
             raise ValueError("an embedding is evaluated on one crop of an image: leave data.evaluation_crops at 1")
         dimension = self.hparams["embedding_dimension"]
         images = batch.images
-        embeddings = embed(self.network, images) if len(images) else images.new_zeros(0, dimension)
+        embeddings = _float32_or_wider(embed(self.network, images)) if len(images) else images.new_zeros(0, dimension)
         metric: Any = self.recall[stage]
         metric.update(embeddings, batch.labels)
         self._metric(f"{stage}_images").update(len(images))
@@ -412,3 +411,7 @@ class ImageClassifier(Evaluated):
             # The same on all ranks; sync_dist says so to Lightning, which would warn.
             self.log(f"{stage}_recall_at_{neighbours}", recall.float(), prog_bar=neighbours == 1, sync_dist=True)
         metric.reset()
+
+
+def _float32_or_wider(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

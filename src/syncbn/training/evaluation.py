@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,29 @@ def check_same_task(checkpoint: str, found: Mapping[str, Any], wanted: Mapping[s
             raise ValueError(f"{checkpoint} has {name}={found[name]}, the config {wanted[name]}: {remedy}")
 
 
+class _WideState(Metric):
+    """A metric whose sums stay in float32 or wider.
+
+    For ``precision=bf16-true`` Lightning calls ``to(torch.bfloat16)`` on the module, and so on its metrics, whose
+    guard (torchmetrics 1.9) knows ``bfloat16()`` alone. In bfloat16 a count stops at 256.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        def keep_width(state: Tensor) -> Tensor:
+            applied = fn(state)
+            return state.to(applied.device) if applied.itemsize < state.itemsize else applied
+
+        return super()._apply(keep_width, exclude_state)
+
+
+class WideSum(_WideState, SumMetric):
+    """torchmetrics' `SumMetric`, exact in every precision of the module."""
+
+
+class WideMean(_WideState, MeanMetric):
+    """torchmetrics' `MeanMetric`, the same in every precision of the module."""
+
+
 def accuracy_metrics(num_classes: int) -> nn.ModuleDict:
     """Of each stage the number of images, mean loss, top-1 and top-5 accuracy, by sample over all ranks."""
 
@@ -184,8 +207,8 @@ def accuracy_metrics(num_classes: int) -> nn.ModuleDict:
     metrics: dict[str, Metric] = {"train_top1": accuracy(1)}
     for stage in ("val", "test"):
         metrics |= {
-            f"{stage}_images": SumMetric(),
-            f"{stage}_loss": MeanMetric(),
+            f"{stage}_images": WideSum(),
+            f"{stage}_loss": WideMean(),
             f"{stage}_top1": accuracy(1),
             f"{stage}_top5": accuracy(5),
         }

@@ -24,6 +24,19 @@ class PolyakAveraging(EMAWeightAveraging):
             raise ValueError(f"decay={decay} of the Polyak averaging must lie in 0..1")
         super().__init__(decay=decay, update_starting_at_step=start_step)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse weights in which small steps of an average get lost.
+
+        Raises:
+            ValueError: ``precision`` keeps the weights in half precision.
+        """
+        if stage == "fit" and trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"PolyakAveraging cannot average weights of precision={trainer.precision}, which would lose its steps:"
+                f" take precision={trainer.precision.replace('true', 'mixed')}, or leave the callback out"
+            )
+        super().setup(trainer, pl_module, stage)
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore both sets of weights to go on training; otherwise leave the average in the model.
 

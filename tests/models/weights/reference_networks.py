@@ -3,8 +3,10 @@
 Their tables are in the public programs' own terms, their padding is explicit, and nothing here is the package's.
 """
 
+import copy
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -134,6 +136,12 @@ class SlimInceptionV2:
         self.variables = {}
         self.generator = torch.Generator().manual_seed(0)
 
+    def double(self):
+        """A copy in float64."""
+        double = copy.copy(self)
+        double.variables = {name: array.astype(np.float64) for name, array in self.variables.items()}
+        return double
+
     def variable(self, name, make):
         key = self.prefix + name
         if key not in self.variables:
@@ -204,6 +212,22 @@ class SlimInceptionV2:
         head = self.weights("Logits/Conv2d_1c_1x1/weights", 1, 1, x.shape[1], self.num_classes)
         bias = self.variable("Logits/Conv2d_1c_1x1/biases", lambda: self.normal(self.num_classes))
         return F.conv2d(x, head.permute(3, 2, 0, 1), bias)[:, :, 0, 0]
+
+
+def largest_difference(network, reference, images, classes=slice(None)):
+    """Of the outputs on images, over the largest output (or 1): both networks compute in float64.
+
+    Args:
+        network: Ours.
+        reference: One of those above.
+        images: (N, 3, H, W).
+        classes: Those outputs of the reference that the network has.
+    """
+    with torch.no_grad():
+        expected = copy.deepcopy(reference).double()(images.double())[:, classes]
+        assert expected.std() > 0.01, "the outputs must tell networks apart"
+        error = (copy.deepcopy(network).double()(images.double()) - expected).abs().max()
+        return error.item() / max(1.0, expected.abs().max().item())
 
 
 def pad_same(x, kernel, stride, value=0.0):
