@@ -58,7 +58,12 @@ def test_onnx_under_onnxruntime(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("words", "opset", "ir_version", "oldest"),
-    [([], 18, 8, "1.15"), (["--opset=20"], 20, 9, "1.17"), (["--ir_version=10", "--opset=19"], 19, 10, "1.18")],
+    [
+        ([], 18, 8, "1.15"),
+        (["--opset=19"], 19, 9, "1.16"),
+        (["--opset=20"], 20, 9, "1.17"),
+        (["--ir_version=10", "--opset=19"], 19, 10, "1.18"),
+    ],
 )
 def test_onnx_is_written_for_old_runtimes(words, opset, ir_version, oldest, tmp_path, capsys):
     onnx = pytest.importorskip("onnx", reason="the extra syncbn[export] is not installed")
