@@ -78,7 +78,7 @@ IR_OF_OPSET = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 """
 
 RUNTIMES = {"1.15": (18, 9), "1.16": (19, 9), "1.17": (20, 9), "1.18": (21, 10), "1.21": (22, 10), "1.23": (23, 11)}
-"""Releases of onnxruntime with the highest opset and IR version of which each ran an Inception-BN; 1.15 is of May 2023."""
+"""Releases of onnxruntime with the highest opset and IR version of which each ran an Inception-BN; 1.15: May 2023."""
 
 
 @dataclass(frozen=True)
