@@ -44,6 +44,19 @@ def make_image_folder(folder: Path, splits: dict[str, dict[str, int]]) -> None:
                 assert cv2.imwrite(str(folder / split / name / f"{number}.png"), image)
 
 
+def test_idx_files_with_a_dot_in_the_name_and_where_torchvision_puts_them(tmp_path):
+    for place in ("dots", "vision/MNIST/raw", "both/MNIST/raw", "both/FashionMNIST/raw"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        make_idx_folder(folder, "")
+    for path in (tmp_path / "dots").iterdir():
+        path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+    for place in ("dots", "vision", "vision/MNIST", "vision/MNIST/raw"):
+        assert len(open_image_sets(str(tmp_path / place), validate_on_test=True).train) == 12
+    with pytest.raises(ValueError, match=r"several data sets, in .*FashionMNIST/raw and .*/MNIST/raw: name one"):
+        open_image_sets(str(tmp_path / "both"))
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_idx_files_are_read_gzipped_or_not(tmp_path, suffix):
     arrays = make_idx_folder(tmp_path, suffix)

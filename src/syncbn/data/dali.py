@@ -167,7 +167,7 @@ class DaliLoader:
         whole = Plan(Window(0, 0, photo.height, photo.width), False, None)
         inputs = inputs_of([photo], [whole])
         try:
-            build_pipeline(iter([inputs]).__next__, self.image_size, 1, 1, self.device_id).run()
+            build_pipeline(lambda: inputs, self.image_size, 1, 1, self.device_id).run()
         except RuntimeError as error:
             return " ".join(str(error).split())[:200]
         return ""
