@@ -67,8 +67,8 @@ class ImageDataModule(LightningDataModule):
             the data's own mean and standard deviation), "cadene" or "slim"; or as numbers.
         decoder: Of the training images: "opencv", or "dali" for NVIDIA's (the extra syncbn[dali]), which decodes on
             the GPU where the trainer has one.
-        validation_images: Training images held out for validation. 0 holds out none: validation then takes
-            the data's own validation set, or the test set.
+        validation_images: Training images held out for validation. 0 holds out none: validation then takes the data's
+            own validation set; or the test set, where nothing is chosen by it.
         num_workers: Processes for each rank that prepare batches (threads, of DALI's training images). 0 prepares
             them in the training process.
         seed: Decides the order of the samples and their random changes.
@@ -80,6 +80,11 @@ class ImageDataModule(LightningDataModule):
             number of those left out is printed at the end of the epoch.
         own_evaluation_classes: Whether validation and test images may be of other classes than the training images, as
             in retrieval.
+        exif_orientation: Whether photos are turned as their EXIF says. Null turns those of folders and parquet files,
+            but not those of ImageNet, known by the names of its classes (n01440764 ...); shards are as they were made.
+        suffixes: Endings of the names of the files in folders that are images. Null takes those of all kinds that can
+            be read.
+        validate_on_test: Whether validation takes the test images, even where a checkpoint is chosen by them.
 
     Raises:
         ValueError: The data are missing, broken or of unknown layout; or an argument is out of range.
