@@ -3,6 +3,7 @@
 What was trained goes on, and is tested, on the pixels it was trained on: an option that is left open follows them.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from syncbn.data.idx import find_idx_folder
 from syncbn.data.parquet import find_parquet_files
 from syncbn.data.shards import INDEX_NAME
 from syncbn.data.sources import EMBEDDED
-from syncbn.models.weights import CARD_KEY, parse_card
+from syncbn.models.weights import CARD_KEY
 
 OF_EVERY_RUN = frozenset(
     {"augmentation", "decoder", "drop_last", "evaluation_crops", "image_size", "num_workers", "on_read_error"}
@@ -75,15 +76,16 @@ def settle_data(config: Any) -> None:
     decided: dict[str, Any] = {}
     for path in configs:
         decided |= options_of_run(_read(path).get("data"), options["root"])
-    turned = {path: turned for path in checkpoints if (turned := _orientation_of_checkpoint(path)) is not None}
+    of_checkpoints = {path: meant for path in checkpoints if (meant := _options_of_checkpoint(path))}
+    turned = {path: meant["exif_orientation"] for path, meant in of_checkpoints.items()}
     if options["exif_orientation"] is None and len(set(turned.values())) > 1:
         first, second = sorted(turned, key=lambda path: turned[path])[:: len(turned) - 1]
         raise ValueError(
             f"the images of {second} were turned as their EXIF says, those of {first} were not: say what is to be done"
             " by data.exif_orientation"
         )
-    if turned:
-        decided["exif_orientation"] = next(iter(turned.values()))
+    for meant in of_checkpoints.values():
+        decided |= meant
     for name, value in OPEN.items():
         if options[name] == value and name in decided:
             options[name] = decided[name]
@@ -97,10 +99,11 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content if isinstance(content, Mapping) else {}
 
 
-def _orientation_of_checkpoint(path: str) -> bool | None:
-    """Whether images were turned as their EXIF says; None of what is no checkpoint, which is reported elsewhere."""
+def _options_of_checkpoint(path: str) -> dict[str, Any]:
+    """Options that a checkpoint decides; none of what is no checkpoint, which is reported elsewhere."""
     try:
         checkpoint = torch.load(Path(path).expanduser(), map_location="meta", weights_only=True, mmap=True)
-        return CARD_KEY in checkpoint and parse_card(checkpoint[CARD_KEY], path).exif_orientation
+        card = json.loads(checkpoint[CARD_KEY]) if CARD_KEY in checkpoint else {}
+        return {"exif_orientation": card["exif_orientation"]} if "exif_orientation" in card else dict(MEANT)
     except Exception:  # whatever unpickling junk may raise
-        return None
+        return {}
