@@ -74,9 +74,13 @@ def check_carries(group: dist.ProcessGroup, device: torch.device) -> None:
 
 
 def backend_name(group: dist.ProcessGroup, device: torch.device) -> str:
-    """What carries messages on this device between the ranks of a group: "gloo", "nccl", ...; "" if unknown."""
+    """What carries messages on this device between the ranks of a group: "gloo", "nccl", ...; "" where that is unknown.
+
+    On the host it is gloo where the group has nothing for it.
+    """
     config = dist.distributed_c10d._world.pg_backend_config.get(group, "")
-    return dict(pair.split(":") for pair in config.split(",") if ":" in pair).get(device.type, "")
+    names = dict(pair.split(":") for pair in config.split(",") if ":" in pair)
+    return names.get(device.type, "gloo" if device.type == "cpu" and names else "")
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> datetime.timedelta:
@@ -120,9 +124,9 @@ def _backend(group: dist.ProcessGroup, device: torch.device) -> Any:
 
 
 def _own_types() -> tuple[type, ...]:
-    """Of backends beside which another can be made, as far as this PyTorch has them."""
+    """Of backends beside which another can be made; None is none for the host."""
     known = (getattr(dist, name, None) for name in ("ProcessGroupGloo", "ProcessGroupNCCL"))
-    return tuple(kind for kind in known if kind is not None)
+    return (type(None), *(kind for kind in known if kind is not None))
 
 
 def _name(group: dist.ProcessGroup, backend: str) -> Any:
