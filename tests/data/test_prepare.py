@@ -15,10 +15,12 @@ from unittest.mock import Mock
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from imagenet_archives import encode, make_images, photo, tar, write_archives, write_devkit
 from real_data import real_data
 from syncbn.cli import main
+from syncbn.data import open_image_sets
 from syncbn.data.preparation.command import check, folder, imagenet
 from syncbn.data.preparation.imagenet import read_devkit
 from syncbn.data.preparation.plan import SourceImage
@@ -493,6 +495,27 @@ def test_a_tenth_is_held_out_where_nothing_is_said(tmp_path):
     write_files(tmp_path / "source" / "train", flat_files())
     folder(tmp_path / "source", tmp_path / "shards", workers=1)
     assert read_index(tmp_path / "shards").splits["val"].per_class == (2, 1, 0)
+
+
+@pytest.mark.parametrize("turns", [None, False])
+def test_orientation_and_a_test_set(tmp_path, turns):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    content = encode(photo(), exif=exif)
+    names = [f"{split}/{name}/1.jpg" for split in ("Train", "valid", "testing", "extra") for name in ("cat", "dog")]
+    write_files(tmp_path / "source", dict.fromkeys(names, content))
+    folder(tmp_path / "source", tmp_path / "shards", workers=1, exif_orientation=turns)
+    sets = open_image_sets(str(tmp_path / "shards"))
+    assert (len(sets.train), len(sets.validation), len(sets.test)) == (2, 2, 2)
+    for images in (sets.train, sets.validation, sets.test):
+        assert images.image(0).shape == ((40, 48, 3) if turns is False else (48, 40, 3))
+    assert sets.exif_orientation == (turns is None)
+    assert read_report(tmp_path / "shards")[0] == {("train", "extra"): "is not used"}
+    folder(tmp_path / "source", tmp_path / "shards", workers=1)  # goes on as it was begun
+    with pytest.raises(ValueError, match=rf"was begun with exif_orientation={turns is None}"):
+        folder(tmp_path / "source", tmp_path / "shards", workers=1, exif_orientation=turns is False)
+    with pytest.raises(ValueError, match=r"data\.exif_orientation=.*, but .* was prepared with"):
+        open_image_sets(str(tmp_path / "shards"), exif_orientation=turns is False)
 
 
 def test_names_of_imagenet_are_kept(tmp_path):
