@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from weights_of_noise import by_hand, make_card, make_embedding_file, make_file, make_network, photos
 
 from syncbn.cli import main
@@ -46,6 +47,28 @@ def test_probabilities_are_those_of_the_network_on_what_the_variant_is_fed(varia
         listed = [entry["probability"] for entry in line["predictions"]]
         assert listed == sorted(listed, reverse=True)
         assert line["predictions"][0]["class"] == f"name {probabilities.argmax()}"
+
+
+def test_images_are_turned_as_the_card_or_the_switch_says(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    picture.save(tmp_path / "a.png", exif=exif)
+    picture.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    picture.save(tmp_path / "stored.png")
+    network = make_network()
+
+    def outputs(turned, *words):
+        write_weights(network, make_card(network, exif_orientation=turned), tmp_path / "a.safetensors", "safetensors")
+        paths = [tmp_path / f"{name}.png" for name in ("a", "upright", "stored")]
+        assert predict(tmp_path / "a.safetensors", *paths, "--format=csv", "--top_k=10", *words) == 0
+        rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+        return [[row["probability"] for row in rows if row["image"] == str(path)] for path in paths]
+
+    for given, upright, stored in (outputs(True), outputs(False, "--exif_orientation=true")):
+        assert given == upright != stored
+    for given, upright, stored in (outputs(False), outputs(True, "--exif_orientation=false")):
+        assert given == stored != upright
 
 
 def test_csv_has_a_line_for_each_image_and_class(tmp_path):

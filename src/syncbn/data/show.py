@@ -46,6 +46,7 @@ def show(
     images: int = 8,
     epochs: int = 5,
     seed: int = 0,
+    exif_orientation: bool | None = None,
 ) -> None:
     """Write a contact sheet: images as several epochs see them, and the 144 crops of one of them with boxes.
 
@@ -57,6 +58,7 @@ def show(
         images: How many training images to show, evenly spaced over the set. The first is cut into the 144 crops.
         epochs: How many epochs of each to show.
         seed: Decides the random changes, as seed_everything of the training.
+        exif_orientation: Whether photos are turned as their EXIF says, as data.exif_orientation of the training.
 
     Raises:
         ValueError: The data are missing or broken, or a number is out of range.
@@ -67,7 +69,7 @@ def show(
     if Path(output).suffix.lower() != ".png":
         raise ValueError(f"output={output!r} must end in .png")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    dataset = open_training_set(data)
+    dataset = open_training_set(data, exif_orientation)
     shown = (np.arange(min(images, len(dataset))) * len(dataset) // min(images, len(dataset))).tolist()
     training = BatchedImages(dataset, image_size, augmentation, seed)
 

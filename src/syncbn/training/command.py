@@ -29,6 +29,7 @@ from syncbn.training.config_checks import (
     split_off,
 )
 from syncbn.training.curves import CurvesPlot
+from syncbn.training.earlier_data import settle_data
 from syncbn.training.evaluation import check_same_task, load_ensemble
 from syncbn.training.finite import StopAtNonFinite
 from syncbn.training.launchers import follow_launcher
@@ -208,6 +209,7 @@ class SyncBNCLI(LightningCLI):
         self.checkpoint_hparams = read_hyperparameters(config.get("ckpt_path"))
         if self.checkpoint_hparams:
             refuse_dropped(self._parser(verb), config, words, self.checkpoint_hparams)
+        settle_data(config)
 
     def before_instantiate_classes(self) -> None:
         """Only a fit has a run folder, in which its config is saved."""
@@ -242,6 +244,8 @@ class SyncBNCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers, the callbacks and the strategy of a run."""
+        # As a restart will find it in the run's config, whatever the defaults are then.
+        self._get(self.config, "data")["exif_orientation"] = self.datamodule.exif_orientation
         kwargs |= follow_launcher(sys.argv, os.environ)
         for name in self.parts_off:
             self.config_init[self.subcommand][name] = None
