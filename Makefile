@@ -8,10 +8,11 @@ INSTALLED := .venv/installed
 
 .PHONY: train test test-gpu test-cluster lint format benchmark docs clean
 
-# Two processes: on the CPU, or on GPUs where there are two. One GPU can hold one of them only.
+# Two processes: on GPUs where there are two, else on the CPU, also on a Mac, whose GPU takes no part in groups of
+# processes. One GPU holds one process.
 train: $(PACKAGE)
-	$(BIN)/syncbn fit --config configs/fashion_mnist.yaml \
-	  $$($(BIN)/python -c 'import torch; torch.cuda.device_count() == 1 and print("--trainer.devices 1")')
+	$(BIN)/syncbn fit --config configs/fashion_mnist.yaml $$($(BIN)/python -c 'import torch; \
+	  print({0: "--trainer.accelerator cpu", 1: "--trainer.devices 1"}.get(torch.cuda.device_count(), ""))')
 
 # Two tests at a time, each on one thread: with more they get in each other's way.
 test: lint

@@ -143,11 +143,36 @@ MISTAKES = {
     "a value out of range": (["--data.augmentation.max_shift=-1"], "max_shift=-1"),
     "a log that is needed": (["--trainer.logger=false"], "trainer.logger=false"),
     "a missing checkpoint": (["--ckpt_path=/no/such.ckpt"], "/no/such.ckpt"),
+    "a checkpoint of this process": (["--ckpt_path=best"], "RUN_FOLDER/checkpoints/last.ckpt"),
+    "a callback that changes the batch": (
+        ["--trainer.callbacks=lightning.pytorch.callbacks.BatchSizeFinder"],
+        "with global_batch_size=32: changes the batch: use global_batch_size",
+    ),
+    "a monitor that never comes": (
+        ["--config=monitor.yaml", "--trainer.max_steps=1"],
+        "EarlyStopping.monitor=val_top1: this run has no validation (it ends after step 1 of 3 an epoch",
+    ),
+    "a monitor that nobody logs": (["--checkpoint.monitor=val_acc"], "checkpoint.monitor=val_acc is logged by nobody"),
+    "an epoch that ends within a global batch": (
+        ["--trainer.accumulate_grad_batches=2"],
+        "trainer.limit_train_batches=3 (or overfit_batches) ends an epoch after 3 of",
+    ),
+    "a network of one's own": (["--model=my.Net"], "--model my.Net: the command trains Inception-BN"),
+    "null for a number": (["--config=null.yaml"], "model.momentum: expected float, not null"),
+    "null within an object": (["--config=null_within.yaml"], "data.augmentation.max_shift=null"),
+    "random layers that are held": (
+        ["--model.batch_norm=partial"],
+        "model.batch_norm=partial without model.weights would hold layers that are random",
+    ),
 }
 
 
 @pytest.mark.parametrize(("words", "expected"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_answered_in_one_line(words, expected, capsys):
+    stops_early = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val_top1"}}
+    Path("monitor.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [stops_early]}}))
+    Path("null.yaml").write_text("model: {momentum: null}\n")
+    Path("null_within.yaml").write_text("data: {augmentation: {max_shift: null}}\n")
     with pytest.raises(SystemExit) as exited:
         main(["fit", "--config", str(FASHION_MNIST), "--trainer.devices=1", *QUICK, *words])
     assert exited.value.code not in (0, None)
@@ -157,17 +182,35 @@ def test_a_mistake_is_answered_in_one_line(words, expected, capsys):
     assert len([line for line in errors if "error" in line]) == 1
 
 
+@pytest.mark.parametrize(
+    ("verb", "word", "expected"),
+    [
+        ("fit", "--model.momentum=0.5", "last.ckpt has model.momentum=0.9, which cannot be made 0.5"),
+        ("fit", "--global_batch_size=64", "last.ckpt has global_batch_size=32, which cannot be made 64"),
+        ("test", "--model.momentum=0.5", "last.ckpt has model.momentum=0.9, which cannot be made 0.5"),
+        ("fit", "--model.weights=other.pth", "last.ckpt brings its weights: leave --model.weights out"),
+        ("fit", "--resume=runs/name/version_0", "goes on from the run's own checkpoint: leave --ckpt_path out"),
+    ],
+)
+def test_what_a_checkpoint_would_override_is_refused(verb, word, expected, capsys):
+    kept = {"momentum": 0.9, "global_batch_size": 32, "weights": None}
+    torch.save({"state_dict": {}, "hyper_parameters": kept}, "last.ckpt")
+    with pytest.raises(SystemExit):
+        main([verb, "--config", str(FASHION_MNIST), "--global_batch_size=32", "--ckpt_path=last.ckpt", word])
+    assert expected in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_broken_image_is_named(num_workers, tmp_path, capsys):
-    for split in ("train", "val"):
-        (tmp_path / split / "ant").mkdir(parents=True)
-        for number in range(32):
-            (tmp_path / split / "ant" / f"{number}.jpg").write_bytes(b"broken")
+    for folder in (tmp_path / split / name for split in ("train", "val") for name in ("ant", "bee")):
+        folder.mkdir(parents=True)
+        for number in range(16):
+            (folder / f"{number}.jpg").write_bytes(b"broken")
     words = ["--data", str(tmp_path), "--data.validation_images=0", f"--data.num_workers={num_workers}"]
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(FASHION_MNIST), "--trainer.devices=1", *QUICK, *words])
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.match(r"syncbn: error: cannot decode the image .*/ant/\d+\.jpg \(6 bytes\)", last)
+    assert re.match(r"syncbn: error: cannot decode the image .*/(ant|bee)/\d+\.jpg \(6 bytes\)", last)
 
 
 def test_an_interrupted_fit_keeps_its_curves_and_names_its_folder():
@@ -183,8 +226,9 @@ def test_an_interrupted_fit_keeps_its_curves_and_names_its_folder():
         output, errors = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode != 0 and "Traceback" not in errors
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in errors
     folder = Path(output.strip().splitlines()[-1])
+    assert f"; --resume {folder} goes on there" in errors and list((folder / "checkpoints").glob("step=*.ckpt"))
     assert (folder / "curves.png").is_file() and (folder / "config.yaml").is_file()
 
 

@@ -13,8 +13,12 @@ PACKAGE = Path(syncbn.__file__).parent
 HEAVY = ["triton", "lightning", "deepspeed", "matplotlib", "torchmetrics", "cv2", "tensorboard", "jsonargparse", "rich"]
 HEAVY_TORCH = ["torch._dynamo", "torch._inductor", "torch.fx.experimental", "torch.testing", "torch.utils.tensorboard"]
 ORDER = [
+    "paths",
+    "pictures",
     "ops",
+    "communicator",
     "agreement",
+    "channel",
     "distributed",
     "recomputing",
     "memory",
@@ -30,6 +34,7 @@ ORDER = [
     "doctor",
     "experiments",
     "benchmarks",
+    "errors",
     "cli",
 ]
 COLLECTIVES = {

@@ -79,6 +79,24 @@ def test_make_knows_its_targets(target):
     subprocess.run(["make", "--dry-run", target], cwd=REPOSITORY, check=True, capture_output=True, timeout=60)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "options"), [(0, ["--trainer.accelerator", "cpu"]), (1, ["--trainer.devices", "1"]), (2, []), (8, [])]
+)
+def test_make_train_asks_for_the_devices_that_there_are(gpus, options, tmp_path):
+    """Lightning's accelerator=auto alone takes a Mac's GPU, and refuses two processes there."""
+    (tmp_path / "torch.py").write_text(f"from types import SimpleNamespace as S\ncuda = S(device_count=lambda: {gpus})")
+    for name, does in {
+        "syncbn": 'echo "$@"',
+        "python": f"PYTHONPATH={tmp_path} exec {sys.executable} " + '"$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "package").touch()  # newer than what it is made of
+    words = ["make", "--silent", f"BIN={tmp_path}", f"PACKAGE={tmp_path / 'package'}", "train"]
+    done = subprocess.run(words, cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["fit", "--config", "configs/fashion_mnist.yaml", *options]
+
+
 def test_every_file_that_the_readme_names_is_there():
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (REPOSITORY / path).exists(), path

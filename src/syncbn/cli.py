@@ -1,10 +1,14 @@
 """The ``syncbn`` command: ``syncbn fit | validate | test | predict --config configs/fashion_mnist.yaml``."""
 
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from syncbn.errors import describe_error
 
 VERBS: dict[str, str] = {
     "benchmark": "syncbn.benchmarks.command",
@@ -30,39 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if arguments is not None:
         sys.argv[1:] = arguments  # where Lightning looks for them when it starts the other ranks
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # for a user's own callbacks, as with ``python -m syncbn``
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the screen's encoding does not have
     try:
         run_command()
     except KeyboardInterrupt:  # while it imports or prepares, too
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        if not is_of_the_user(error) or os.environ.get("SYNCBN_TRACEBACK", "0") != "0":
+        description = describe_error(error)
+        if description is None:
             raise
-        rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-        prefix = f"syncbn: error (rank {rank}):" if rank else "syncbn: error:"
-        print(prefix, one_line(str(error)), file=sys.stderr)
+        print(description, file=sys.stderr)
         sys.exit(1)
-
-
-def is_of_the_user(error: Exception) -> bool:
-    """Whether an error is a mistake in what was asked for, which its message explains."""
-    if isinstance(error, (ValueError, OSError)):
-        return True
-    names = (  # looked up where they are loaded, since Lightning takes seconds to import
-        ("jsonargparse", "ArgumentError"),
-        ("lightning.fabric.utilities.exceptions", "MisconfigurationException"),
-        ("syncbn.agreement", "LayerMismatch"),
-    )
-    kinds = tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
-    return isinstance(error, kinds)
-
-
-def one_line(message: str) -> str:
-    """A message without line breaks; of an error in a DataLoader's worker, or in a linked option, only what it said."""
-    if message.startswith("Call to compute_fn of link"):
-        message = message.partition(" failed: ")[2]
-    if "Original Traceback" in message:
-        message = message.strip().splitlines()[-1].partition(": ")[2]
-    return " ".join(message.split())
 
 
 def run_command() -> None:
@@ -85,8 +70,11 @@ def run_verb(verb: str, arguments: Sequence[str]) -> None:
     """Run one of a verb's functions, whose parameters are the options of the command."""
     from jsonargparse import auto_cli
 
+    from syncbn.paths import ExpandingParser
+
     module = importlib.import_module(VERBS[verb])
     if hasattr(module, "run"):
         module.run(arguments)
         return
-    auto_cli(module.COMMANDS, args=list(arguments), prog=f"syncbn {verb}", exit_on_error=False)
+    options: dict[str, Any] = {"prog": f"syncbn {verb}", "exit_on_error": False, "parser_class": ExpandingParser}
+    auto_cli(module.COMMANDS, args=list(arguments), **options)

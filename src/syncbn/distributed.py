@@ -1,25 +1,16 @@
-"""Every collective of the package: groups of ranks, the one all-reduce of a message, and the check that ranks agree.
+"""Every collective of the package: groups of ranks, the one all-reduce of a message, and what others need."""
 
-A message is a flat float64 tensor: the payload (sums, and in the forward the count), then the id of the layers it
-belongs to, then its square. After the sum over P ranks, `id_sum == P * id` and `square_sum == P * id^2` hold together
-only where all ranks sent the same id, and both sums are exact: so each message proves, at no extra collective, that
-the ranks were in the same layer.
-"""
-
-from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
-from syncbn.agreement import Agreement, Message
-from syncbn.ops import Signature
-
-ID_LENGTH = 2
-
-_agreements: dict[dist.ProcessGroup, Agreement] = {}
+from syncbn.channel import ID_LENGTH, Ticket
+from syncbn.communicator import carries, check_carries
+from syncbn.ops import Signature, has_memory
 
 
 def new_group(size: int) -> dist.ProcessGroup:
@@ -98,50 +89,6 @@ def _world() -> dist.ProcessGroup:
     return world
 
 
-class Ticket(NamedTuple):
-    """Leave to send one message: every rank of the group is about to send the same."""
-
-    group: dist.ProcessGroup
-    description: Message
-    number: int
-    id: int
-
-    @property
-    def signature(self) -> tuple[int, int]:
-        """What the message must end with."""
-        return self.id, self.id**2
-
-
-def agree(group: dist.ProcessGroup, description: Message, device: torch.device, layers_built: int) -> Ticket:
-    """Make sure that all ranks of the group are about to send the message described.
-
-    Args:
-        group: the ranks.
-        description: of this rank's message.
-        device: where the message lies.
-        layers_built: how many layers this process has built so far.
-
-    Raises:
-        LayerMismatch: they are about to send different ones, or some do not come within the group's timeout.
-    """
-
-    def probe(number: int, length: int, id: int) -> None:
-        sums = torch.zeros(length, dtype=torch.float64, device=device)
-        sums[-2], sums[-1] = id, id**2
-        dist.all_reduce(sums, group=group)
-        if sums[-ID_LENGTH:].tolist() != [group.size() * id, group.size() * id**2]:
-            agreement.fail(number, description)
-
-    agreement = _agreement(group)
-    number, id = agreement.announce(description, probe, layers_built)
-    return Ticket(group, description, number, id)
-
-
-_latest_works: deque[dist.Work | None] = deque(maxlen=2)
-"""What gloo's two threads may be busy with. A work holds Python objects: the thread that drops it last needs the
-interpreter, and aborts a process that is about to exit."""
-
-
 class Reduction:
     """One all-reduce under way.
 
@@ -152,9 +99,8 @@ class Reduction:
 
     def __init__(self, message: Tensor, ticket: Ticket) -> None:
         self.message, self.ticket = message, ticket
-        self.work = dist.all_reduce(message, group=ticket.group, async_op=True)
-        if message.is_cpu:
-            _latest_works.append(self.work)
+        self.work = ticket.channel.send(message)
+        ticket.channel.agreement.depart(ticket.number, ticket.description)
 
     def wait(self) -> tuple[Tensor, Signature | None]:
         """The message summed over all ranks, and its signature where that is still to be checked.
@@ -166,32 +112,25 @@ class Reduction:
             LayerMismatch: the ranks sent different layers' messages.
             RuntimeError: the collective failed.
         """
-        group, description, number, _ = self.ticket
-        try:
-            if self.work is not None:  # some backends return none
-                self._wait_observed()
-        except RuntimeError as error:
-            raise RuntimeError(
-                "the all-reduce of a BatchNorm layer failed: a rank died, hangs, or did not come here within the "
-                f"process group's timeout. {_agreement(group).describe(number, description)} ({error})"
-            ) from error
-        if dist.get_backend(group) == "fake":  # which adds nothing up
+        channel, description, number, _ = self.ticket
+        observer = _wait_observer
+        if self.message.is_cuda and torch.cuda.is_current_stream_capturing():
+            observer = None
+        if observer is not None:
+            observer.begin()
+        channel.wait(self.work, number, description)
+        if observer is not None:
+            observer.end()
+        if not channel.adds_up:
             return self.message, None
-        id_sum, square_sum = (group.size() * part for part in self.ticket.signature)
+        id_sum, square_sum = (channel.size * part for part in self.ticket.signature)
         found = self.message[-ID_LENGTH:]
         if not may_be_read(found):
             return self.message, Signature(found, (id_sum, square_sum))
         if found.tolist() != [id_sum, square_sum]:
-            _agreement(group).fail(number, description)
+            channel.agreement.fail(number, description)
+        channel.agreement.arrived(number, description)
         return self.message, None
-
-    def _wait_observed(self) -> None:
-        if _wait_observer is None or (self.message.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.work.wait()
-            return
-        _wait_observer.begin()
-        self.work.wait()
-        _wait_observer.end()
 
 
 class WaitObserver(Protocol):
@@ -214,20 +153,29 @@ def observe_waits(observer: WaitObserver | None) -> None:
 
 
 def may_be_read(numbers: Tensor) -> bool:
-    """Whether the host may look at them: where they are on another device it would stall, a tracer has none."""
-    return numbers.is_cpu and not torch.compiler.is_compiling()
+    """Whether the host may look at them: on another device it would stall, tracers and transforms have none."""
+    return numbers.is_cpu and has_memory(numbers)
 
 
 def all_ranks(condition: bool, device: torch.device) -> bool:
     """Whether `condition` holds on every rank of the world. A collective where there are several."""
-    return bool(sum_over_world(torch.tensor([float(not condition)], device=device))[0] == 0)
+    return bool(sum_over_world(torch.tensor([float(not condition)]).to(device))[0] == 0)
 
 
 def sum_over_world(values: Tensor) -> Tensor:
-    """The sum of `values` over all ranks; `values` itself in one process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
+    """The sum of `values` over all ranks; `values` itself in one process.
+
+    Through the host where the world sums nothing on their device.
+
+    Raises:
+        ValueError: it sums nothing on the host either.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    sums = values if carries(_world(), values.device) else values.cpu()
+    check_carries(_world(), sums.device)
+    dist.all_reduce(sums)
+    return sums.to(values.device)
 
 
 def gather_objects(mine: Any) -> list[Any]:
@@ -261,8 +209,25 @@ def all_reduce_differentiable(message: Tensor, group: dist.ProcessGroup, id: int
     """`message`, which ends with id and its square, summed over the group: traceable, differentiable at any order.
 
     NaN where the ranks were in different layers.
+
+    Raises:
+        ValueError: the group sums nothing where the message is.
     """
-    return nan_where_ranks_disagree(_AllReduce.apply(message, group.group_name), group, id)
+    if not torch.compiler.is_compiling():
+        check_carries(group, message.device)
+    return nan_where_ranks_disagree(_sum_over_ranks(message, group.group_name), group, id)
+
+
+def _sum_over_ranks(message: Tensor, group_name: str) -> Tensor:
+    if torch.compiler.is_compiling() or not (is_legacy_batchedtensor(message) or _is_functionalized()):
+        return _AllReduce.apply(message, group_name)
+    return _all_reduce(message, group_name)
+
+
+def _is_functionalized() -> bool:
+    """Whether torch.func.functionalize is the innermost transform."""
+    transform = torch._C._functorch.peek_interpreter_stack()
+    return transform is not None and transform.key() == torch._C._functorch.TransformType.Functionalize
 
 
 class _AllReduce(torch.autograd.Function):
@@ -278,22 +243,23 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _AllReduce.apply(gradient, ctx.group_name), None
+        return _sum_over_ranks(gradient, ctx.group_name), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _AllReduce.apply(tangent, ctx.group_name)
+
+    @staticmethod
+    def vmap(
+        _info: Any, in_dims: tuple[int | None, ...], message: Tensor, group_name: str
+    ) -> tuple[Tensor, int | None]:
+        return _AllReduce.apply(message, group_name), in_dims[0]
 
 
-def _agreement(group: dist.ProcessGroup) -> Agreement:
-    if group not in _agreements:
-        for gone in [g for g in _agreements if g not in dist.distributed_c10d._world.pg_map]:
-            del _agreements[gone]
-        _agreements[group] = Agreement(group)
-    return _agreements[group]
+@torch.library.custom_op("syncbn::all_reduce", mutates_args=())
+def _all_reduce(message: Tensor, group_name: str) -> Tensor:
+    """`_AllReduce` as one operator, for what sees no further: torch's older vmap and torch.func.functionalize."""
+    return wait_traced(launch_traced(message, group_name))
 
 
-def progress() -> tuple[int, str]:
-    """How many messages of BatchNorm layers this process has sent, and the last one in words.
-
-    For a thread that watches whether the process gets on: it costs the layers nothing.
-    """
-    agreements = list(_agreements.values())
-    last = next((str(agreement.recent[-1]) for agreement in agreements if agreement.recent), "")
-    return sum(agreement.sent for agreement in agreements), last
+_all_reduce.register_autograd(_AllReduce.backward, setup_context=_AllReduce.setup_context)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from syncbn import ops
 from syncbn.agreement import LayerName, Message
-from syncbn.distributed import ID_LENGTH, Reduction, Ticket, agree, may_be_read
+from syncbn.channel import ID_LENGTH, Ticket, agree
+from syncbn.distributed import Reduction, may_be_read
 from syncbn.memory import Memory, owners_of_forward
+from syncbn.recomputing import Kept, keep
 
 
 class Statistics(NamedTuple):
@@ -35,11 +37,38 @@ class Statistics(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Whom an exchange is with, which layers it is of, and how many layers this process has built so far."""
+    """Whom an exchange is with, which layers it is of, and how many layers their threads have built so far."""
 
     group: dist.ProcessGroup
     layers: tuple[LayerName, ...]
     layers_built: int
+
+
+class Backward(NamedTuple):
+    """A backward between its two nodes, where hooks of others may run: the message, and what the second pass reads.
+
+    Tensors that are not this pass's own are kept with their version; the maps hold copies of the parameters.
+    """
+
+    reduction: Reduction
+    upstream: list[ops.Upstream]
+    kept: list[Kept]
+
+    @classmethod
+    def begin(cls, reduction: Reduction, upstream: list[ops.Upstream]) -> "Backward":
+        """With the tensors as they are now."""
+        return cls(reduction, upstream, [keep(t) for one in upstream for t in (one.x, one.dy)])
+
+    def wait(self) -> tuple[Tensor, ops.Signature | None]:
+        """The message over all ranks, as `Reduction.wait`.
+
+        Raises:
+            RuntimeError: somebody changed an input or a gradient meanwhile.
+        """
+        found = self.reduction.wait()
+        for one in self.kept:
+            one.unchanged("between the two steps of a layer's backward, its input or the gradient of its output")
+        return found
 
 
 class Exchange:
@@ -54,6 +83,7 @@ class Exchange:
         self.route, self.memory = route, memory
         self.owners = owners_of_forward()  # here, since our own Functions' forwards look like a checkpoint's
         self.recomputed = False
+        self.given: list[Kept] = []
         self.inputs: list[Tensor] = []
         self.spans: Sequence[ops.Span | None] = []
         self.batches: list[ops.BatchSums] = []
@@ -61,33 +91,37 @@ class Exchange:
         self.reduction: Reduction | None = None
         self.to_keep: Tensor | None = None
         self.totals_to_keep: Tensor | None = None
-        self.upstream: list[ops.Upstream] | None = None
-        self.gradient_reduction: Reduction | None = None
 
     def launch(self, inputs: Sequence[Tensor], spans: Sequence[ops.Span | None]) -> None:
         """Sum the inputs (N, C, ...), or where there is a span its channels alone, locally and send the message."""
+        self.given = [keep(x) for x in inputs]
         self.inputs = [dense_part(x, span) for x, span in zip(inputs, spans, strict=True)]
         self.spans = spans
-        self.channels, self.device = [x.shape[1] for x in self.inputs], inputs[0].device
+        self.channels = [x.shape[1] for x in self.inputs]
+        self.device = ops.statistics_device(inputs[0].device)
         if self.owners is not None or self.memory.may_recall():
             self.to_keep = ops.forward_message(self.inputs, (0, 0))
             self.recomputed = self.memory.is_repeated(self.to_keep)
         if not self.recomputed:
-            ticket = self._ticket("forward", len(self.inputs))
-            if self.to_keep is None:
-                message = ops.forward_message(self.inputs, ticket.signature)
-            else:
-                message = ops.message_of([self.to_keep[:-ID_LENGTH]], (), ticket.signature)
-            self.reduction = Reduction(message, ticket)
+            with self._ticket("forward", len(self.inputs)) as ticket:
+                if self.to_keep is None:
+                    message = ops.forward_message(self.inputs, ticket.signature)
+                else:
+                    message = ops.message_of([self.to_keep[:-ID_LENGTH]], (), ticket.signature)
+                self.reduction = Reduction(message, ticket)
 
     def receive(self) -> None:
         """Wait for the message; fills in `batches`, the sums of each input over all ranks.
 
         Raises:
+            RuntimeError: an input was changed in place since it was summed.
             ValueError: one value per channel in all (on a CPU; elsewhere kernels make the outputs NaN, since reading
                 the number would stall the device).
         """
         totals, signature = self._reduced()
+        for one in self.given:
+            one.unchanged("between start_sync_batch_norm() and finish(), an input")
+        self.given = []
         self.batches = batches_of(totals, signature, self.channels)
         for batch, x in zip(self.batches, self.inputs, strict=True):
             if not isinstance(batch.M, Tensor):
@@ -100,29 +134,22 @@ class Exchange:
             self.memory.keep(self.to_keep, self.totals_to_keep, self.owners, outputs[0].grad_fn)
         self.to_keep = self.totals_to_keep = self.owners = None
 
-    def launch_gradient(self, upstream: list[ops.Upstream]) -> list[tuple[ops.Upstream, ops.Gradient]]:
-        """Send the sums of the backward; returns what `ops.backward_sums` does for each."""
-        ticket = self._ticket("backward", 0)
-        found, message = ops.backward_sums(upstream, ticket.signature)
-        self.upstream = [one for one, _ in found]
-        self.gradient_reduction = Reduction(message, ticket)
-        return found
+    def launch_gradient(self, upstream: list[ops.Upstream]) -> tuple[list[tuple[ops.Upstream, ops.Gradient]], Backward]:
+        """Send the sums of the backward; returns what `ops.backward_sums` does for each, and what comes next."""
+        with self._ticket("backward", 0) as ticket:
+            found, message = ops.backward_sums(upstream, ticket.signature)
+            return found, Backward.begin(Reduction(message, ticket), [one for one, _ in found])
 
-    def input_gradients(self, needed: Sequence[bool]) -> list[Tensor | None]:
+    def input_gradients(self, backward: Backward, needed: Sequence[bool]) -> list[Tensor | None]:
         """Wait for the sums of the backward; dx of each input as `gradients_of_inputs` returns them."""
-        upstream, self.upstream = self.upstream, None
-        if upstream is None:  # second derivatives were asked for, and computed otherwise
-            return [None] * len(needed)
-        reduction, self.gradient_reduction = self.gradient_reduction, None
-        assert reduction is not None
-        totals, signature = reduction.wait()
-        sums = totals[:-ID_LENGTH].split([2 * one.x.shape[1] for one in upstream])
+        totals, signature = backward.wait()
+        sums = totals[:-ID_LENGTH].split([2 * C for C in self.channels])
         Ms = [statistics.M for statistics in self.results]
-        return gradients_of_inputs(upstream, self.spans, sums, Ms, needed, signature)
+        return gradients_of_inputs(backward.upstream, self.spans, sums, Ms, needed, signature)
 
     def _ticket(self, direction: str, counts: int) -> Ticket:
         group, layers, layers_built = self.route
-        length = sum(2 * C for C in self.channels) + counts + ID_LENGTH
+        length = int(sum(2 * C for C in self.channels)) + counts + ID_LENGTH
         return agree(group, Message(direction, layers, length), self.device, layers_built)
 
     def _reduced(self) -> tuple[Tensor, ops.Signature | None]:

@@ -12,7 +12,7 @@ Two implementations of the same numbers; `graph` is the third, for torch.compile
 Source: Algorithm 1 and its gradients in Ioffe & Szegedy 2015.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -31,7 +31,7 @@ from syncbn.exchange import (
     refuse_single_value,
 )
 from syncbn.memory import Memory
-from syncbn.recomputing import OutputsAgain, hooks_of_others
+from syncbn.recomputing import OutputsAgain, hooks_of_others, keep
 
 
 class Norm(NamedTuple):
@@ -63,9 +63,12 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def only_operators() -> bool:
-    """Whether `composed` is needed: under torch.export, torch.func's transforms and forward-mode AD."""
-    return torch.compiler.is_compiling() or is_transformed()
+def only_operators(tensors: Iterable[Tensor | None] = ()) -> bool:
+    """Whether `composed` is needed: under torch.export, torch.func's transforms, forward-mode AD, and for some tensors.
+
+    Those are subclasses that are to see every operator.
+    """
+    return torch.compiler.is_compiling() or is_transformed() or ops.need_operators(tensors)
 
 
 def id_of_widths(widths: Sequence[int]) -> int:
@@ -145,10 +148,20 @@ def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], 
         message = ops.message_of([t for s in sums for t in s], counts, (id, id**2))
         totals = all_reduce_differentiable(message, route.group, id)
         batches = batches_of(totals, None, [norm.x.shape[1] for norm in norms])
-        # var = E[x^2] - E[x]^2, which float64 can afford
-        statistics = [Statistics(*ops.moments_of(ops.Sums(*b.sums.chunk(2)), None, b.M), b.M) for b in batches]
+        statistics = [_statistics(b, norm.x, route) for b, norm in zip(batches, norms, strict=True)]
     outputs = [_composed_normalize(n, s, *st[:2]) for n, s, st in zip(norms, shifted, statistics, strict=True)]
     return outputs, statistics
+
+
+def _statistics(batch: ops.BatchSums, x: Tensor, route: Route) -> Statistics:
+    """From sums over all ranks; NaN of a single value where its number cannot be read."""
+    # var = E[x^2] - E[x]^2, which float64 can afford
+    mean, var = ops.moments_of(ops.Sums(*batch.sums.chunk(2)), None, batch.M)
+    if isinstance(batch.M, Tensor):
+        mean = torch.where(batch.M == 1, float("nan"), mean)
+    else:
+        refuse_single_value(batch.M, x.shape, route.group.size())
+    return Statistics(mean, var, batch.M)
 
 
 _Setting: TypeAlias = tuple[float, str | None, ops.Running | None, ops.Span | None]  # of a Norm, what is no tensor
@@ -169,7 +182,7 @@ class _Alone(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if torch.is_grad_enabled():
+        if _must_compose(gradients):
             return (None, None, None, *_composed_gradients(ctx, gradients))
         found, _ = ops.backward_sums(_upstream(ctx, gradients), None)
         dxs = gradients_of_inputs(
@@ -183,18 +196,25 @@ class _Alone(torch.autograd.Function):
 
 
 class _Start(torch.autograd.Function):
-    """Inputs in, a token out that ties finish's node to this one; neither it nor its gradient holds anything."""
+    """Inputs in, a token out that ties finish's node to this one.
+
+    The token holds no number, nor does its gradient. That one has an attribute `under_way`: what finish's node leaves
+    to this one. So it belongs to one backward, of several there may be, and ends with it.
+    """
 
     @staticmethod
     def forward(ctx: Any, exchange: Exchange, spans: Sequence[ops.Span | None], *inputs: Tensor) -> Tensor:
         ctx.exchange = exchange
         ctx.set_materialize_grads(False)
         exchange.launch(inputs, spans)
-        return inputs[0].new_empty((), dtype=torch.float32)
+        return _token(inputs[0])
 
     @staticmethod
-    def backward(ctx: Any, _token: Tensor | None) -> Any:
-        return (None, None, *ctx.exchange.input_gradients(ctx.needs_input_grad[2:]))
+    def backward(ctx: Any, token: Any) -> Any:
+        needed = ctx.needs_input_grad[2:]
+        if token is None:  # second derivatives were asked for, and computed otherwise
+            return (None, None, *[None] * len(needed))
+        return (None, None, *ctx.exchange.input_gradients(token.under_way, needed))
 
 
 class _Finish(torch.autograd.Function):
@@ -216,14 +236,19 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if torch.is_grad_enabled():
+        if _must_compose(gradients):
             return (None, None, None, *_composed_gradients(ctx, gradients))
-        upstream = _upstream(ctx, gradients)
+        upstream, token = _upstream(ctx, gradients), None
         if ctx.needs_input_grad[2]:
-            found = ctx.exchange.launch_gradient(upstream)
+            token = _token(gradients[0])
+            found, token.under_way = ctx.exchange.launch_gradient(upstream)
         else:
             found, _ = ops.backward_sums(upstream, None)
-        return (None, None, None, *_returned(ctx, found, [None] * len(found)))
+        return (None, None, token, *_returned(ctx, found, [None] * len(found)))
+
+
+def _token(like: Tensor) -> Any:
+    return like.new_empty(0, dtype=torch.float32)
 
 
 class _Saved(NamedTuple):
@@ -231,7 +256,7 @@ class _Saved(NamedTuple):
 
     x: Tensor
     weight: Tensor | None
-    bias: Tensor | None
+    bias: Tensor | None  # read only where `_reads_bias`; else whoever likes may change it, as with torch's layers
     y: Tensor | None  # only where the ReLU's mask cannot be computed again from x
     mean: Tensor
     var: Tensor
@@ -244,10 +269,18 @@ class _Saved(NamedTuple):
 
 def _saved(ctx: Any) -> list[_Saved]:
     found: list[_Saved] = []
-    for row in zip(*[iter(ctx.saved_tensors)] * len(_Saved._fields), strict=True):
+    rows = zip(*[iter(ctx.saved_tensors)] * len(_Saved._fields), strict=True)
+    for row, bias in zip(rows, ctx.unread_biases, strict=True):
         one = _Saved(*row)
-        found.append(one if one.x is not None else one._replace(x=found[-1].x))
+        if one.x is None:
+            one = one._replace(x=found[-1].x)
+        found.append(one if bias is None else one._replace(bias=bias.tensor))
     return found
+
+
+def _reads_bias(norm: Norm, saved: _Saved) -> bool:
+    """Whether the backward needs its values: for the ReLU's mask."""
+    return norm.activation == "relu" and saved.y is None
 
 
 def _norms(settings: Sequence[_Setting], tensors: Sequence[Any]) -> list[Norm]:
@@ -261,7 +294,12 @@ def _keep(ctx: Any, norms: Sequence[Norm], pairs: Sequence[tuple[Tensor, _Saved]
     ctx.settings, ctx.residuals = [norm[4:] for norm in norms], [norm.residual is not None for norm in norms]
     # Of the spans of one input the first keeps it for all.
     inputs = [norm.x if norm.span is None or norm.span.first == 0 else None for norm in norms]
-    ctx.save_for_backward(*(t for x, (_, saved) in zip(inputs, pairs, strict=True) for t in (x, *saved[1:])))
+    kept, ctx.unread_biases = [], []
+    for x, norm, (_, saved) in zip(inputs, norms, pairs, strict=True):
+        unread = None if norm.bias is None or _reads_bias(norm, saved) else keep(norm.bias)
+        kept += [x, saved.weight, saved.bias if unread is None else None, *saved[3:]]
+        ctx.unread_biases.append(unread)
+    ctx.save_for_backward(*kept)
     _offer_outputs_again(ctx, outputs)
     return outputs
 
@@ -299,6 +337,8 @@ def _offer_outputs_again(ctx: Any, outputs: Sequence[Tensor]) -> None:
 
 def _output_again(ctx: Any, i: int) -> Tensor:
     saved, setting = _saved(ctx)[i], ctx.settings[i]
+    if ctx.unread_biases[i] is not None:  # until now
+        ctx.unread_biases[i].unchanged()
     return ops.normalize(dense_part(saved.x, setting[-1]), saved.affine(setting))
 
 
@@ -314,9 +354,9 @@ def _upstream(ctx: Any, gradients: Sequence[Tensor]) -> list[ops.Upstream]:
 
 def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
     """The other in the layout and dtype of x."""
-    if other.stride() == x.stride() and other.dtype == x.dtype and not other.is_neg():
+    if other.stride() == x.stride() and other.dtype == x.dtype and ops.as_stored(other):
         return other
-    return torch.empty_like(x).copy_(other)
+    return ops.copy_like(x, other)
 
 
 def cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:
@@ -324,32 +364,41 @@ def cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
+def _must_compose(gradients: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() or ops.need_operators(gradients) or ops.are_batched(gradients)
+
+
 def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    """All of finish's gradients through `composed`, differentiable again."""
+    """All of finish's gradients through `composed`, differentiable again where gradients are enabled."""
+    differentiable = torch.is_grad_enabled()
     norms, dys = [], []
-    for saved, dy, setting in zip(_saved(ctx), gradients, ctx.settings, strict=True):
-        eps, activation, _, span = setting
-        part = saved.x if span is None else span.of(saved.x)
-        # Views, since one tensor in two norms would be given the gradient of both twice.
-        weight, bias = (None if t is None else t.view_as(t) for t in (saved.weight, saved.bias))
-        norms.append(Norm(part.view_as(part), weight, bias, None, eps, None))
-        if activation == "relu":
-            with torch.no_grad():
-                x = dense_part(saved.x, span)
-                y = ops.normalize(x, saved.affine(setting)) if saved.y is None else saved.y
-                mask = cut_by_relu(torch.ones_like(y), y)
-            dy = dy * mask
-        dys.append(dy)
-    outputs, _ = composed(norms, ctx.route)
-    tensors = [t for norm in norms for t in norm.tensors]
-    wanted = [t for t in tensors if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, dys, create_graph=True, allow_unused=True))
+    with torch.enable_grad():
+        for saved, dy, setting in zip(_saved(ctx), gradients, ctx.settings, strict=True):
+            eps, activation, _, span = setting
+            part = saved.x if span is None else span.of(saved.x)
+            # Views, since one tensor in two norms would be given the gradient of both twice.
+            weight, bias = (None if t is None else t.view_as(t) for t in (saved.weight, saved.bias))
+            norms.append(Norm(part.view_as(part), weight, bias, None, eps, None))
+            dys.append(dy * _relu_mask(saved, setting) if activation == "relu" else dy)
+        outputs, _ = composed(norms, ctx.route)
+        tensors = [t for norm in norms for t in norm.tensors]
+        wanted = [t for t in tensors if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, dys, create_graph=differentiable, allow_unused=True))
     returned = [None if t is None or not t.requires_grad else next(found) for t in tensors]
     for i, (has_residual, (*_, span)) in enumerate(zip(ctx.residuals, ctx.settings, strict=True)):
         returned[4 * i + 3] = dys[i] if has_residual else None
         if span is not None:
             returned[4 * i] = span.among_zeros(returned[4 * i])
     return returned
+
+
+@torch.no_grad()
+def _relu_mask(saved: _Saved, setting: _Setting) -> Tensor:
+    """1 where the ReLU let pass, else 0."""
+    y = saved.y
+    if y is None:
+        y = ops.normalize(dense_part(saved.x, setting[-1]), saved.affine(setting))
+    return cut_by_relu(torch.ones_like(y), y)
 
 
 class _Shifted(NamedTuple):
@@ -369,10 +418,10 @@ def _shifted(x: Tensor) -> _Shifted:
 
 def _composed_normalize(norm: Norm, shifted: _Shifted, mean: Tensor, var: Tensor) -> Tensor:
     z, pivot = shifted
-    scale = (var + norm.eps).rsqrt()
+    scale = ops.beside((var + norm.eps).rsqrt(), z)
     if norm.weight is not None:
         scale = scale * norm.weight
-    centre = mean if pivot is None else mean - pivot
+    centre = ops.beside(mean if pivot is None else mean - ops.as_statistic(pivot), z)
     y = (z - ops.per_channel(centre.to(z.dtype), z)) * ops.per_channel(scale.to(z.dtype), z)
     if norm.bias is not None:
         y = y + ops.per_channel(norm.bias.to(z.dtype), z)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from syncbn import ops
-from syncbn.distributed import ID_LENGTH, launch_traced, nan_where_ranks_disagree, wait_traced
+from syncbn.channel import ID_LENGTH
+from syncbn.distributed import launch_traced, nan_where_ranks_disagree, wait_traced
 from syncbn.exchange import Route, Statistics, batches_of, refuse_single_value
 from syncbn.functional import Norm, cut_by_relu, id_of_widths, is_transformed
 
@@ -41,7 +42,7 @@ def forward_message(inputs: Sequence[Tensor], id: int) -> Tensor:
 @forward_message.register_fake
 def _(inputs: Sequence[Tensor], id: int) -> Tensor:
     length = sum(2 * x.shape[1] + 1 for x in inputs) + ID_LENGTH
-    return inputs[0].new_empty(length, dtype=torch.float64)
+    return _empty_message(inputs, length)
 
 
 @torch.library.custom_op("syncbn::backward_sums", mutates_args=(), tags=_ANY_LAYOUT)
@@ -65,7 +66,11 @@ def backward_sums(
 
 @backward_sums.register_fake
 def _(gradients: Sequence[Tensor], inputs: Sequence[Tensor], *_: Any) -> Tensor:
-    return inputs[0].new_empty(sum(2 * x.shape[1] for x in inputs), dtype=torch.float64)
+    return _empty_message(inputs, sum(2 * x.shape[1] for x in inputs))
+
+
+def _empty_message(inputs: Sequence[Tensor], length: int) -> Tensor:
+    return inputs[0].new_empty(length, dtype=torch.float64, device=ops.statistics_device(inputs[0].device))
 
 
 class Started:
@@ -151,7 +156,7 @@ class _Start(torch.autograd.Function):
         parts = coefficients.split([2 * x.shape[1] for x in inputs])
         found = []
         for x, part, (scaled_dy, high, low) in zip(inputs, parts, _rows(gradients, 3), strict=True):
-            a, b = (ops.per_channel(v.to(scaled_dy.dtype), x) for v in part.chunk(2))
+            a, b = (ops.per_channel(ops.beside(v, x).to(scaled_dy.dtype), x) for v in part.chunk(2))
             found.append((scaled_dy + a + b * _deviation(x, high, low)).to(x.dtype))
         return None, None, *found
 
@@ -232,25 +237,28 @@ class _Saved(NamedTuple):
         variance = self.var + eps
         share = variance.rsqrt() / -ops.at_least_one(self.M)
         if self.weight is not None:
-            share = share * self.weight
+            share = share * ops.as_statistic(self.weight)
         return total * share, dot / variance * share
 
     def parameter_gradients(self, sums: Tensor, eps: float) -> tuple[Tensor | None, Tensor | None]:
         """Of weight and bias."""
         total, dot = sums.chunk(2)
-        weight = None if self.weight is None else (dot * (self.var + eps).rsqrt()).to(self.weight.dtype)
-        return weight, None if self.bias is None else total.to(self.bias.dtype)
+        found = ((self.weight, dot * (self.var + eps).rsqrt()), (self.bias, total))
+        weight, bias = (None if v is None else gradient.to(v.dtype).to(v.device) for v, gradient in found)
+        return weight, bias
 
 
 def _coefficients(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     """High and low, whose sum is the mean, and scale, (C) each in the compute dtype of x."""
     dtype = ops.compute_dtype(x.dtype)
     high = mean.to(dtype)
-    low = (mean - high).to(dtype)
-    scale = (var + eps).rsqrt()
+    low = mean - high
+    scale = ops.beside((var + eps).rsqrt(), x)
     scale = scale if weight is None else scale * weight
     # As strided, since the compiler would else compute them for each element of x, in float64.
-    return tuple(v.as_strided(v.shape, (1,)) for v in (high, low, scale.to(dtype)))
+    return tuple(
+        v.as_strided(v.shape, (1,)) for v in (high.to(x.device), ops.beside(low, x).to(dtype), scale.to(dtype))
+    )
 
 
 def _deviation(x: Tensor, high: Tensor, low: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What each public layout of Inception-BN is fed: the order of the colours and the normalisation.
+"""What each public layout of Inception-BN is fed: how pixels are made, the order of the colours, the normalisation.
 
 The data module and the networks both need it, so it stands below both.
 """
@@ -81,3 +81,37 @@ def find_preprocessing(name: str | Preprocessing) -> Preprocessing:
     if name not in PREPROCESSING:
         raise ValueError(f"preprocessing={name!r} must be one of {', '.join(PREPROCESSING)}")
     return PREPROCESSING[name]
+
+
+PIXELS = {
+    "decoded_to": "8 bits a channel, transparency left out, colour profile not applied",
+    "resized": "shorter side, aspect kept",
+    "shrink": "area averaging (OpenCV INTER_AREA)",
+    "enlarge": "bilinear (OpenCV INTER_LINEAR)",
+    "crop": "centre",
+}
+"""How an image file becomes the pixels that a network is evaluated on, as `syncbn.data` does it; sizes come on top."""
+
+
+def pixels_in_words(
+    image_size: int | None, resize: int | None, exif_orientation: bool, preprocessing: Preprocessing
+) -> str:
+    """How an image file becomes the input of a network, for people who have to do the same elsewhere.
+
+    Args:
+        image_size: Side of the square that the network sees, in pixels; None where it is not known.
+        resize: Pixels of the shorter side before the centre is cut out; None for ``image_size``.
+        exif_orientation: Whether an image is turned as its EXIF says.
+        preprocessing: The order of the colours and the normalisation.
+    """
+    size = "the size of the network's input" if image_size is None else f"{image_size}"
+    numbers = "the data's own mean and std"
+    if preprocessing.mean is not None:
+        numbers = f"mean {list(preprocessing.mean)} and std {list(preprocessing.std or ())}"
+    return (
+        f"Decode to {PIXELS['decoded_to']}; {'turn' if exif_orientation else 'do not turn'} as EXIF's orientation says."
+        f" Resize the shorter side to {resize or size} pixels, the longer in proportion, rounded: by {PIXELS['shrink']}"
+        f" where that makes the image smaller, {PIXELS['enlarge']} where larger. Cut out the central {size} x {size}"
+        " pixels."
+        f" In the order {preprocessing.colour_order}, (pixel of 0..255 - mean) / std with {numbers}."
+    )

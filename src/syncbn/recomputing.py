@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _Hooks: TypeAlias = tuple[Callable[..., Any], Callable[..., Any]]
@@ -74,6 +75,40 @@ def unpack_hooks_of_others() -> list[Callable[..., Any]]:
     return [hooks[1] for hooks in found if not _is_ours(hooks)]
 
 
+def unseen_by_selective_checkpoints() -> AbstractContextManager[None]:
+    """In this context, selective activation checkpoints see no operator.
+
+    They replay a forward by counting its operators. A layer's recomputed forward runs others than its first, which
+    sends a message and updates averages; so it is recomputed by the layer's own means, under any policy.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
+        return nullcontext()
+    return _without_selective_checkpoints()
+
+
+@contextmanager
+def _without_selective_checkpoints() -> Iterator[None]:
+    """Take the modes of `torch.utils.checkpoint` off the stack of dispatch modes, and leave the others in order."""
+    modes = _get_current_dispatch_mode_stack()
+    others = [mode for mode in modes if not _is_of_checkpoint(mode)]
+    try:
+        _replace_modes(modes, others)
+        yield
+    finally:
+        _replace_modes(others, modes)
+
+
+def _replace_modes(all: Sequence[TorchDispatchMode], new: Sequence[TorchDispatchMode]) -> None:
+    for _ in all:  # torch keeps modes of its own below those of users, so none can be taken from between
+        _pop_mode()
+    for mode in new:
+        _push_mode(mode)
+
+
+def _is_of_checkpoint(mode: TorchDispatchMode) -> bool:
+    return any(kind.__module__ == "torch.utils.checkpoint" for kind in type(mode).__mro__)
+
+
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """`torch.cat` of parts (N, C, ...) along the channels, which a backward can make again of its parts."""
     result = torch.cat(list(parts), dim=1)
@@ -98,6 +133,35 @@ def compact_indices(size: Sequence[int]) -> AbstractContextManager[Any]:
         return _Compact(tensor.to(dtype)) if tensor.dtype == torch.int64 else _pack(tensor)
 
     return saved_tensors_hooks(pack, _unpack)
+
+
+class Kept(NamedTuple):
+    """A tensor for later, and its version, which every change in place raises; None where torch counts none."""
+
+    tensor: Tensor
+    version: int | None
+
+    def unchanged(self, what: str = "one of the variables needed for gradient computation") -> Tensor:
+        """The tensor.
+
+        Args:
+            what: it is, for the message.
+
+        Raises:
+            RuntimeError: it has been changed in place, as autograd says it of the tensors that it keeps itself.
+        """
+        if _version_of(self.tensor) != self.version:
+            raise RuntimeError(
+                f"{what} has been modified by an inplace operation: a tensor of size {list(self.tensor.shape)} is at "
+                f"version {self.tensor._version}; expected version {self.version} instead. Change a clone of it, or "
+                "change it later"
+            )
+        return self.tensor
+
+
+def keep(tensor: Tensor) -> Kept:
+    """The tensor as it is now."""
+    return Kept(tensor, _version_of(tensor))
 
 
 class Recipe:
@@ -156,10 +220,10 @@ def _pack(tensor: Tensor) -> Any:
     base = tensor if tensor._base is None else tensor._base
     # Whose user does not lie behind the layer in the graph may come when the layer has let go of its input.
     if tensor.grad_fn is None or tensor.dtype != base.dtype or tensor.is_neg():
-        return tensor
+        return keep(tensor)  # with hooks torch does not see to it that nobody changes what was saved
     recipe, version = _joined.get(base) or _recipe_of_output(base)
     if recipe is None or version != base._version:  # changed since
-        return tensor
+        return keep(tensor)
     return _View(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
@@ -168,7 +232,12 @@ def _unpack(packed: Any) -> Tensor:
         return packed.numbers.long()
     if isinstance(packed, _View):
         return packed.recipe.tensor().as_strided(*packed[1:])
-    return packed
+    assert isinstance(packed, Kept)
+    return packed.unchanged()
+
+
+def _version_of(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _recipe_of_output(tensor: Tensor) -> tuple[Recipe | None, int | None]:

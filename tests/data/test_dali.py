@@ -1,11 +1,13 @@
 """DALI on the CPU: the same samples, crops, mirrors and colours as the OpenCV path; pixels that nearly agree."""
 
 import importlib.util
+import io
 
 import numpy as np
 import pytest
 import torch
 from photos import ImagesInMemory, encode, noise, originals, smooth
+from PIL import Image
 
 from syncbn.data import (
     Augmentation,
@@ -16,6 +18,7 @@ from syncbn.data import (
     ShardLayout,
     WindowedOrder,
     WindowReader,
+    dali,
 )
 from syncbn.data.dali import DaliLoader
 from syncbn.data.datasets import ArrayDataset
@@ -92,6 +95,31 @@ def test_a_broken_file_is_named():
     sampler = GlobalBatchSampler(2, 2, seed=1)
     with pytest.raises(ValueError, match="cannot decode the image image number 1"):
         list(DaliLoader(ImagesInMemory(whole, broken), sampler, 16, EVERYTHING, seed=1))
+
+
+@needs_dali
+def test_files_that_only_opencv_decodes_are_the_same_pictures():
+    grey = Image.fromarray(smooth(60, 60)).convert("L")
+    files = [saved(grey, "GIF"), saved(grey, "TIFF"), saved(grey.convert("CMYK"), "JPEG"), saved(grey, "JPEG")]
+    photos = ImagesInMemory(*files)
+    actual, expected = both(photos, 32, Augmentation(crop=RandomCrop()), 4)
+    assert (actual[0].images - expected[0].images)[:, :, 1:-1, 1:-1].abs().max() < 6
+
+
+def saved(image: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+@needs_dali
+def test_a_file_that_dali_alone_cannot_decode_is_named(monkeypatch):
+    whole = encode(noise(60, 60))
+    monkeypatch.setattr(dali, "file_for_dali", lambda photo: photo.encoded)
+    photos = ImagesInMemory(whole, saved(Image.fromarray(noise(60, 60)), "GIF"))
+    sampler = GlobalBatchSampler(2, 2, seed=1)
+    with pytest.raises(ValueError, match=r"cannot decode the image image number 1 .*take data\.decoder=opencv"):
+        list(DaliLoader(photos, sampler, 16, EVERYTHING, seed=1))
 
 
 def test_what_dali_is_not_for_is_refused():

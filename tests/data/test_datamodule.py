@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from shard_cases import make_shards
 from syncbn.data import ImageDataModule
@@ -52,6 +53,29 @@ def test_images_of_each_class_are_counted_without_those_held_out():
     data = ImageDataModule(8, validation_images=9000)
     labels = [data.sets.train.label(index) for index in range(1000)]
     assert data.class_counts() == [labels.count(label) for label in range(10)]
+
+
+def test_the_best_checkpoint_is_not_chosen_by_test_images():
+    data = ImageDataModule(8)
+    assert data.sets.validation_from == "test" and "2,000 validation (the test images)" in data.describe()
+    chooses = {"accelerator": "cpu", "logger": False, "enable_checkpointing": True}
+    by_validation = ModelCheckpoint(monitor="val_top1")
+    for callback in (by_validation, EarlyStopping(monitor="val_loss")):
+        data.trainer = Trainer(**chooses, callbacks=[callback])
+        with pytest.raises(ValueError, match=rf"{type(callback).__name__} chooses by .* data\.validation_images=500"):
+            data.setup("fit")
+        data.setup("test")
+    for callback in (
+        ModelCheckpoint(),
+        ModelCheckpoint(monitor="train_loss"),
+        ModelCheckpoint(monitor="val_top1", save_top_k=0),
+    ):
+        data.trainer = Trainer(**chooses, callbacks=[callback])
+        data.setup("fit")
+    for options in ({"validate_on_test": True}, {"validation_images": 9}):
+        data = ImageDataModule(8, **options)
+        data.trainer = Trainer(**chooses, callbacks=[by_validation])
+        data.setup("fit")
 
 
 def test_evaluation_on_classes_of_its_own(tmp_path):

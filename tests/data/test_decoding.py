@@ -1,11 +1,12 @@
-"""The size of a JPEG without decoding it; decoding at reduced scale; what EXIF says is ignored."""
+"""The size of a JPEG without decoding it; decoding at reduced scale; what EXIF says is ignored unless asked for."""
 
 import cv2
 import numpy as np
 import pytest
 from photos import ImagesInMemory, encode, noise, originals, smooth
 
-from syncbn.data.decoding import decode, jpeg_size
+from syncbn.data.decoding import DecodingError, decode
+from syncbn.data.jpeg import jpeg_size
 
 THUMBNAIL_AND_ORIENTATION = (
     b"\xff\xe1"
@@ -47,11 +48,13 @@ def test_no_size_where_there_is_no_usual_header():
         assert jpeg_size(b"\xff\xd8\xff\xe0" + segment_length + bytes(20)) is None
 
 
-def test_orientation_in_exif_is_ignored():
+def test_orientation_in_exif_is_ignored_unless_asked_for():
     content = with_exif(encode(smooth(40, 80)))
     turned = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
     assert turned.shape == (80, 40, 3), "the file's EXIF is meant to turn it"
     assert decode(content).shape == (40, 80, 3) and decode(content, reduction=2).shape == (20, 40, 3)
+    assert np.array_equal(decode(content, exif_orientation=True), turned)
+    assert decode(content, reduction=2, exif_orientation=True).shape == (40, 20, 3)
 
 
 @pytest.mark.parametrize("reduction", [2, 4, 8])
@@ -95,8 +98,9 @@ def test_a_jpeg_that_was_cut_short_is_refused(progressive):
     for whole in (content, content[:2] + thumbnail + content[2:]):
         assert decode(whole) is not None
         for share in (0.6, 0.9, 0.999):
-            cut = whole[: int(share * len(whole))]
-            assert decode(cut) is None and decode(cut, reduction=4) is None
+            for reduction in (1, 4):
+                with pytest.raises(DecodingError, match="the image file is truncated"):
+                    decode(whole[: int(share * len(whole))], reduction=reduction)
 
 
 def test_no_real_photo_is_taken_for_cut_short():
@@ -104,4 +108,5 @@ def test_no_real_photo_is_taken_for_cut_short():
     for index in range(len(photos)):
         content = photos.encoded(index)
         assert decode(content, reduction=8) is not None
-        assert decode(content[: len(content) * 2 // 3], reduction=8) is None
+        with pytest.raises(DecodingError, match="truncated"):
+            decode(content[: len(content) * 2 // 3], reduction=8)

@@ -19,7 +19,7 @@ PHOTO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 def write_table(path, numbers, *, names=NAMES, labels=None, photos=None, row_group_size=4, columns=("image", "label")):
     """One file, as `datasets` writes it."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if photos is None:
         photos = pa.array([{"bytes": encoded_photo(i), "path": f"{i}.jpg"} for i in numbers], PHOTO)
     labels = pa.array([i % 3 for i in numbers] if labels is None else labels)
@@ -42,7 +42,7 @@ def folder(tmp_path):
 def test_tables_are_found_and_read(folder):
     sets = open_image_sets(str(folder))
     assert (len(sets.train), len(sets.validation)) == (43, 5)
-    assert sets.test is sets.validation, "a test set without labels is none"
+    assert sets.test is None and sets.remarks == ("not used: test-00000-of-00001.parquet",), "it has no labels"
     assert sets.train.classes == tuple(NAMES)
     for index in (0, 42, 21, 22, 3, 4):
         assert sets.train.encoded(index) == encoded_photo(index)
@@ -55,7 +55,7 @@ def test_tables_in_a_folder_data_with_other_columns(tmp_path):
     photos = pa.array([encoded_photo(i) for i in range(6)], pa.binary())
     write_table(tmp_path / "data" / "train-0.parquet", range(6), photos=photos, columns=("picture", "kind"))
     write_table(tmp_path / "data" / "test-0.parquet", range(6), photos=photos, columns=("picture", "kind"))
-    sets = open_image_sets(str(tmp_path))
+    sets = open_image_sets(str(tmp_path), validate_on_test=True)
     assert sets.train.encoded(5) == encoded_photo(5) and sets.train.classes == tuple(NAMES)
     assert len(sets.test) == 6
 
@@ -64,7 +64,7 @@ def test_tables_in_a_folder_data_with_other_columns(tmp_path):
 def test_labels_without_names_of_classes(tmp_path, labels, classes):
     write_table(tmp_path / "train-0.parquet", range(3), names=None, labels=labels)
     write_table(tmp_path / "test-0.parquet", range(1), names=None, labels=labels[2:])
-    sets = open_image_sets(str(tmp_path))
+    sets = open_image_sets(str(tmp_path), validate_on_test=True)
     assert sets.train.classes == classes
     assert [classes[sets.train.label(index)] for index in range(3)] == [str(label) for label in labels]
     assert classes[sets.test.label(0)] == str(labels[2])
@@ -102,14 +102,39 @@ def test_global_batches_do_not_depend_on_ranks_or_workers(folder, monkeypatch, n
     assert [digest_of(shares) for shares in zip(*map(list, ranks), strict=True)] == expected
 
 
-def test_a_deleted_table_and_an_image_without_bytes_are_named(folder):
-    write_table(folder / "train-00000-of-00002.parquet", range(4), photos=pa.array([{"path": "far.jpg"}] * 4, PHOTO))
+@pytest.mark.parametrize("column", [[{"path": "near.jpg"}, {"path": "far.jpg"}], ["near.jpg", "far.jpg"]])
+def test_images_of_which_the_table_has_paths_are_read_there(folder, column):
+    """As `Dataset.to_parquet` writes them, or as plain text."""
+    photos = pa.array(column, PHOTO if isinstance(column[0], dict) else pa.string())
+    write_table(folder / "train-00000-of-00002.parquet", range(2), photos=photos)
+    with pytest.raises(ValueError, match=r"holds paths of images, .* no file near\.jpg: .*embed_table_storage"):
+        open_image_sets(str(folder))
+    (folder / "near.jpg").write_bytes(encoded_photo(7))
     dataset = open_image_sets(str(folder)).train
-    with pytest.raises(ReadError, match=r"of-00002\.parquet \(row 2\): the table holds its path, but not its bytes"):
-        dataset.encoded(2)
+    assert dataset.encoded(0) == encoded_photo(7)
+    with pytest.raises(ReadError, match=r"of-00002\.parquet \(row 1\): .*No such file .*far\.jpg"):
+        dataset.encoded(1)
+
+
+def test_tables_of_other_names_are_found_or_named(folder):
+    (folder / "test-00000-of-00001.parquet").rename(folder / "unsupervised-0.parquet")
+    (folder / "validation-00000-of-00001.parquet").rename(folder / "Valid.parquet")
+    sets = open_image_sets(str(folder))
+    assert len(sets.validation) == 5 and sets.remarks == ("not used: unsupervised-0.parquet",)
+    for split in ("train", "validation"):
+        write_table(folder / "converted" / split / "0000.parquet", range(5))
+    assert len(open_image_sets(str(folder / "converted")).validation) == 5
+
+
+def test_a_deleted_table_and_an_image_without_bytes_are_named(folder):
+    photos = pa.array([{"bytes": encoded_photo(0)}, {}], PHOTO)
+    write_table(folder / "train-00000-of-00002.parquet", range(2), photos=photos)
+    dataset = open_image_sets(str(folder)).train
+    with pytest.raises(ReadError, match=r"of-00002\.parquet \(row 1\): the table holds nothing there"):
+        dataset.encoded(1)
     (folder / "train-00001-of-00002.parquet").unlink()
     with pytest.raises(ReadError, match=r"cannot read the image .*train-00001-of-00002\.parquet \(row 0\): ") as raised:
-        dataset.encoded(4)
+        dataset.encoded(2)
     assert "\n" not in str(raised.value)
 
 

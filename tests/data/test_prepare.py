@@ -15,10 +15,12 @@ from unittest.mock import Mock
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from imagenet_archives import encode, make_images, photo, tar, write_archives, write_devkit
 from real_data import real_data
 from syncbn.cli import main
+from syncbn.data import open_image_sets
 from syncbn.data.preparation.command import check, folder, imagenet
 from syncbn.data.preparation.imagenet import read_devkit
 from syncbn.data.preparation.plan import SourceImage
@@ -436,6 +438,7 @@ def test_folders_train_and_val(tmp_path):
 def test_names_that_collide_get_keys_of_their_own(tmp_path):
     names = ("a.b.jpg", "a_b.jpg", "a/b.jpg")
     files = {f"{split}/cat/{name}": encode(photo(i)) for split in ("train", "val") for i, name in enumerate(names)}
+    write_files(tmp_path / "source", {"train/dog/1.jpg": encode(photo(9))})
     write_files(tmp_path / "source", files)
     folder(tmp_path / "source", tmp_path / "shards", workers=1)
     val = read_samples(tmp_path / "shards", "val")
@@ -445,14 +448,18 @@ def test_names_that_collide_get_keys_of_their_own(tmp_path):
 
 def test_links_are_followed_and_broken_ones_reported(tmp_path):
     files = {f"{split}/cat/{i}.jpg": encode(photo(i)) for split in ("train", "val") for i in range(3)}
+    files["train/dog/1.jpg"] = encode(photo(9))
     write_files(tmp_path / "source", files)
     write_files(tmp_path / "elsewhere", {"more/7.jpg": encode(photo(7))})
     (tmp_path / "source" / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere" / "more")
     (tmp_path / "source" / "train" / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
     folder(tmp_path / "source", tmp_path / "shards", workers=1, max_dropped=0.2)
     keys = {key for key, _, _ in read_samples(tmp_path / "shards", "train")}
-    assert keys == {"cat_0", "cat_1", "cat_2", "cat_more_7"}
-    assert read_report(tmp_path / "shards")[0] == {("train", "cat/gone.jpg"): "is a link to nothing"}
+    assert keys == {"cat_0", "cat_1", "cat_2", "cat_more_7", "dog_1"}
+    assert read_report(tmp_path / "shards")[0] == {
+        ("train", "cat/gone.jpg"): "is a link to nothing",
+        ("val", "dog"): "is a class without images",
+    }
 
 
 def test_shards_do_not_go_among_the_classes(tmp_path):
@@ -490,11 +497,33 @@ def test_a_tenth_is_held_out_where_nothing_is_said(tmp_path):
     assert read_index(tmp_path / "shards").splits["val"].per_class == (2, 1, 0)
 
 
+@pytest.mark.parametrize("turns", [None, False])
+def test_orientation_and_a_test_set(tmp_path, turns):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    content = encode(photo(), exif=exif)
+    names = [f"{split}/{name}/1.jpg" for split in ("Train", "valid", "testing", "extra") for name in ("cat", "dog")]
+    write_files(tmp_path / "source", dict.fromkeys(names, content))
+    folder(tmp_path / "source", tmp_path / "shards", workers=1, exif_orientation=turns)
+    sets = open_image_sets(str(tmp_path / "shards"))
+    assert (len(sets.train), len(sets.validation), len(sets.test)) == (2, 2, 2)
+    for images in (sets.train, sets.validation, sets.test):
+        assert images.image(0).shape == ((40, 48, 3) if turns is False else (48, 40, 3))
+    assert sets.exif_orientation == (turns is None)
+    assert read_report(tmp_path / "shards")[0] == {("train", "extra"): "is not used"}
+    folder(tmp_path / "source", tmp_path / "shards", workers=1)  # goes on as it was begun
+    with pytest.raises(ValueError, match=rf"was begun with exif_orientation={turns is None}"):
+        folder(tmp_path / "source", tmp_path / "shards", workers=1, exif_orientation=turns is False)
+    with pytest.raises(ValueError, match=r"data\.exif_orientation=.*, but .* was prepared with"):
+        open_image_sets(str(tmp_path / "shards"), exif_orientation=turns is False)
+
+
 def test_names_of_imagenet_are_kept(tmp_path):
-    files = {f"{split}/n01/n01_7.JPEG": encode(photo()) for split in ("train", "val")}
+    files = {f"{split}/{wnid}/{wnid}_7.JPEG": encode(photo()) for split in ("train", "val") for wnid in WNIDS}
     write_files(tmp_path / "source", files)
     folder(tmp_path / "source", tmp_path / "shards", workers=1)
-    assert [key for key, _, _ in read_samples(tmp_path / "shards", "train")] == ["n01_7"]
+    assert {key for key, _, _ in read_samples(tmp_path / "shards", "train")} == {f"{wnid}_7" for wnid in WNIDS}
+    assert not read_index(tmp_path / "shards").exif_orientation, "ImageNet's labels are about the pixels as stored"
 
 
 @pytest.mark.parametrize(
@@ -502,9 +531,19 @@ def test_names_of_imagenet_are_kept(tmp_path):
     [
         ({}, {}, "is no folder"),
         ({"a.jpg": b"x"}, {}, "holds no class folders"),
-        ({"cat/a.txt": b"x"}, {}, "gives 0 training and 0 validation images"),
-        ({"train/cat/a.jpg": b"x", "val/dog/a.jpg": b"x"}, {}, "holds the class 'dog', of which there are no training"),
-        ({"train/cat/a.jpg": b"x", "val/cat/a.jpg": b"x"}, {"validation_fraction": 0.5}, "leave out"),
+        ({"cat/a.jpg": b"x"}, {}, "holds one class, cat"),
+        ({"cat/a.txt": b"x", "dog/a.jpg": b"x"}, {}, r"the class cat has no image: .* holds 1 \.txt; convert them"),
+        ({"cat/a.jpg": b"x", "dog/a.jpg": b"x"}, {}, "gives 2 training and no validation images"),
+        (
+            {"train/cat/a.jpg": b"x", "train/emu/a.jpg": b"x", "val/dog/a.jpg": b"x"},
+            {},
+            "holds the class 'dog', of which there are no training",
+        ),
+        (
+            {"train/cat/a.jpg": b"x", "train/emu/a.jpg": b"x", "val/cat/a.jpg": b"x"},
+            {"validation_fraction": 0.5},
+            "leave out",
+        ),
         ({"cat/a.jpg": b"x"}, {"validation_fraction": 1.0}, "must be between 0 and 1"),
     ],
 )

@@ -52,6 +52,16 @@ def test_it_resumes_at_a_batch_without_replay_and_goes_on_to_the_next_epoch():
     assert list(resumed) == list(whole)
 
 
+def test_the_first_epoch_can_be_every_epoch():
+    """As trainer.overfit_batches asks: the same samples with the same random changes, which follow from the key."""
+    sampler = GlobalBatchSampler(53, 8, rank=1, num_ranks=2, repeat_first_epoch=True)
+    first = list(sampler)
+    sampler.set_epoch(3)
+    assert list(sampler) == first
+    sampler.set_position(4, 2)
+    assert list(sampler) == first[2:]
+
+
 @pytest.mark.parametrize(
     ("size", "ranks", "accumulate", "message"),
     [

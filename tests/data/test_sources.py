@@ -13,7 +13,8 @@ from shard_cases import make_shards
 from syncbn.data import ImageFolderDataset, open_image_sets
 from syncbn.data.datasets import hold_out
 from syncbn.data.idx import IDX_FILES, read_idx
-from syncbn.data.image_folder import image_paths
+from syncbn.data.image_folder import images_and_others
+from syncbn.data.sources import open_training_set
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -43,10 +44,23 @@ def make_image_folder(folder: Path, splits: dict[str, dict[str, int]]) -> None:
                 assert cv2.imwrite(str(folder / split / name / f"{number}.png"), image)
 
 
+def test_idx_files_with_a_dot_in_the_name_and_where_torchvision_puts_them(tmp_path):
+    for place in ("dots", "vision/MNIST/raw", "both/MNIST/raw", "both/FashionMNIST/raw"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        make_idx_folder(folder, "")
+    for path in (tmp_path / "dots").iterdir():
+        path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+    for place in ("dots", "vision", "vision/MNIST", "vision/MNIST/raw"):
+        assert len(open_image_sets(str(tmp_path / place), validate_on_test=True).train) == 12
+    with pytest.raises(ValueError, match=r"several data sets, in .*FashionMNIST/raw and .*/MNIST/raw: name one"):
+        open_image_sets(str(tmp_path / "both"))
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_idx_files_are_read_gzipped_or_not(tmp_path, suffix):
     arrays = make_idx_folder(tmp_path, suffix)
-    sets = open_image_sets(str(tmp_path))
+    sets = open_image_sets(str(tmp_path), validate_on_test=True)
     for split, images in (("train", sets.train), ("test", sets.test)):
         assert len(images) == len(arrays[split, "labels"])
         for index in range(len(images)):
@@ -55,7 +69,7 @@ def test_idx_files_are_read_gzipped_or_not(tmp_path, suffix):
     pixels = arrays["train", "images"] / 255
     assert sets.train.mean[0] == pytest.approx(pixels.mean()) and sets.train.std[0] == pytest.approx(pixels.std())
     assert sets.train.classes == ("0", "1", "2", "3")
-    assert sets.validation is sets.test
+    assert sets.validation is sets.test and sets.validation_from == "test"
 
 
 def test_an_idx_folder_must_be_complete(tmp_path):
@@ -91,6 +105,7 @@ def test_a_truncated_gzip_file_is_named(tmp_path):
 
 def test_mnist_itself():
     sets = open_image_sets(str(real_data("mnist")), validation_images=5000)
+    assert sets.validation_from == "train"
     assert (len(sets.train), len(sets.validation), len(sets.test)) == (55_000, 5_000, 10_000)
     assert sets.test.label(0) == 7
     assert sets.train.mean[0] == pytest.approx(0.1307, abs=1e-4)
@@ -101,7 +116,7 @@ def test_images_in_class_folders(tmp_path):
     sets = open_image_sets(str(tmp_path))
     assert sets.train.classes == ("ant", "cat") and sets.train.channels == 3
     assert [sets.train.label(index) for index in range(5)] == [0, 0, 1, 1, 1]
-    assert sets.validation is sets.test and len(sets.test) == 3
+    assert len(sets.validation) == 3 and sets.test is None and sets.validation_from == "val"
     path = tmp_path / "train" / "ant" / "0.png"
     assert np.array_equal(sets.train.image(0), cv2.imread(str(path))[:, :, ::-1])  # OpenCV's files are BGR
 
@@ -111,12 +126,14 @@ def test_class_folders_alone_need_images_held_out(tmp_path):
     with pytest.raises(ValueError, match=r"10 training images, as by data\.validation_images=1$"):
         open_image_sets(str(tmp_path))
     sets = open_image_sets(str(tmp_path), validation_images=3)
-    assert (len(sets.train), len(sets.validation)) == (7, 3) and sets.test is sets.validation
+    assert (len(sets.train), len(sets.validation)) == (7, 3) and sets.test is None and sets.validation_from == "train"
     assert sets.train.classes == ("ant", "cat")
 
 
 def test_folders_within_a_class_and_suffixes_in_any_case(tmp_path):
-    make_image_folder(tmp_path, {"train": {"ant": 2}, "train/ant": {"red/old": 1, "black": 2}, "val": {"ant": 1}})
+    make_image_folder(
+        tmp_path, {"train": {"ant": 2, "bee": 1}, "train/ant": {"red/old": 1, "black": 2}, "val": {"ant": 1}}
+    )
     ants = tmp_path / "train" / "ant"
     (ants / "0.png").rename(ants / "z.PNG")
     (ants / "notes.txt").write_text("no image")
@@ -127,8 +144,8 @@ def test_folders_within_a_class_and_suffixes_in_any_case(tmp_path):
     (ants / "linked").symlink_to(elsewhere)
     train = open_image_sets(str(tmp_path)).train
     expected = ["z.PNG", "black/0.png", "black/1.png", "linked/1.png", "red/old/0.png"]
-    assert [train.name(index) for index in range(len(train))] == [str(ants / name) for name in expected]
-    assert train.classes == ("ant",)
+    assert [train.name(index) for index in range(5)] == [str(ants / name) for name in expected]
+    assert train.classes == ("ant", "bee") and train.left_out == {".txt": 1}
     assert train.encoded(0) == (ants / "z.PNG").read_bytes()
 
 
@@ -145,7 +162,7 @@ def test_an_orientation_in_exif_is_not_applied(tmp_path):
 
 def test_a_class_missing_in_val_keeps_the_labels_and_one_missing_in_train_is_an_error(tmp_path):
     make_image_folder(tmp_path, {"train": {"ant": 1, "bee": 1, "cat": 1}, "val": {"cat": 2}})
-    assert open_image_sets(str(tmp_path)).test.label(0) == 2
+    assert open_image_sets(str(tmp_path)).validation.label(0) == 2
     make_image_folder(tmp_path, {"val": {"dog": 1}})
     with pytest.raises(ValueError, match="the class 'dog', which is no class of the training images"):
         open_image_sets(str(tmp_path))
@@ -153,7 +170,7 @@ def test_a_class_missing_in_val_keeps_the_labels_and_one_missing_in_train_is_an_
 
 @pytest.mark.parametrize("content", [b"", b"no image"])
 def test_a_broken_image_is_named(tmp_path, content):
-    make_image_folder(tmp_path, {"train": {"ant": 1}, "val": {"ant": 1}})
+    make_image_folder(tmp_path, {"train": {"ant": 1, "bee": 1}, "val": {"ant": 1}})
     path = tmp_path / "train" / "ant" / "0.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot decode the image .*ant/0\.png"):
@@ -163,11 +180,12 @@ def test_a_broken_image_is_named(tmp_path, content):
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        ({"train": {"ant": 1}}, "neither val nor test"),
-        ({"train": {"ant": 0}, "val": {"ant": 1}}, "holds no images"),
-        ({"val": {"ant": 1}}, "no data of a known layout"),
-        ({"other": {"ant": 0}}, "no data of a known layout"),
-        ({"ant": {".": 20}}, r"neither val nor test to evaluate on: .* as by data.validation_images=1$"),
+        ({}, "no data of a known layout"),
+        ({"train": {"ant": 1, "bee": 1}}, "neither val nor test"),
+        ({"train": {"ant": 0, "bee": 1}, "val": {"ant": 1}}, "the class ant has no image: .*/train/ant is empty"),
+        ({"val": {"ant": 1, "bee": 1}}, "has val, but no training images: name their folder train"),
+        ({"other": {"ant": 0}}, "holds one class, other: two or more .*; name data.root=.*/other if ant is one"),
+        ({"ant": {".": 20}}, "holds one class, ant: two or more are needed"),
     ],
 )
 def test_what_is_missing_is_said(tmp_path, folders, message):
@@ -191,7 +209,7 @@ def test_a_missing_folder_is_named_and_what_is_accepted():
 @pytest.mark.parametrize("count", [1, 7, 11])
 def test_images_held_out_are_spread_and_in_one_part_only(tmp_path, count):
     make_idx_folder(tmp_path)
-    dataset = open_image_sets(str(tmp_path)).train
+    dataset = open_training_set(str(tmp_path))
     kept, held_out = hold_out(dataset, count)
     assert len(held_out) == count
     assert sorted([*kept.indices, *held_out.indices]) == list(range(12))
@@ -216,7 +234,7 @@ def test_links_that_go_round_are_followed_once(tmp_path):
     (tmp_path / "cat" / "self").symlink_to(".")
     (tmp_path / "cat" / "elsewhere").symlink_to(tmp_path / "more")
     (tmp_path / "cat" / "again").symlink_to(tmp_path / "more")
-    assert list(image_paths(tmp_path / "cat")) == ["a.png", "again/b.png"]
+    assert images_and_others(tmp_path / "cat") == (["a.png", "again/b.png"], [])
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"short")])

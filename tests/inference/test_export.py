@@ -14,7 +14,7 @@ from weights_of_noise import make_card, make_embedding_file, make_file, make_net
 
 from syncbn.cli import main
 from syncbn.inference.export import Comparison
-from syncbn.inference.graphs import GRAPHS
+from syncbn.inference.graphs import GRAPHS, Onnx
 from syncbn.models import inception_bn
 from syncbn.models.weights import build_network, parse_card, read_weights, write_weights
 
@@ -54,6 +54,36 @@ def test_onnx_under_onnxruntime(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "out.onnx", "out.onnx.card.json"]
     card = parse_card((tmp_path / "out.onnx.card.json").read_text(), "the card")
     assert card == read_weights(weights).card and card.preprocessing.colour_order == "BGR"
+
+
+@pytest.mark.parametrize(
+    ("words", "opset", "ir_version", "oldest"),
+    [
+        ([], 18, 8, "1.15"),
+        (["--opset=19"], 19, 9, "1.16"),
+        (["--opset=20"], 20, 9, "1.17"),
+        (["--ir_version=10", "--opset=19"], 19, 10, "1.18"),
+    ],
+)
+def test_onnx_is_written_for_old_runtimes(words, opset, ir_version, oldest, tmp_path, capsys):
+    onnx = pytest.importorskip("onnx", reason="the extra syncbn[export] is not installed")
+    weights, _ = make_file(tmp_path)
+    export(weights, *words)
+    assert f"runs under onnxruntime {oldest} and later" in capsys.readouterr().out
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert ([entry.version for entry in model.opset_import], model.ir_version) == ([opset], ir_version)
+    notes = {entry.key: entry.value for entry in model.metadata_props}
+    assert parse_card(notes["syncbn_model_card"], "the notes") == read_weights(weights).card
+    assert "area averaging" in notes["pixels"] and "mean [123.675, 116.28, 103.53" in notes["pixels"]
+    assert b"inception_bn.py" not in (tmp_path / "model.onnx").read_bytes(), "nothing of the machine it was made on"
+
+
+def test_versions_of_onnx_that_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="--opset 17 is not written: 18 to 23 are"):
+        Onnx(opset=17)
+    with pytest.raises(ValueError, match="--ir_version 8 does not go with --opset 19: 9 to 11 do"):
+        Onnx(opset=19, ir_version=8)
 
 
 def load_torchscript(path):
@@ -217,6 +247,7 @@ MISTAKES = {
     "a layout that cannot say it": (["--format=cadene"], "the layout cadene has separable_stem=False"),
     "a layout that has BatchNorm": (["--format=slim", "--fold=true"], "--fold true has no meaning"),
     "weights that take pixels": (["--format=slim", "--preprocessing=true"], "--preprocessing true has no meaning"),
+    "an opset of no ONNX": (["--format=slim", "--opset=18"], "--opset 18 has no meaning with --format slim"),
     "the file itself": (["--format=safetensors"], "is the file of weights itself"),
     "images that are not there": (["--format=exported", "--images=nowhere"], "'nowhere' names no image"),
     "a format that does not exist": (["--format=caffe"], "format"),

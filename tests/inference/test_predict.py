@@ -2,12 +2,16 @@
 
 import csv
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from weights_of_noise import by_hand, make_card, make_embedding_file, make_file, make_network, photos
 
 from syncbn.cli import main
@@ -45,6 +49,28 @@ def test_probabilities_are_those_of_the_network_on_what_the_variant_is_fed(varia
         assert line["predictions"][0]["class"] == f"name {probabilities.argmax()}"
 
 
+def test_images_are_turned_as_the_card_or_the_switch_says(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    picture.save(tmp_path / "a.png", exif=exif)
+    picture.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    picture.save(tmp_path / "stored.png")
+    network = make_network()
+
+    def outputs(turned, *words):
+        write_weights(network, make_card(network, exif_orientation=turned), tmp_path / "a.safetensors", "safetensors")
+        paths = [tmp_path / f"{name}.png" for name in ("a", "upright", "stored")]
+        assert predict(tmp_path / "a.safetensors", *paths, "--format=csv", "--top_k=10", *words) == 0
+        rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+        return [[row["probability"] for row in rows if row["image"] == str(path)] for path in paths]
+
+    for given, upright, stored in (outputs(True), outputs(False, "--exif_orientation=true")):
+        assert given == upright != stored
+    for given, upright, stored in (outputs(False), outputs(True, "--exif_orientation=false")):
+        assert given == stored != upright
+
+
 def test_csv_has_a_line_for_each_image_and_class(tmp_path):
     paths = photos(3)
     weights, _ = make_file(tmp_path)
@@ -54,6 +80,22 @@ def test_csv_has_a_line_for_each_image_and_class(tmp_path):
         rows = list(csv.DictReader(lines))
     assert [(row["image"], row["rank"]) for row in rows] == [(str(path), rank) for path in paths for rank in "12"]
     assert all(row["class"] == f"name {row['label']}" and 0 < float(row["probability"]) <= 1 for row in rows)
+
+
+def test_a_file_name_of_another_encoding_is_escaped(tmp_path):
+    path = tmp_path / "photo.png"
+    cv2.imwrite(str(path), np.full((32, 32, 3), 90, np.uint8))
+    weights, _ = make_file(tmp_path)
+    (tmp_path / "new").mkdir()
+    odd = os.fsdecode(bytes(tmp_path) + b"/new/gr\xfcn.png")
+    for name in ("a.png", odd, "z.png"):
+        shutil.copy(path, tmp_path / "new" / name)
+    for form in ("csv", "jsonl"):
+        output = tmp_path / f"out.{form}"
+        assert predict(weights, tmp_path / "new", f"--format={form}", "--top_k=1", f"--output={output}") == 0
+        text = output.read_text(encoding="utf-8")
+        assert "a.png" in text and r"gr\udcfcn.png" in text and "z.png" in text
+    assert json.loads(text.splitlines()[1])["image"] == odd
 
 
 def test_several_crops_average_probabilities(tmp_path):
@@ -166,6 +208,19 @@ def test_a_mistake_is_answered_in_one_line(words, expected, tmp_path, capsys, mo
     assert predict("model.safetensors", *words) == 1
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and errors[0].startswith("syncbn: error:") and expected in errors[0]
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, capsys):
+    network = make_network()
+    with torch.no_grad():
+        network.classifier.weight[3, :2] = torch.tensor([float("nan"), float("inf")])
+    weights = str(tmp_path / "broken.safetensors")
+    write_weights(network, make_card(network, "paper"), Path(weights), "safetensors")
+    for words in (["predict", weights, __file__], ["export", weights]):
+        with pytest.raises(SystemExit) as exited:
+            main(words)
+        error = capsys.readouterr().err
+        assert exited.value.code == 1 and "2 of " in error and "values of classifier.weight are not finite" in error
 
 
 def test_weights_that_do_not_say_what_they_are_fed(tmp_path, capsys):

@@ -210,7 +210,7 @@ class Unreachable:
 
 
 def describes_without_a_store(rank):
-    agreement = Agreement(dist.group.WORLD)
+    agreement = Agreement(dist.group.WORLD, torch.device("cpu"))
     agreement.store = Unreachable()
     began = time.monotonic()
     said = agreement.describe(7, Message("forward", (LayerName("first", "SyncBatchNorm(4)", 0),), 9))
@@ -263,7 +263,7 @@ def silent_in_a_group(rank, how):
 
 @pytest.mark.parametrize(("how", "world"), [("new_group", 2), ("first", 30), ("later", 30)])
 def test_the_timeout_is_the_process_groups(how, world):
-    found = run_ranks(silent_in_a_group, 2, how, timeout=8, group_timeout=world)
+    found = run_ranks(silent_in_a_group, 2, how, timeout=20, group_timeout=world)
     seconds, text = found[0]
     assert seconds < 7
     assert "SyncBatchNorm(3)" in text and "rank 0" in text

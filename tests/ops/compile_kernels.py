@@ -16,14 +16,14 @@ from syncbn.ops.triton_plan import MOST_REGISTERS, Plan, aligned_to, plan_of
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 LIKE_X = {"x", "y", "dy", "dx", "residual", "cut"}
-PARAMETERS = {"weight", "bias", "running_mean", "running_var", "dweight", "dbias"}
+PARAMETERS = {"weight", "bias", "running_mean", "running_var", "dweight", "dbias", "weight_copy", "bias_copy"}
 NUMBERS = {"M", "id_sum", "square_sum", "eps", "momentum"}
 PLAIN = {"outer", "splits", "sums_at", "count_at", "id", "length"}
 # What is None in the variants that Inception-BN runs on several ranks; that a layer runs alone, without parameters and
 # buffers, on an activation too small to split; and that one with a residual runs.
 ON_RANKS = {"residual", "y_read", "cut"}
 BARE = {*ON_RANKS, "count", "signature", "weight", "bias", "dweight", "dbias", "running_mean", "running_var", "steps"}
-BARE |= {"partials", "counters"}
+BARE |= {"partials", "counters", "weight_copy", "bias_copy"}
 WITH_RESIDUAL = {"count", "signature"}
 # With mean and variance given.
 NO_SUMS = {*BARE, "sums"}

@@ -54,6 +54,17 @@ def test_a_layer_alone_is_two_kernels_each_way(residual):
     assert layer.num_batches_tracked == 1
 
 
+def step_in_hooks(layers):
+    """Spoils each parameter once it has its gradient, as an optimiser in hooks steps it: before dx is computed."""
+
+    def spoil(parameter):
+        parameter.detach().fill_(torch.nan)
+
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.register_post_accumulate_grad_hook(spoil)
+
+
 def two_layers_in_one_message(rank):
     layers = [syncbn.SyncBatchNorm(6, activation="relu"), syncbn.SyncBatchNorm(4)]
 
@@ -65,7 +76,11 @@ def two_layers_in_one_message(rank):
         counted = [launches_of_a_step(make, layers) for _ in range(3)]
         xs, _ = make()
         ys = syncbn.sync_batch_norm_group(layers, xs)
-        dxs = torch.autograd.grad(ys, xs, [y.detach().square() for y in ys])
+        dys = [y.detach().square() for y in ys]
+        dxs = torch.autograd.grad(ys, xs, dys, retain_graph=True)
+        step_in_hooks(layers)
+        torch.autograd.backward(ys, dys)
+    assert all(torch.equal(x.grad, dx) for x, dx in zip(xs, dxs, strict=True))
     xs, ys = ([t.detach() for t in ts] for ts in (xs, ys))
     return counted[-1], xs, ys, dxs, [layer.running_var for layer in layers]
 
@@ -106,12 +121,15 @@ def side_by_side(rank, rows, N, space, dtype=torch.float64):
         wide = laid_out(torch.randn(N + rank, 40, *space, dtype=dtype), rows)
         dys = [wide[:, 2:8], laid_out(wide[:, 8:24], rows), wide[:, 24:27], laid_out(wide[:, :4], not rows)]
         parameters = [p for entry in layers for layer in entry for p in layer.parameters()]
-        gradients = torch.autograd.grad(ys, [*xs, *parameters], dys)
+        gradients = torch.autograd.grad(ys, [*xs, *parameters], dys, retain_graph=True)
+        weights = [p.detach().clone() for p in parameters]
+        step_in_hooks([layer for entry in layers for layer in entry])
+        torch.autograd.backward(ys, dys)
+    assert all(torch.equal(x.grad, dx) for x, dx in zip(xs, gradients[:2], strict=True))
     assert all(dx.stride() == x.stride() for dx, x in zip(gradients[:2], xs, strict=True))
     assert all(laid_out(y, rows).stride() == y.stride() for y in ys) or 1 in (N, *space)
     running = [(layer.running_mean, layer.running_var, layer.num_batches_tracked) for layer in (*layers[0], *layers[1])]
     xs, ys, dys = ([t.detach() for t in ts] for ts in (xs, ys, dys))
-    weights = [p.detach() for p in parameters]
     return counted, [*xs[0].split(WIDTHS, 1), xs[1]], ys, dys, gradients, weights, running
 
 

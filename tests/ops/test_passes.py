@@ -11,10 +11,11 @@ from norm_problems import assert_near, laid_out, limits_of_float32_sums, problem
 import syncbn
 from exactness import TOLERANCE
 from syncbn import ops
-from syncbn.ops import aten, native, reference
+from syncbn.ops import aten, aten32, native, reference
 
 PASSES = [
     pytest.param(aten, id="aten"),
+    pytest.param(aten32, id="aten32"),
     pytest.param(native, id="native", marks=pytest.mark.skipif(not native._functions, reason="not built: no compiler")),
 ]
 SHAPES = [(3, 5), (70, 16), (4, 3, 7), (2, 64, 5, 5), (5, 7, 1, 1), (3, 1, 9, 9), (2, 3, 4, 5, 6), (6, 33, 30, 31)]
@@ -22,8 +23,8 @@ FLOAT32 = TOLERANCE[torch.float32]
 
 
 def limits_of(passes, x, *more):
-    """By name. Compiled passes sum in float64 whatever the input, ATen's in float32 but for float64."""
-    if passes is aten and x.dtype != torch.float64:
+    """By name. Compiled passes sum in float64 whatever the input, others in float32 but for float64."""
+    if passes is not native and x.dtype != torch.float64:
         return limits_of_float32_sums(x, *more)
     return {"mean": 1e-12, "var": 1e-12, "sums": 1e-12, "dweight": FLOAT32, "dbias": FLOAT32}
 
@@ -34,6 +35,8 @@ def limits_of(passes, x, *more):
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
 def test_passes_are_those_of_the_reference(passes, dtype, shape, rows, relu):
+    if passes is aten32 and dtype == torch.float64:
+        pytest.skip("which these passes are for the lack of")
     x, dy, _, weight, bias = problem(shape, dtype, rows)
     activation = "relu" if relu else None
     limits = limits_of(passes, x, dy, weight, bias, activation)
@@ -52,8 +55,8 @@ def test_passes_are_those_of_the_reference(passes, dtype, shape, rows, relu):
     assert found.stride() == x.stride()
     assert_near(found, y, TOLERANCE[dtype])
 
-    if passes is aten:
-        dy, affine = aten.before_relu(dy, x, affine)
+    if passes is not native:
+        dy, affine = passes.before_relu(dy, x, affine)
     expected = reference.batch_norm_gradients(dy, x, weight, bias, activation=activation)
     sums, dweight, dbias = passes.gradient(dy, x, affine)
     assert_near(dweight, expected.gamma, limits["dweight"])

@@ -15,7 +15,7 @@ from syncbn.training import ImageClassifier, PolyakAveraging, checkpointing
 from syncbn.training.checkpoint_files import AtomicCheckpointIO, by_step, newest_whole
 from syncbn.training.checkpointing import Checkpointing, RandomByStep
 from syncbn.training.run_logs import read_log, run_loggers
-from syncbn.training.stopping import STOPPED
+from syncbn.training.stopping import INTERRUPTED, STOPPED
 
 NOT_EMPTY = "ignore:Checkpoint directory .* exists and is not empty:UserWarning"
 pytestmark = pytest.mark.filterwarnings(NOT_EMPTY)
@@ -42,10 +42,6 @@ class Strike(Callback):
 
 def kill() -> None:
     raise Killed
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Watch(Callback):
@@ -129,19 +125,26 @@ def test_killed_anywhere_it_goes_on_bitwise(whole, tmp_path, hook, step, accumul
     assert rows(tmp_path) == log
 
 
-@pytest.mark.parametrize(("hook", "step", "saved"), [(WHEN[1], 7, 8), (WHEN[3], 6, 6)])
+@pytest.mark.parametrize(
+    ("hook", "step", "saved", "number", "status", "cause"),
+    [
+        (WHEN[1], 7, 8, signal.SIGTERM, STOPPED, "a signal after 8 steps; a restart goes"),
+        (WHEN[3], 6, 6, signal.SIGINT, INTERRUPTED, "Ctrl-C after 6 steps; --resume "),
+    ],
+)
 def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_bitwise(
-    whole, tmp_path, hook, step, saved, capfd, monkeypatch
+    whole, tmp_path, hook, step, saved, number, status, cause, capfd, monkeypatch
 ):
     monkeypatch.setattr(checkpointing, "AGREEMENT_SECONDS", 0)  # else it might train on for a second
     expected, log = whole[1]
     options = {"every_n_steps": None, "every_minutes": None}
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped:
-        train(tmp_path, Strike(hook, step, terminate), **options)
-    signal.signal(signal.SIGTERM, before)
-    assert stopped.value.code == STOPPED
-    assert f"stopped by a signal after {saved} steps" in capfd.readouterr().err
+        train(tmp_path, Strike(hook, step, lambda: os.kill(os.getpid(), number)), **options)
+    signal.signal(number, before)
+    assert stopped.value.code == status
+    errors = capfd.readouterr().err
+    assert f"stopped by {cause}" in errors and errors.count("once more") == (number == signal.SIGINT)
     assert by_step(tmp_path / "name" / "version_0" / "checkpoints")[0].name == f"step={saved}.ckpt"
     assert same(train(tmp_path, resume=True, **options), expected)
     assert rows(tmp_path) == log

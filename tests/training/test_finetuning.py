@@ -6,11 +6,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ranks import run_ranks
+from syncbn import channel
 from syncbn.data import ImageDataModule
 from syncbn.data.order import ShuffledOrder
 from syncbn.models import inception_bn
@@ -91,9 +91,9 @@ def messages(rank: int, patterns: list[str], policy: Any) -> tuple[int, int]:
         net.get_submodule(name).eval()
     images = torch.randn(2, 3, 16, 16)
     net(images)  # the first message also compares the ranks' layers
-    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as forward:
+    with patch.object(channel, "launch", wraps=channel.launch) as forward:
         loss = net(images).sum()
-    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as backward:
+    with patch.object(channel, "launch", wraps=channel.launch) as backward:
         loss.backward()
     return forward.call_count, backward.call_count
 

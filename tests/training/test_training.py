@@ -153,3 +153,13 @@ def test_a_checkpoint_holds_no_code_and_builds_the_network_again(tmp_path, whole
     assert checkpoint["hyper_parameters"]["width_multiplier"] == 0.125
     model = ImageClassifier.load_from_checkpoint(folder / "end-epoch=1.ckpt", weights_only=True)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:You are using a custom batch sampler")
+def test_weights_that_are_not_finite_are_not_evaluated(tmp_path):
+    model, data = make()
+    with torch.no_grad():
+        model.network.classifier.bias[2] = float("nan")
+    for verb in ("test", "validate", "predict"):
+        with pytest.raises(ValueError, match=r"^1 of 10 values of network.classifier.bias are not finite"):
+            getattr(trainer(tmp_path), verb)(model, data)

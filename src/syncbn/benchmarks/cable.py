@@ -85,7 +85,7 @@ def _hold(delay: float, pipe: Connection) -> None:
     """Make both ends, say where they are, and relay frames until the pipe is closed."""
     try:
         namespaces, taps = zip(*(_make_end(f"{NETWORK}.{number}") for number in (1, 2)), strict=True)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, AttributeError, subprocess.CalledProcessError) as error:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
         pipe.send(f"{error} {said}".strip())
         return

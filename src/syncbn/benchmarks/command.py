@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from syncbn.benchmarks import collectives, gpu, inference, latency, layer, loader, measure, memory, step
 from syncbn.benchmarks.cable import may_exist
+from syncbn.paths import ExpandingParser
 
 SECTIONS: dict[str, Any] = {
     "layer": layer,
@@ -46,9 +47,9 @@ def run(words: Sequence[str]) -> None:
             _run_in_new_process(section, words)
 
 
-def parser() -> ArgumentParser:
+def parser() -> ExpandingParser:
     """The options of `syncbn benchmark`."""
-    parser = ArgumentParser(
+    parser = ExpandingParser(
         prog="syncbn benchmark", description="Verify, then time syncbn beside its peers.", exit_on_error=False
     )
     parser.add_argument(

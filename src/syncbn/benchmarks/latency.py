@@ -32,7 +32,8 @@ from syncbn.benchmarks.cable import delayed_cable
 from syncbn.benchmarks.measure import OURS, Row
 from syncbn.benchmarks.step import CONTENDERS, Setting, Trainer, verify
 from syncbn.benchmarks.world import run_ranks
-from syncbn.distributed import Reduction, Ticket
+from syncbn.channel import Ticket
+from syncbn.distributed import Reduction
 from syncbn.models.blocks import UnitSpec
 from syncbn.models.inception_bn import STEM_CONV2, TABLE, InceptionModule
 from syncbn.ops import Signature

@@ -213,7 +213,13 @@ def steady_rate(loader: DataLoader[ImageBatch]) -> float:
 
 
 def measure_memory(photos: ImageFolderDataset, augmentation: Augmentation, images: int, folder: Path) -> list[Row]:
-    """Megabytes resident in this process after each tenth of the images, read from shards without workers."""
+    """Megabytes resident in this process after each tenth of the images, read from shards without workers.
+
+    Raises:
+        ValueError: The system is not Linux.
+    """
+    if sys.platform != "linux":
+        raise ValueError("the memory of this process is read from /proc/self/statm, which only Linux has")
     shards = shards_of(photos, folder, copies=10)
     assert shards.layout is not None
     order = WindowedOrder(shards.layout, 2, seed=0)
@@ -321,7 +327,7 @@ def run(
             rows += measure_decoding(dataset, augmentation, rounds)
         if part in ("all", "workers"):
             rows += measure_workers(dataset, augmentation, min(rounds, 5), 40 if quick else 600)
-        if part in ("all", "memory"):
+        if part == "memory" or (part == "all" and sys.platform == "linux"):
             rows += measure_memory(dataset, augmentation, images, folder)
     if part in ("all", "decode"):
         title = f"Loader: CPU time of a photo{'' if photos else ' (made up)'}, {augmentation}"

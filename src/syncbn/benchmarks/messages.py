@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn import channel
 from syncbn.benchmarks.peers import ALL_GATHER
 
 ALL_REDUCE = "all_reduce"
@@ -45,10 +46,19 @@ def recorded() -> Iterator[list[Message]]:
         messages.append(Message(ALL_REDUCE, tensor.nbytes, tensor.nbytes))
         return real[ALL_REDUCE](tensor, *args, **more)
 
+    def launch(message: Tensor, group: dist.ProcessGroup) -> Any:
+        messages.append(Message(ALL_REDUCE, message.nbytes, message.nbytes))
+        return real_launch(message, group)
+
     def all_gather(received: Tensor, given: Tensor, *args: Any, **more: Any) -> Any:
         messages.append(Message(ALL_GATHER, given.nbytes, received.nbytes))
         return real[ALL_GATHER](received, given, *args, **more)
 
     real = {name: getattr(dist, name) for name in (ALL_REDUCE, ALL_GATHER)}
-    with mock.patch.object(dist, ALL_REDUCE, all_reduce), mock.patch.object(dist, ALL_GATHER, all_gather):
+    real_launch = channel.launch
+    with (
+        mock.patch.object(channel, "launch", launch),
+        mock.patch.object(dist, ALL_REDUCE, all_reduce),
+        mock.patch.object(dist, ALL_GATHER, all_gather),
+    ):
         yield messages

@@ -2,7 +2,8 @@
 
 The samplers and the random numbers are those of the OpenCV path: DALI decodes the windows they name, resizes and
 mirrors them. The order of the samples, the crops and the colours are therefore the same; pixels differ by what
-two decoders and two ways of shrinking differ by.
+two decoders and two ways of shrinking differ by. DALI decodes JPEG that is upright and not CMYK. Of all else it is
+given the pixels that `syncbn.data.decoding` makes, so that the picture is the same.
 """
 
 from collections import deque
@@ -10,13 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from syncbn.data.augmentation import AUGMENTATION_STREAM, Augmentation, Plan, draw, random_stream
 from syncbn.data.batches import ImageBatch, Normalisation
-from syncbn.data.datasets import ImageDataset
+from syncbn.data.cropping import Window
+from syncbn.data.datasets import ImageDataset, ReadError
 from syncbn.data.photo import Photo
 from syncbn.data.samplers import GlobalBatchSampler, SampleKey
 from syncbn.data.window_reader import WindowReader
@@ -130,12 +133,7 @@ class DaliLoader:
         for photo, key in zip(photos, keys, strict=True):
             draws = draw(random_stream(self.seed, key.epoch, key.sample, AUGMENTATION_STREAM))
             plans.append(self.augmentation.plan(photo.height, photo.width, draws))
-        windows = [plan.window for plan in plans if plan.window]
-        files = [np.frombuffer(photo.encoded or b"", np.uint8) for photo in photos]
-        anchors = [np.array([window.top, window.left], np.int32) for window in windows]
-        shapes = [np.array([window.height, window.width], np.int32) for window in windows]
-        mirrored = [np.array(plan.mirrored, np.int32) for plan in plans]
-        return Scheduled(keys, plans, (files, anchors, shapes, mirrored))
+        return Scheduled(keys, plans, inputs_of(photos, plans))
 
     def _batch(self, pixels: Tensor, scheduled: Scheduled) -> ImageBatch:
         return ImageBatch(
@@ -145,10 +143,53 @@ class DaliLoader:
         )
 
     def _name_broken_files(self, scheduled: Iterable[Scheduled]) -> None:
-        """Raise OpenCV's error of a file that cannot be decoded, which names it: DALI's does not."""
-        for batch in scheduled:
-            for key in batch.keys:
-                Photo(self.dataset, key.sample, self.dataset.encoded(key.sample)).pixels()
+        """Raise an error that names the file that cannot be decoded: DALI's does not.
+
+        Raises:
+            ReadError: OpenCV cannot decode it either, or DALI alone.
+        """
+        photos = [
+            Photo(self.dataset, key.sample, self.dataset.encoded(key.sample))
+            for batch in scheduled
+            for key in batch.keys
+        ]
+        for photo in photos:
+            photo.pixels()
+        for photo in photos:
+            if reason := self._reason_of(photo):
+                raise ReadError(
+                    f"DALI cannot decode the image {photo.name} ({reason}), which OpenCV can: take"
+                    " data.decoder=opencv, or save the image anew"
+                )
+
+    def _reason_of(self, photo: Photo) -> str:
+        """Why DALI cannot decode an image; empty if it can."""
+        whole = Plan(Window(0, 0, photo.height, photo.width), False, None)
+        inputs = inputs_of([photo], [whole])
+        try:
+            build_pipeline(lambda: inputs, self.image_size, 1, 1, self.device_id).run()
+        except RuntimeError as error:
+            return " ".join(str(error).split())[:200]
+        return ""
+
+
+def inputs_of(photos: list[Photo], plans: list[Plan]) -> Inputs:
+    """What DALI is given of some images."""
+    windows = [plan.window for plan in plans if plan.window]
+    files = [np.frombuffer(file_for_dali(photo), np.uint8) for photo in photos]
+    anchors = [np.array([window.top, window.left], np.int32) for window in windows]
+    shapes = [np.array([window.height, window.width], np.int32) for window in windows]
+    mirrored = [np.array(plan.mirrored, np.int32) for plan in plans]
+    return files, anchors, shapes, mirrored
+
+
+def file_for_dali(photo: Photo) -> bytes:
+    """The file of a photo where DALI makes the same picture of it as OpenCV; else its pixels as BMP."""
+    if photo.is_plain_jpeg and photo.encoded is not None:
+        return photo.encoded
+    written, content = cv2.imencode(".bmp", cv2.cvtColor(photo.pixels(), cv2.COLOR_RGB2BGR))
+    assert written
+    return content.tobytes()
 
 
 def recolour(images: Tensor, plans: list[Plan]) -> Tensor:

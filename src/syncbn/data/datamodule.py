@@ -4,17 +4,17 @@ import signal
 from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from syncbn.data.augmentation import Augmentation
 from syncbn.data.batches import BatchedImages, ImageBatch, OnReadError, keep_batch
-from syncbn.data.datasets import ImageDataset
+from syncbn.data.datasets import ImageDataset, class_counts
 from syncbn.data.evaluation import EvaluationCrops
 from syncbn.data.order import EpochOrder, ShuffledOrder, WindowedOrder
 from syncbn.data.samplers import EvaluationBatchSampler, GlobalBatchSampler
-from syncbn.data.sources import EMBEDDED, open_image_sets
+from syncbn.data.sources import EMBEDDED, hold_some_out, open_image_sets
 from syncbn.data.window_reader import WindowReader, bytes_held
 from syncbn.preprocessing import Preprocessing, find_preprocessing
 
@@ -30,7 +30,7 @@ def use_one_thread(worker: int) -> None:
 def set_up_worker(worker: int) -> None:
     """What a process that prepares batches begins with."""
     use_one_thread(worker)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # sent to a whole job they ask the ranks to stop, which need their batch
 
 
@@ -67,8 +67,8 @@ class ImageDataModule(LightningDataModule):
             the data's own mean and standard deviation), "cadene" or "slim"; or as numbers.
         decoder: Of the training images: "opencv", or "dali" for NVIDIA's (the extra syncbn[dali]), which decodes on
             the GPU where the trainer has one.
-        validation_images: Training images held out for validation. 0 holds out none: validation then takes
-            the data's own validation set, or the test set.
+        validation_images: Training images held out for validation. 0 holds out none: validation then takes the data's
+            own validation set; or the test set, where nothing is chosen by it.
         num_workers: Processes for each rank that prepare batches (threads, of DALI's training images). 0 prepares
             them in the training process.
         seed: Decides the order of the samples and their random changes.
@@ -80,6 +80,11 @@ class ImageDataModule(LightningDataModule):
             number of those left out is printed at the end of the epoch.
         own_evaluation_classes: Whether validation and test images may be of other classes than the training images, as
             in retrieval.
+        exif_orientation: Whether photos are turned as their EXIF says. Null turns those of folders and parquet files,
+            but not those of ImageNet, known by the names of its classes (n01440764 ...); shards are as they were made.
+        suffixes: Endings of the names of the files in folders that are images. Null takes those of all kinds that can
+            be read.
+        validate_on_test: Whether validation takes the test images, even where a checkpoint is chosen by them.
 
     Raises:
         ValueError: The data are missing, broken or of unknown layout; or an argument is out of range.
@@ -102,6 +107,9 @@ class ImageDataModule(LightningDataModule):
         drop_last: bool = True,
         on_read_error: OnReadError = "stop",
         own_evaluation_classes: bool = False,
+        exif_orientation: bool | None = None,
+        suffixes: list[str] | None = None,
+        validate_on_test: bool = False,
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -114,7 +122,16 @@ class ImageDataModule(LightningDataModule):
         self.shuffle_window = shuffle_window
         self.drop_last = drop_last
         self.on_read_error: OnReadError = on_read_error
-        self.sets = open_image_sets(root, validation_images, own_evaluation_classes, on_read_error)
+        self.validate_on_test = validate_on_test
+        self.sets = open_image_sets(
+            root,
+            validation_images,
+            own_evaluation_classes,
+            on_read_error,
+            exif_orientation=exif_orientation,
+            suffixes=suffixes,
+            validate_on_test=validate_on_test or None,
+        )
         self.order = self._order()
         self._saved_division: dict[str, Any] | None = None
         self.image_size = self._native_size() if image_size is None else image_size
@@ -138,10 +155,17 @@ class ImageDataModule(LightningDataModule):
 
     def class_counts(self) -> list[int]:
         """Training images of each class."""
-        counts = [0] * self.num_classes
-        for index in range(self.training_images):
-            counts[self.sets.train.label(index)] += 1
-        return counts
+        return class_counts(self.sets.train)
+
+    @property
+    def exif_orientation(self) -> bool:
+        """Whether photos are turned as their EXIF says, or were when shards were made of them."""
+        return self.sets.exif_orientation
+
+    @property
+    def test_images(self) -> ImageDataset:
+        """The test images; the validation images where there are no others."""
+        return self.sets.validation if self.sets.test is None else self.sets.test
 
     @property
     def channels(self) -> int:
@@ -154,10 +178,11 @@ class ImageDataModule(LightningDataModule):
         return len(self.sets.train)
 
     def setup(self, stage: str) -> None:
-        """Refuse a trainer that would replace the samplers by its own.
+        """Refuse a trainer that would replace the samplers by its own, or choose by the test images.
 
         Raises:
-            ValueError: ``Trainer(use_distributed_sampler=True)``, Lightning's default, on several ranks.
+            ValueError: ``Trainer(use_distributed_sampler=True)``, Lightning's default, on several ranks; or a fit
+                chooses a checkpoint, or when to stop, by test images, and ``validate_on_test`` does not say so.
         """
         trainer = self.trainer
         if trainer and trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
@@ -165,13 +190,29 @@ class ImageDataModule(LightningDataModule):
                 "ImageDataModule divides each batch among the ranks itself:"
                 " pass Trainer(use_distributed_sampler=False) (config key trainer.use_distributed_sampler)"
             )
+        if trainer and stage == "fit" and self.sets.validation_from == "test" and not self.validate_on_test:
+            self._refuse_to_choose(trainer)
+
+    def _refuse_to_choose(self, trainer: Trainer) -> None:
+        """Refuse a trainer that chooses by the validation images, which are the test images here."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            chooses = getattr(callback, "save_top_k", 1) != 0 and monitor is not None and "train" not in monitor
+            if chooses and trainer.limit_val_batches:
+                raise ValueError(
+                    f"{self.root} has training and test images, but none for validation, and {type(callback).__name__}"
+                    f" chooses by {monitor}: {hold_some_out(self.sets.train)}, or let it choose by none"
+                    " (data.validate_on_test=true chooses by the test images all the same)"
+                )
 
     def describe(self) -> str:
         """The images and what the loader holds of them in memory, in words, one line."""
-        sets = self.sets
-        images = f"{len(sets.train):,} training, {len(sets.validation):,} validation, {len(sets.test):,} test images"
+        return "; ".join([self.sets.describe(), *self._shuffling()])
+
+    def _shuffling(self) -> list[str]:
+        """How shards are shuffled, in words; nothing of other data."""
         if not isinstance(self.order, WindowedOrder):
-            return images
+            return []
         workers = 0 if self.decoder == "dali" else self.num_workers
         held = bytes_held(self.order, self.trainer.world_size if self.trainer else 1, workers)
         reader = "worker" if workers else "rank"
@@ -182,10 +223,13 @@ class ImageDataModule(LightningDataModule):
             if window
             else f"{shards} shards shuffled, each in its own order"
         )
-        return f"{images}; {shuffled}, of which each {reader} holds about {held / 1e6:,.1f} MB"
+        return [f"{shuffled}, of which each {reader} holds about {held / 1e6:,.1f} MB"]
 
     def train_dataloader(self) -> "ResumableDataLoader | DaliLoader":
-        """Shuffled, augmented training batches of this rank, from the trainer's present place onwards."""
+        """Shuffled, augmented training batches of this rank, from the trainer's present place onwards.
+
+        With the trainer's ``overfit_batches`` every epoch has the same batches, images changed as in the first.
+        """
         trainer = self.trainer
         sampler = GlobalBatchSampler(
             self.training_images,
@@ -195,6 +239,7 @@ class ImageDataModule(LightningDataModule):
             accumulate_grad_batches=trainer.accumulate_grad_batches if trainer else 1,
             drop_last=self.drop_last,
             order=self.order,
+            repeat_first_epoch=bool(getattr(trainer, "overfit_batches", 0)),
         )
         if trainer and trainer.state.fn == TrainerFn.FITTING:
             epoch, batch = self._place_of_trainer(len(sampler))
@@ -221,8 +266,8 @@ class ImageDataModule(LightningDataModule):
         return self._evaluation_loader(self.sets.validation)
 
     def test_dataloader(self) -> DataLoader[ImageBatch]:
-        """All test images in order, each once over the ranks."""
-        return self._evaluation_loader(self.sets.test)
+        """All test images in order, each once over the ranks; the validation images where there are no others."""
+        return self._evaluation_loader(self.test_images)
 
     def predict_dataloader(self) -> DataLoader[ImageBatch]:
         """The test images, as `test_dataloader` gives them."""
@@ -321,7 +366,7 @@ class ImageDataModule(LightningDataModule):
         }
 
     def _native_size(self) -> int:
-        images = getattr(self.sets.test, "images", None)
+        images = getattr(self.test_images, "images", None)
         if images is None or images.shape[1] != images.shape[2]:
             raise ValueError(f"image_size is needed for {self.root!r}: its images are not squares of one size")
         return int(images.shape[1])

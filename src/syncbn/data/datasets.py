@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from syncbn.data.decoding import decode
+from syncbn.data.decoding import DecodingError, decode
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -67,6 +67,8 @@ class ImageDataset(Protocol):
 
     def __len__(self) -> int: ...
 
+    # And, where photos are to be turned as their EXIF says, an attribute exif_orientation: see applies_orientation.
+
     def encoded(self, index: int) -> bytes | None:
         """The file of the image at ``index``, JPEG or another format; None where only decoded arrays exist.
 
@@ -92,10 +94,13 @@ class ImageDataset(Protocol):
         ...
 
 
-def decode_image(content: bytes, dataset: ImageDataset, index: int, reduction: int = 1) -> np.ndarray:
-    """Decode what ``dataset.encoded(index)`` returned.
+def applies_orientation(dataset: ImageDataset) -> bool:
+    """Whether the images of a data set are turned as their EXIF says: not where it has no ``exif_orientation``."""
+    return getattr(dataset, "exif_orientation", False)
 
-    Pixels are taken as stored, as the ecosystem's loaders of ImageNet do: an EXIF orientation is not applied.
+
+def decode_image(content: bytes, dataset: ImageDataset, index: int, reduction: int = 1) -> np.ndarray:
+    """Decode what ``dataset.encoded(index)`` returned; an EXIF orientation is applied if the data set says so.
 
     Args:
         content: The file.
@@ -109,12 +114,13 @@ def decode_image(content: bytes, dataset: ImageDataset, index: int, reduction: i
     Raises:
         ReadError: It is no image, or not a whole one; the message names it.
     """
-    image = decode(content, dataset.channels, reduction)
-    if image is None:
+    try:
+        return decode(content, dataset.channels, reduction, applies_orientation(dataset))
+    except DecodingError as error:
+        name, size = dataset.name(index), len(content)
         raise ReadError(
-            f"cannot decode the image {dataset.name(index)} ({len(content)} bytes): remove or replace the file"
-        )
-    return image
+            f"cannot decode the image {name} ({size} bytes): remove or replace the file ({error})"
+        ) from error
 
 
 class EncodedDataset(ABC):
@@ -123,12 +129,16 @@ class EncodedDataset(ABC):
     Args:
         classes: Names of the classes, in the order of their labels.
         labels: Of the images, integers in 0..len(classes) - 1, shape (N,).
+
+    Attributes:
+        exif_orientation: Whether a photo is turned as its EXIF says.
     """
 
     channels = 3
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     layout: ShardLayout | None = None
+    exif_orientation: bool = False
 
     def __init__(self, classes: Sequence[str], labels: np.ndarray) -> None:
         self.classes = tuple(classes)
@@ -227,6 +237,12 @@ class Selection:
         self.channels = dataset.channels
         self.mean = dataset.mean
         self.std = dataset.std
+        self.exif_orientation = applies_orientation(dataset)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of the images: int64, shape (N,)."""
+        return labels_of(self.dataset)[self.indices]
 
     @property
     def layout(self) -> ShardLayout | None:
@@ -252,6 +268,19 @@ class Selection:
     def name(self, index: int) -> str:
         """Where the image at ``index`` comes from, for messages."""
         return self.dataset.name(int(self.indices[index]))
+
+
+def labels_of(dataset: ImageDataset) -> np.ndarray:
+    """The labels of all images of a data set: int64, shape (N,)."""
+    labels = getattr(dataset, "labels", None)  # not every data set has them at hand
+    if labels is None:
+        labels = [dataset.label(index) for index in range(len(dataset))]
+    return np.asarray(labels, dtype=np.int64)
+
+
+def class_counts(dataset: ImageDataset) -> list[int]:
+    """How many images of each class a data set holds."""
+    return np.bincount(labels_of(dataset), minlength=len(dataset.classes)).tolist()
 
 
 def hold_out(dataset: ImageDataset, count: int) -> tuple[Selection, Selection]:

@@ -20,7 +20,13 @@ IDX_FILES = {
     ("test", "images"): "t10k-images-idx3-ubyte",
     ("test", "labels"): "t10k-labels-idx1-ubyte",
 }
-"""File name of each part of a data set in MNIST's layout; each may carry the suffix ``.gz``."""
+"""File name of each part of a data set in MNIST's layout.
+
+Each may have a dot for the hyphen before ``idx``, as some archives unpack it, and may carry the suffix ``.gz``.
+"""
+
+BELOW = ("raw", "*/raw")
+"""Where torchvision keeps the files, below the folder that it is given: ``MNIST/raw``."""
 
 
 def find_idx_file(folder: Path, split: str, part: str) -> Path | None:
@@ -35,10 +41,22 @@ def find_idx_file(folder: Path, split: str, part: str) -> Path | None:
         The path, or None when neither the plain nor the gzipped file is there.
     """
     name = IDX_FILES[split, part]
-    for candidate in (folder / name, folder / f"{name}.gz"):
-        if candidate.is_file():
-            return candidate
-    return None
+    names = (name, name.replace("-idx", ".idx"))
+    candidates = (folder / f"{stem}{suffix}" for stem in names for suffix in ("", ".gz"))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def find_idx_folder(folder: Path) -> Path | None:
+    """The folder that holds idx files: ``folder`` itself, or where torchvision puts them in it.
+
+    Raises:
+        ValueError: There are several below.
+    """
+    below = sorted(path for pattern in BELOW for path in folder.glob(pattern))
+    found = [place for place in (folder, *below) if any(find_idx_file(place, *part) for part in IDX_FILES)]
+    if len(found) > 1 and found[0] != folder:
+        raise ValueError(f"{folder} holds several data sets, in {' and '.join(map(str, found))}: name one of them")
+    return found[0] if found else None
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -1,32 +1,48 @@
 """Images in folders, one folder for each class: ``root/<class>/<image>``, or deeper within the class."""
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from syncbn.data.datasets import EncodedDataset, ReadError
+from syncbn.data.decoding import SUFFIXES
+from syncbn.data.splits import is_visible, visible_folders
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+WNID = re.compile(r"n\d{8}")
+
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+"""Which systems put beside images, in small letters: not counted as left out."""
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """Sorted names of the class folders in ``folder``, without hidden ones.
+    """Sorted names of the class folders in ``folder``, without hidden ones and what systems leave behind.
 
     Raises:
         ValueError: There is none.
     """
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
+    names = tuple(entry.name for entry in visible_folders(folder))
     if not names:
         raise ValueError(f"{folder} holds no class folders; images are looked for in {folder}/<class>/")
     return names
 
 
+def is_imagenet(classes: Sequence[str]) -> bool:
+    """Whether classes are ImageNet's, by their names, which are identifiers of WordNet ("n01440764").
+
+    Its labels and accuracies are about pixels as stored: an EXIF orientation is not to be applied.
+    """
+    return all(WNID.fullmatch(name) for name in classes)
+
+
 def visible_files(folder: Path) -> Iterator[str]:
     """Paths of the files in ``folder`` and the folders in it, relative to it and sorted within each folder.
 
-    Links are followed, but not to where the walk has been or came from; hidden files and folders are left out.
+    Links are followed, but not to where the walk has been or came from; hidden files and folders are left out, and
+    what systems leave behind.
     """
     visited = {_identity(above) for above in (folder.resolve(), *folder.resolve().parents) if above.exists()}
 
@@ -37,10 +53,10 @@ def visible_files(folder: Path) -> Iterator[str]:
         return not known
 
     for parent, folders, names in os.walk(folder, followlinks=True):
-        visible = sorted(name for name in folders if name[0] != ".")
+        visible = sorted(name for name in folders if is_visible(name))
         folders[:] = [name for name in visible if is_new(os.path.join(parent, name))]  # noqa: PTH118
         for name in sorted(names):
-            if name[0] != ".":
+            if name[0] != "." and name.lower() not in SYSTEM_FILES:
                 yield os.path.relpath(os.path.join(parent, name), folder)  # noqa: PTH118 (a million times)
 
 
@@ -50,14 +66,24 @@ def _identity(path: "str | Path") -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def image_paths(folder: Path) -> Iterator[str]:
-    """Of the `visible_files` those that are images by their names."""
-    return (path for path in visible_files(folder) if path.lower().endswith(SUFFIXES))
+def images_and_others(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> tuple[list[str], list[str]]:
+    """The `visible_files` that are images by their names, and the others."""
+    images: list[str] = []
+    others: list[str] = []
+    endings = tuple(suffixes)
+    for path in visible_files(folder):
+        (images if path.lower().endswith(endings) else others).append(path)
+    return images, others
 
 
-def holds_images(folder: Path) -> bool:
-    """Whether a folder in ``folder`` holds an image."""
-    return any(True for entry in folder.iterdir() if entry.is_dir() for _ in image_paths(entry))
+def counts_by_suffix(paths: Iterable[str]) -> Counter[str]:
+    """How many files have which suffix."""
+    return Counter(os.path.splitext(path)[1].lower() or "without suffix" for path in paths)  # noqa: PTH122
+
+
+def in_words(counts: Counter[str]) -> str:
+    """How many files have which suffix, the most frequent first: "20 .heic, 3 .txt"."""
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common())
 
 
 class ImageFolderDataset(EncodedDataset):
@@ -66,13 +92,25 @@ class ImageFolderDataset(EncodedDataset):
     Args:
         folder: Holds one folder for each class.
         classes: Names of the classes in the order of their labels; None takes the folders there are, sorted.
+        suffixes: Endings, in small letters, of the names of the files that are taken as images.
+        exif_orientation: Whether a photo is turned as its EXIF says.
+
+    Attributes:
+        left_out: Of the other files in the class folders, how many have which suffix.
 
     Raises:
-        ValueError: A class folder is not in ``classes``, or there is not one image.
+        ValueError: A class folder is not in ``classes``, or holds no image.
     """
 
-    def __init__(self, folder: Path, classes: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        classes: Sequence[str] | None = None,
+        suffixes: Sequence[str] = SUFFIXES,
+        exif_orientation: bool = False,
+    ) -> None:
         found = class_names(folder)
+        may_be_empty = classes is not None  # of these classes there need not be images of each
         classes = found if classes is None else classes
         unknown = sorted(set(found) - set(classes))
         if unknown:
@@ -81,15 +119,20 @@ class ImageFolderDataset(EncodedDataset):
                 f" ({len(unknown)} such classes; {len(classes)} are known)"
             )
         self.folder = folder
+        self.exif_orientation = exif_orientation
+        self.left_out: Counter[str] = Counter()
         label_of = {name: label for label, name in enumerate(classes)}
         paths: list[bytes] = []
         labels: list[int] = []
         for name in found:
-            images = [os.fsencode(f"{name}/{path}") for path in image_paths(folder / name)]
-            paths += images
+            images, others = images_and_others(folder / name, suffixes)
+            if not images and (others or not may_be_empty):
+                raise ValueError(no_image_of(folder / name, others, suffixes))
+            paths += [os.fsencode(f"{name}/{path}") for path in images]
             labels += [label_of[name]] * len(images)
+            self.left_out += counts_by_suffix(others)
         if not paths:
-            raise ValueError(f"{folder} holds no images; files ending in {', '.join(SUFFIXES)} are read")
+            raise ValueError(f"{folder} holds no images; files ending in {', '.join(suffixes)} are read")
         super().__init__(classes, np.array(labels, dtype=np.int64))
         # An array, since a million Python objects would be copied to every worker as it counts references to them.
         self._paths = np.array(paths)
@@ -112,3 +155,13 @@ class ImageFolderDataset(EncodedDataset):
     def name(self, index: int) -> str:
         """Path of the image at ``index``."""
         return str(self.path(index))
+
+
+def no_image_of(folder: Path, others: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> str:
+    """What is wrong with the folder of a class without images, in words; ``others`` are the files in it."""
+    if not others:
+        return f"the class {folder.name} has no image: {folder} is empty; remove it"
+    return (
+        f"the class {folder.name} has no image: {folder} holds {in_words(counts_by_suffix(others))}; convert them, or"
+        f" remove the folder (files ending in {', '.join(suffixes)} are read)"
+    )

@@ -1,10 +1,12 @@
 """Images in Hugging Face's tables: parquet files with a column of encoded images and one of labels.
 
-Source of the layout: the ``datasets`` package, whose ``save``/``push_to_hub`` write ``train-00000-of-00294.parquet``,
-an image as a struct of its bytes and its path, and the names of the classes into the schema's metadata.
+Source of the layout: the ``datasets`` package, whose ``push_to_hub`` writes ``train-00000-of-00294.parquet``, an image
+as a struct of its bytes and its path, and the names of the classes into the schema's metadata. Its ``to_parquet``
+leaves out the bytes: the file at the path is then read, where it is there.
 """
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from syncbn.data.datasets import EncodedDataset, ReadError, ShardLayout
+from syncbn.data.splits import split_of, visible_folders
 
-SPLIT_PREFIXES = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}
 SHARD_BYTES = 100_000_000
 """Consecutive row groups of a file are shuffled as one shard of at least this size, which ``syncbn prepare`` uses."""
 ROW_GROUPS_KEPT = 2
@@ -22,13 +24,27 @@ ROW_GROUPS_KEPT = 2
 
 
 def find_parquet_files(folder: Path, split: str) -> list[Path]:
-    """The files of one split ("train", "val" or "test") in a folder or in its folder ``data``, sorted."""
+    """The files of one split ("train", "val" or "test"), sorted.
+
+    They lie in the folder or in its folder ``data``, and their names begin with a name of the split, as
+    "train-00000-of-00294.parquet"; or they lie in a folder with such a name.
+    """
     for place in (folder, folder / "data"):
-        for prefix in SPLIT_PREFIXES[split]:
-            files = sorted([*place.glob(f"{prefix}-*.parquet"), *place.glob(f"{prefix}.parquet")])
-            if files:
-                return files
-    return []
+        files = [path for path in place.glob("*.parquet") if _split_of_file(path) == split]
+        if files:
+            return sorted(files)
+    folders = [entry for entry in visible_folders(folder) if split_of(entry.name) == split]
+    return sorted(path for entry in folders for path in entry.glob("*.parquet"))
+
+
+def _split_of_file(path: Path) -> str | None:
+    return split_of(re.split(r"[-.]", path.name)[0])
+
+
+def unused_parquet_files(folder: Path) -> list[Path]:
+    """The tables beside those of the splits, sorted."""
+    used = {path for split in ("train", "val", "test") for path in find_parquet_files(folder, split)}
+    return sorted({*folder.glob("*.parquet"), *folder.glob("data/*.parquet")} - used)
 
 
 def import_pyarrow() -> Any:
@@ -75,7 +91,8 @@ class ParquetDataset(EncodedDataset):
         classes: Names of the classes in the order of their labels; None takes those the files name.
 
     Raises:
-        ValueError: pyarrow is missing; a file is broken, lacks the columns, or holds a label of no class.
+        ValueError: pyarrow is missing; a file is broken, lacks the columns, or holds a label of no class or paths where
+            no images are.
     """
 
     def __init__(self, files: Sequence[Path], classes: Sequence[str] | None = None) -> None:
@@ -88,6 +105,7 @@ class ParquetDataset(EncodedDataset):
                 with parquet.ParquetFile(path) as table:
                     if number == 0:
                         self._image, self._label, named = image_and_label_columns(table.schema_arrow, path)
+                    _require_images(table, self._image, path)
                     groups += [(number, *group) for group in _row_groups(table.metadata)]
                     values += table.read(columns=[self._label], use_threads=False)[self._label].to_pylist()
             except arrow_errors() as error:
@@ -108,16 +126,21 @@ class ParquetDataset(EncodedDataset):
         """The file of the image at ``index``.
 
         Raises:
-            ReadError: The table cannot be read, or holds no bytes there; the message names it and the row.
+            ReadError: The table cannot be read, or holds neither bytes there nor the path of a file; the message names
+                it and the row.
         """
         group, row = self._place(index)
         try:
-            content = self._images(group)[row].as_py()
+            image = self._images(group)[row].as_py()
+            if isinstance(image, dict):
+                image = image.get("path") if image.get("bytes") is None else image["bytes"]
+            if isinstance(image, str):
+                image = place_of(image, self.files[self._groups[group, 0]]).read_bytes()
         except arrow_errors() as error:
             raise ReadError(f"cannot read the image {self.name(index)}: {one_line(error)}") from error
-        if content is None:
-            raise ReadError(f"cannot read the image {self.name(index)}: the table holds its path, but not its bytes")
-        return content
+        if image is None:
+            raise ReadError(f"cannot read the image {self.name(index)}: the table holds nothing there")
+        return image
 
     def name(self, index: int) -> str:
         """File and row that hold the image at ``index``."""
@@ -132,14 +155,14 @@ class ParquetDataset(EncodedDataset):
         return group, index - int(self._starts[group])
 
     def _images(self, group: int) -> Any:
-        """The encoded images of a row group."""
+        """The column of images of a row group."""
         if group not in self._kept:
             file, number = self._groups[group, :2].tolist()
             if self._open[0] != file:
                 self._open = (-1, None)
                 self._open = (file, import_pyarrow().ParquetFile(self.files[file]))
-            column = self._open[1].read_row_group(number, columns=[self._image], use_threads=False)[0].combine_chunks()
-            self._kept[group] = column.field("bytes") if hasattr(column, "field") else column
+            table = self._open[1].read_row_group(number, columns=[self._image], use_threads=False)
+            self._kept[group] = table[0].combine_chunks()
             while len(self._kept) > ROW_GROUPS_KEPT:
                 self._kept.popitem(last=False)
         return self._kept[group]
@@ -153,7 +176,7 @@ def image_and_label_columns(schema: Any, path: Path) -> tuple[str, str, list[str
         path: Of the table, for messages.
 
     Returns:
-        The column of encoded images ("image.bytes" for a struct), that of labels, and the names or None.
+        The column of encoded images, that of labels, and the names or None.
 
     Raises:
         ValueError: There are no such columns.
@@ -169,8 +192,46 @@ def image_and_label_columns(schema: Any, path: Path) -> tuple[str, str, list[str
         raise ValueError(
             f"{path} has the columns {', '.join(schema.names)}: a column 'image' and a column 'label' are needed"
         )
-    nested = schema.field(image).type.num_fields > 0
-    return f"{image}.bytes" if nested else image, label, features.get(label, {}).get("names")
+    return image, label, features.get(label, {}).get("names")
+
+
+def place_of(path: str, table: Path) -> Path:
+    """The file that a path in a table means, which may be relative to the table's folder."""
+    return table.parent / Path(path).expanduser()
+
+
+def _require_images(table: Any, image: str, path: Path) -> None:
+    """Refuse a table that has paths in the place of images, if there is no file at the first one.
+
+    Args:
+        table: Opened.
+        image: The column of images.
+        path: Of the table.
+
+    Raises:
+        ValueError: The file is missing.
+    """
+    schema, metadata = table.schema_arrow, table.metadata
+    names = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    if f"{image}.bytes" in names and f"{image}.path" in names:
+        column, part = names.index(f"{image}.bytes"), f"{image}.path"
+        found = [metadata.row_group(number).column(column).statistics for number in range(metadata.num_row_groups)]
+        if not found or not all(statistics and statistics.has_null_count for statistics in found):
+            return
+        if sum(statistics.null_count for statistics in found) < metadata.num_rows:
+            return
+    elif str(schema.field(image).type) in ("string", "large_string"):
+        part = image
+    else:
+        return
+    first = table.read_row_group(0, columns=[part], use_threads=False)[0][0].as_py() if metadata.num_rows else None
+    first = first["path"] if isinstance(first, dict) else first
+    if first and not place_of(first, path).is_file():
+        raise ValueError(
+            f"the table {path} holds paths of images, not images, and there is no file {first}: bring them there, or"
+            " embed them as you write it: dataset.with_format('arrow').map(datasets.table.embed_table_storage,"
+            " batched=True).to_parquet(...)"
+        )
 
 
 def labels_of(values: list[Any], classes: Sequence[str] | None, folder: Path) -> tuple[Sequence[str], np.ndarray]:

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from syncbn.data.datasets import ImageDataset, ReadError, decode_image
-from syncbn.data.decoding import REDUCTIONS, jpeg_size
+from syncbn.data.datasets import ImageDataset, ReadError, applies_orientation, decode_image
+from syncbn.data.decoding import REDUCTIONS, SIDEWAYS, orientation_of
+from syncbn.data.jpeg import find_frame
 
 
 class Photo:
@@ -19,16 +20,31 @@ class Photo:
         width: In pixels.
         encoded: The file, or None where there is none.
         reductions: Factors by which the decoder can shrink the image.
+        is_plain_jpeg: Whether every decoder of JPEG makes the same of the file: it is grey or RGB, and upright.
     """
 
     def __init__(self, dataset: ImageDataset, index: int, encoded: bytes | None) -> None:
         self._dataset = dataset
         self._index = index
         self.encoded = encoded
-        size = jpeg_size(self.encoded) if self.encoded else None
-        self._pixels = None if size else self._decode(1)
-        self.reductions = tuple(REDUCTIONS) if size else (1,)
-        self.height, self.width = size or self.pixels().shape[:2]
+        frame = find_frame(encoded) if encoded else None
+        if encoded is None or frame is None or not (frame.height and frame.width):
+            self._pixels: np.ndarray | None = self._decode(1)
+            self.height, self.width = self._pixels.shape[:2]
+            self.reductions: tuple[int, ...] = (1,)
+            self.is_plain_jpeg = False
+            return
+        self._pixels = None
+        orientation = orientation_of(encoded) if applies_orientation(dataset) else 1
+        sideways = orientation in SIDEWAYS
+        self.height, self.width = (frame.width, frame.height) if sideways else (frame.height, frame.width)
+        self.reductions = tuple(REDUCTIONS)
+        self.is_plain_jpeg = frame.components in (1, 3) and orientation == 1
+
+    @property
+    def name(self) -> str:
+        """Where the image comes from, for messages."""
+        return self._dataset.name(self._index)
 
     def pixels(self, reduction: int = 1) -> np.ndarray:
         """The image, shrunk by one of `reductions`: uint8, shape (ceil(H / reduction), ..., channels).
@@ -43,7 +59,7 @@ class Photo:
         expected = (-(-self.height // reduction), -(-self.width // reduction))
         if image.shape[:2] != expected:
             raise ReadError(
-                f"the image {self._dataset.name(self._index)} has the size {image.shape[:2]}, where its JPEG header"
+                f"the image {self.name} has the size {image.shape[:2]}, where its JPEG header"
                 f" promises {expected}: remove or replace the file"
             )
         return image

@@ -79,6 +79,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         seed: Of the run; decides the order of the samples where ``order`` is None.
         drop_last: Whether to leave out the last global batch of an epoch where it is incomplete.
         order: Of the samples in each epoch; None shuffles all as one.
+        repeat_first_epoch: Whether every epoch is the first one again, random changes of the images included.
 
     Raises:
         ValueError: ``global_batch_size`` does not divide, or exceeds ``num_samples`` of which none would be left.
@@ -95,6 +96,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         seed: int = 0,
         drop_last: bool = True,
         order: EpochOrder | None = None,
+        repeat_first_epoch: bool = False,
     ) -> None:
         self.per_rank = split_global_batch(global_batch_size, num_ranks, accumulate_grad_batches)
         if drop_last and global_batch_size > num_samples:
@@ -109,6 +111,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         self.rank = rank
         self.num_ranks = num_ranks
         self.accumulate_grad_batches = accumulate_grad_batches
+        self.repeat_first_epoch = repeat_first_epoch
         self.epoch = 0
         self.first_batch = 0
         self._batches = batches_per_epoch(num_samples, global_batch_size, drop_last) * accumulate_grad_batches
@@ -148,7 +151,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         return number * self.accumulate_grad_batches + part // self.num_ranks
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        epoch = self.epoch
+        epoch = 0 if self.repeat_first_epoch else self.epoch
         for batch in range(self.first_batch, self._batches):
             yield [SampleKey(epoch, int(sample)) for sample in self.order.samples(epoch, *self.share(batch))]
 

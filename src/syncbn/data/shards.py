@@ -6,7 +6,8 @@ A folder of shards holds::
     train.samples.npy, val.samples.npy  where each sample lies: SAMPLE_DTYPE, in shard order, then file order
     train-000000.tar, ...               two members a sample: <key>.jpg, then <key>.cls with the label in ASCII
 
-Images are JPEG. Their pixels are to be taken as stored: an EXIF orientation is never meant.
+Images are JPEG. Their pixels are to be taken as stored: an EXIF orientation is never meant. Whether it was applied when
+the shards were made is noted in the index; where that says nothing, it was not.
 """
 
 import contextlib
@@ -74,7 +75,8 @@ class ShardIndex:
         class_names: Their names for people, in the same order.
         mean: Of the red, green and blue of the images, on the scale 0..1.
         std: Likewise.
-        splits: By name, "train" and "val".
+        splits: By name, "train", "val" and, where there is one, "test".
+        exif_orientation: Whether images were turned as their EXIF said.
     """
 
     folder: Path
@@ -83,6 +85,7 @@ class ShardIndex:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     splits: dict[str, ShardSplit]
+    exif_orientation: bool = False
 
 
 def damaged_shards(index: ShardIndex) -> list[str]:
@@ -142,6 +145,7 @@ def read_index(folder: str | Path) -> ShardIndex:
             mean=tuple(content["mean"]),
             std=tuple(content["std"]),
             splits={name: _read_split(folder, name, split, len(classes)) for name, split in content["splits"].items()},
+            exif_orientation=bool(content.get("exif_orientation", False)),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} lacks a part or holds a malformed one ({error}): prepare the data again") from error
@@ -210,6 +214,7 @@ def write_index(index: ShardIndex) -> None:
         "class_names": index.class_names,
         "mean": index.mean,
         "std": index.std,
+        "exif_orientation": index.exif_orientation,
         "splits": splits,
     }
     with atomic_file(index.folder / INDEX_NAME) as file:

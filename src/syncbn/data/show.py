@@ -1,6 +1,6 @@
 """``syncbn data show``: a picture of what the network sees, in training and in evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from syncbn.data.evaluation import EvaluationCrops, View
 from syncbn.data.photometric import PhotometricDistortion
 from syncbn.data.samplers import SampleKey
 from syncbn.data.sources import EMBEDDED, open_training_set
+from syncbn.pictures import drawable_names, plain_text
 
 WIDTH, DOTS_PER_INCH = 13.0, 100
 """Of the picture; the width in inches."""
@@ -45,6 +46,7 @@ def show(
     images: int = 8,
     epochs: int = 5,
     seed: int = 0,
+    exif_orientation: bool | None = None,
 ) -> None:
     """Write a contact sheet: images as several epochs see them, and the 144 crops of one of them with boxes.
 
@@ -56,6 +58,7 @@ def show(
         images: How many training images to show, evenly spaced over the set. The first is cut into the 144 crops.
         epochs: How many epochs of each to show.
         seed: Decides the random changes, as seed_everything of the training.
+        exif_orientation: Whether photos are turned as their EXIF says, as data.exif_orientation of the training.
 
     Raises:
         ValueError: The data are missing or broken, or a number is out of range.
@@ -66,33 +69,40 @@ def show(
     if Path(output).suffix.lower() != ".png":
         raise ValueError(f"output={output!r} must end in .png")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    dataset = open_training_set(data)
+    dataset = open_training_set(data, exif_orientation)
     shown = (np.arange(min(images, len(dataset))) * len(dataset) // min(images, len(dataset))).tolist()
     training = BatchedImages(dataset, image_size, augmentation, seed)
 
     side = WIDTH / (len(shown) + 1)
     heights = [side * (epochs + 1) + 1.0, 18.5]
-    figure = Figure(figsize=(WIDTH, sum(heights)), dpi=DOTS_PER_INCH, layout="constrained")
-    above, below = cast(Sequence[SubFigure], figure.subfigures(2, 1, height_ratios=heights))
-    draw_epochs(above, training, shown, epochs)
-    draw_crops(below, dataset, shown[0], image_size)
-    figure.savefig(output)
+    names = dict(zip(shown, drawn_names(dataset, shown), strict=True))
+    with plain_text(*names.values()):
+        figure = Figure(figsize=(WIDTH, sum(heights)), dpi=DOTS_PER_INCH, layout="constrained")
+        above, below = cast(Sequence[SubFigure], figure.subfigures(2, 1, height_ratios=heights))
+        draw_epochs(above, training, names, epochs)
+        draw_crops(below, dataset, shown[0], image_size, names[shown[0]])
+        figure.savefig(output)
     print(output)
 
 
-def draw_epochs(figure: SubFigure, training: BatchedImages, shown: Sequence[int], epochs: int) -> None:
-    """Images side by side: as they are, and below as each epoch sees them."""
+def drawn_names(dataset: ImageDataset, shown: Sequence[int]) -> list[str]:
+    """Names of the classes of images, each as a picture can show it."""
+    names = drawable_names(dataset.classes)
+    return [shortened(names[dataset.label(index)]) for index in shown]
+
+
+def draw_epochs(figure: SubFigure, training: BatchedImages, shown: Mapping[int, str], epochs: int) -> None:
+    """Images side by side, under the names of their classes: as they are, and below as each epoch sees them."""
     dataset, size = training.dataset, training.image_size
     rows = [[fit_square(dataset.image(index), size) for index in shown]]
     rows += [[training.prepared_image(SampleKey(epoch, index))[0] for index in shown] for epoch in range(epochs)]
     figure.suptitle(f"Training: the same images in every epoch, {size} x {size} pixels")
     axes = figure.subplots()
     draw_mosaic(axes, rows)
-    names = [shortened(dataset.classes[dataset.label(index)]) for index in shown]
-    label_mosaic(axes, ["as it is", *(f"epoch {epoch}" for epoch in range(epochs))], names)
+    label_mosaic(axes, ["as it is", *(f"epoch {epoch}" for epoch in range(epochs))], [*shown.values()])
 
 
-def draw_crops(figure: SubFigure, dataset: ImageDataset, index: int, image_size: int) -> None:
+def draw_crops(figure: SubFigure, dataset: ImageDataset, index: int, image_size: int, name: str) -> None:
     """GoogLeNet's 144 crops of an image: their boxes on the photo, and below the crops, one row for each square."""
     image = dataset.image(index)
     crops = EvaluationCrops(image_size, count=144)
@@ -102,7 +112,6 @@ def draw_crops(figure: SubFigure, dataset: ImageDataset, index: int, image_size:
     names = SQUARES["wide" if image.shape[1] >= image.shape[0] else "tall"]
     squares = [f"{views[6 * row].shorter_side} {names[row % 3]}" for row in range(12)]
 
-    name = shortened(dataset.classes[dataset.label(index)])
     figure.suptitle(f"Evaluation: the 144 crops of one image ({name}), 4 scales x 3 squares x 6 crops x 2")
     above, below = cast(Sequence[SubFigure], figure.subfigures(2, 1, height_ratios=[1, 3.6]))
     for row, axes in enumerate(above.subplots(2, 6).flat):

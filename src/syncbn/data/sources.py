@@ -1,19 +1,26 @@
 """From what the user names as data to data sets: the layout is detected."""
 
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from syncbn.data.batches import OnReadError
-from syncbn.data.datasets import ArrayDataset, ImageDataset, hold_out
+from syncbn.data.datasets import ArrayDataset, ImageDataset, class_counts, hold_out
+from syncbn.data.decoding import SUFFIXES
 from syncbn.data.fashion_mnist import fashion_mnist
-from syncbn.data.idx import IDX_FILES, find_idx_file, read_idx
-from syncbn.data.image_folder import ImageFolderDataset, holds_images
-from syncbn.data.parquet import ParquetDataset, find_parquet_files, is_unlabelled
+from syncbn.data.idx import IDX_FILES, find_idx_file, find_idx_folder, read_idx
+from syncbn.data.image_folder import ImageFolderDataset, class_names, in_words, is_imagenet
+from syncbn.data.parquet import ParquetDataset, find_parquet_files, is_unlabelled, unused_parquet_files
 from syncbn.data.shard_dataset import ShardDataset
 from syncbn.data.shards import INDEX_NAME, damaged_shards, read_index
+from syncbn.data.splits import find_splits, visible_folders
 
 EMBEDDED = "fashion-mnist"
 """Name of the images that come with the package."""
@@ -24,114 +31,218 @@ ACCEPTED = (
     " with train/<class>/ and val/<class>/ of images, or with <class>/ alone"
 )
 
+NAMED = 5
+"""Of the files and folders that are not used, at most."""
+
 
 @dataclass(frozen=True)
 class ImageSets:
-    """The three sets of an experiment.
+    """The sets of an experiment.
 
     Attributes:
         train: What is learned from.
         validation: What the best checkpoint is chosen by.
-        test: What the result is reported on. May be the validation set, where there is but one.
+        test: What the result is reported on; None where there are no images of which nothing was chosen.
+        validation_from: Where the validation images come from: "val", a set of their own; "train", held out of the
+            training images; "test", they are the test images.
+        exif_orientation: Whether photos are turned as their EXIF says, or were as shards were made of them.
+        remarks: What a user should know of the data, in words: what was left out and what is not used.
     """
 
     train: ImageDataset
     validation: ImageDataset
-    test: ImageDataset
+    test: ImageDataset | None
+    validation_from: Literal["val", "train", "test"]
+    exif_orientation: bool = False
+    remarks: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """How many images of how many classes there are, and the remarks, in words, one line."""
+        source = {"val": "", "train": " (held out)", "test": " (the test images)"}[self.validation_from]
+        test = "no" if self.test is None else f"{len(self.test):,}"
+        counts = f"{len(self.train):,} training, {len(self.validation):,} validation{source}, {test} test images"
+        turned = f"EXIF orientation {'' if self.exif_orientation else 'not '}applied"
+        photos = [turned] if self.train.channels == 3 else []
+        return "; ".join([f"{len(self.train.classes):,} classes: {counts}", *photos, *self.remarks])
 
 
-Splits = dict[str, ImageDataset]
-"""The splits that are on disk: "train", and those of "val" and "test" that there are."""
+@dataclass(frozen=True)
+class Splits:
+    """What is on disk.
+
+    Attributes:
+        of: "train", and those of "val" and "test" that there are.
+        exif_orientation: As of `ImageSets`.
+        remarks: As of `ImageSets`.
+    """
+
+    of: dict[str, ImageDataset]
+    exif_orientation: bool = False
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data are read.
+
+    Attributes:
+        own_classes: Whether validation and test images may be of other classes than the training images, and their
+            labels count their own.
+        on_read_error: Whether shards that are missing or of another size are an error ("stop") or a warning
+            ("skip").
+        exif_orientation: Whether photos are turned as their EXIF says. None turns those of folders and tables, but
+            not those of ImageNet, known by the names of its classes; shards are as they were made.
+        suffixes: Endings of the names of the files that are images; None takes all that can be read.
+    """
+
+    own_classes: bool = False
+    on_read_error: OnReadError = "stop"
+    exif_orientation: bool | None = None
+    suffixes: Sequence[str] | None = None
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """The suffixes in small letters, each with its dot."""
+        if self.suffixes is None:
+            return SUFFIXES
+        if not self.suffixes:
+            raise ValueError("suffixes=[] takes no file: leave it out, or name some, as ['.jpg', '.png']")
+        return tuple("." + suffix.lower().lstrip(".") for suffix in self.suffixes)
+
+    def turns(self, classes: Sequence[str]) -> bool:
+        """Whether photos of such classes are turned as their EXIF says."""
+        return not is_imagenet(classes) if self.exif_orientation is None else self.exif_orientation
 
 
 def open_image_sets(
-    root: str, validation_images: int = 0, own_classes: bool = False, on_read_error: OnReadError = "stop"
+    root: str,
+    validation_images: int = 0,
+    own_classes: bool = False,
+    on_read_error: OnReadError = "stop",
+    *,
+    exif_orientation: bool | None = None,
+    suffixes: Sequence[str] | None = None,
+    validate_on_test: bool | None = False,
 ) -> ImageSets:
     """Open the data that ``root`` names.
 
     Args:
         root: ``"fashion-mnist"``, or the path of a folder of shards, parquet files, idx files or class folders.
         validation_images: How many training images to hold out for validation. 0 holds out none; validation
-            then takes the data's own validation set, or the test set where there is no other.
-        own_classes: Whether validation and test images may be of other classes than the training images, and their
-            labels count their own.
-        on_read_error: Whether shards that are missing or of another size are an error ("stop") or a warning
-            ("skip").
-
-    Returns:
-        The training, validation and test images. Where there is but one set to evaluate on, it is both.
+            then takes the data's own validation set.
+        own_classes: As of `Reading`.
+        on_read_error: As of `Reading`.
+        exif_orientation: As of `Reading`.
+        suffixes: As of `Reading`.
+        validate_on_test: Whether validation takes the test images, where none are held out; None if there are no
+            others. Nothing is then to be chosen by it: a result on images by which it was chosen is none.
 
     Raises:
-        ValueError: There is no such folder, its layout is unknown, or a part of it is missing or broken.
+        ValueError: There is no such folder, its layout is unknown, a part of it is missing or broken, there is but one
+            class, or there are no images to validate on.
     """
     if validation_images < 0:
         raise ValueError(f"validation_images={validation_images} must not be negative")
-    splits = _open_splits(root, own_classes, on_read_error)
-    train = splits["train"]
+    splits = _open_splits(root, Reading(own_classes, on_read_error, exif_orientation, suffixes))
+    train, validation, test = (splits.of.get(split) for split in ("train", "val", "test"))
+    assert train is not None
+    if len(train.classes) < 2:
+        raise ValueError(f"{root} holds one class, {train.classes[0]!r}: two or more are needed to tell apart")
+    remarks = list(splits.remarks)
+    source: Literal["val", "train", "test"] = "val"
     if validation_images:
-        test = splits.get("test") or splits.get("val")
-        train, validation = hold_out(train, validation_images)
-        return ImageSets(train, validation, test or validation)
-    evaluation = splits.get("val") or splits.get("test")
-    if evaluation is None:
-        raise ValueError(
-            f"{root} has training images, but neither val nor test to evaluate on: hold out some of the"
-            f" {len(train):,} training images, as by data.validation_images={max(1, len(train) // 20)}"
-        )
-    return ImageSets(train, evaluation, splits.get("test") or evaluation)
+        if validation is not None and test is not None:
+            remarks.append(f"the {len(validation):,} validation images of their own are not used")
+        test = test or validation  # nothing is chosen by images of their own then: they are as good as a test set
+        (train, validation), source = hold_out(train, validation_images), "train"
+    elif validate_on_test or validation is None:
+        if test is None or validate_on_test is False:
+            raise ValueError(
+                f"{root} has {_images_for(test, validate_on_test)}: {hold_some_out(train)}{_listed(remarks)}"
+            )
+        validation, source = test, "test"
+    if lacking := [name for name, count in zip(train.classes, class_counts(train), strict=True) if not count]:
+        remarks.append(f"no training image of {len(lacking)} classes, such as {lacking[0]!r}")
+    return ImageSets(train, validation, test, source, splits.exif_orientation, tuple(remarks))
 
 
-def open_training_set(root: str) -> ImageDataset:
+def _images_for(test: ImageDataset | None, validate_on_test: bool | None) -> str:
+    """Which images to evaluate on are missing, in words."""
+    if test is not None:
+        return "training and test images, but none for validation, to choose the best checkpoint by"
+    return "no test images" if validate_on_test else "training images, but neither val nor test to evaluate on"
+
+
+def _listed(remarks: Sequence[str]) -> str:
+    return f" ({'; '.join(remarks)})" if remarks else ""
+
+
+def hold_some_out(train: ImageDataset) -> str:
+    """The advice to hold out some training images, in words."""
+    return (
+        f"hold out some of the {len(train):,} training images, as by data.validation_images={max(1, len(train) // 20)}"
+    )
+
+
+def open_training_set(root: str, exif_orientation: bool | None = None) -> ImageDataset:
     """Open the training images alone of the data that ``root`` names; errors as in `open_image_sets`."""
-    return _open_splits(root)["train"]
+    return _open_splits(root, Reading(exif_orientation=exif_orientation)).of["train"]
 
 
-def _open_splits(root: str, own_classes: bool = False, on_read_error: OnReadError = "stop") -> Splits:
+def _open_splits(root: str, reading: Reading) -> Splits:
     """The splits as they are on disk."""
     if root == EMBEDDED:
-        return {split: fashion_mnist(split) for split in ("train", "test")}
+        return Splits({split: fashion_mnist(split) for split in ("train", "test")})
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise ValueError(f"no data at {root!r}: data.root takes {ACCEPTED}")
     if (folder / INDEX_NAME).is_file():
-        return _open_shards(folder, on_read_error)
-    if any(find_idx_file(folder, split, part) for split, part in IDX_FILES):
-        return _open_idx_folder(folder)
+        return _open_shards(folder, reading)
+    if idx_folder := find_idx_folder(folder):
+        return Splits(_open_idx_folder(idx_folder))
     if find_parquet_files(folder, "train"):
-        return _open_parquet_files(folder, own_classes)
-    if (folder / "train").is_dir():
-        return _open_image_folder(folder, own_classes)
-    if holds_images(folder) and not any((folder / split).is_dir() for split in ("val", "test")):
-        return {"train": ImageFolderDataset(folder)}
-    raise ValueError(f"{root!r} holds no data of a known layout: data.root takes {ACCEPTED}")
+        return _open_parquet_files(folder, reading)
+    return _open_image_folder(folder, reading)
 
 
-def _open_shards(folder: Path, on_read_error: OnReadError) -> Splits:
+def _open_shards(folder: Path, reading: Reading) -> Splits:
     index = read_index(folder)
     damaged = damaged_shards(index)
-    if damaged and on_read_error == "stop":
+    if damaged and reading.on_read_error == "stop":
         raise ValueError(
             f"{damaged[0]} ({len(damaged)} such shards): prepare the data again, or leave out what is lost by"
             " data.on_read_error=skip"
         )
-    for line in damaged:
-        rank_zero_warn(f"{line}: its images are left out")
+    for line in damaged if getattr(rank_zero_only, "rank", 0) == 0 else ():  # without Lightning there is no rank
+        warnings.warn(f"{line}: its images are left out", stacklevel=2)
     if "train" not in index.splits or not index.splits["train"].samples:
         raise ValueError(f"{folder} holds shards, but none of training images: prepare the data again")
-    return {split: ShardDataset(index, split) for split, content in index.splits.items() if content.samples}
+    if reading.exif_orientation not in (None, index.exif_orientation):
+        raise ValueError(
+            f"data.exif_orientation={reading.exif_orientation}, but {folder} was prepared with"
+            f" exif_orientation={index.exif_orientation}: leave it out, or prepare the data again"
+        )
+    splits = {split: ShardDataset(index, split) for split, content in index.splits.items() if content.samples}
+    return Splits({**splits}, index.exif_orientation)
 
 
-def _open_parquet_files(folder: Path, own_classes: bool) -> Splits:
+def _open_parquet_files(folder: Path, reading: Reading) -> Splits:
     train = ParquetDataset(find_parquet_files(folder, "train"))
-    splits: Splits = {"train": train}
+    splits = {"train": train}
+    unused = unused_parquet_files(folder)
     for split in ("val", "test"):
         files = find_parquet_files(folder, split)
-        if files and not (split == "test" and is_unlabelled(files)):
-            splits[split] = ParquetDataset(files, None if own_classes else train.classes)
-    return splits
+        if split == "test" and files and is_unlabelled(files):
+            unused += files
+        elif files:
+            splits[split] = ParquetDataset(files, None if reading.own_classes else train.classes)
+    turns = reading.turns(train.classes)
+    for dataset in splits.values():
+        dataset.exif_orientation = turns
+    return Splits({**splits}, turns, _unused(unused, folder))
 
 
-def _open_idx_folder(folder: Path) -> Splits:
+def _open_idx_folder(folder: Path) -> dict[str, ImageDataset]:
     arrays = {}
     for (split, part), name in IDX_FILES.items():
         path = find_idx_file(folder, split, part)
@@ -154,10 +265,24 @@ def _open_idx_folder(folder: Path) -> Splits:
     }
 
 
-def _open_image_folder(folder: Path, own_classes: bool) -> Splits:
-    train = ImageFolderDataset(folder / "train")
-    splits: Splits = {"train": train}
+def _open_image_folder(folder: Path, reading: Reading) -> Splits:
+    if not any(visible_folders(folder)) and not any(folder.glob("*")):
+        raise ValueError(f"{str(folder)!r} holds no data of a known layout: data.root takes {ACCEPTED}")
+    folders = find_splits(folder)
+    turns = reading.turns(class_names(folders.of["train"]))
+    train = ImageFolderDataset(folders.of["train"], None, reading.endings, turns)
+    splits = {"train": train}
     for split in ("val", "test"):
-        if (folder / split).is_dir():
-            splits[split] = ImageFolderDataset(folder / split, None if own_classes else train.classes)
-    return splits
+        if split in folders.of:
+            classes = None if reading.own_classes else train.classes
+            splits[split] = ImageFolderDataset(folders.of[split], classes, reading.endings, turns)
+    left_out = sum((dataset.left_out for dataset in splits.values()), Counter[str]())
+    remarks = [f"{in_words(left_out)} left out"] if left_out else []
+    return Splits({**splits}, turns, (*remarks, *_unused(folders.unused, folder)))
+
+
+def _unused(paths: Sequence[Path], folder: Path) -> tuple[str, ...]:
+    """Files and folders that no split takes, in words."""
+    names = [os.path.relpath(path, folder) for path in paths]
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return (f"not used: {', '.join(names[:NAMED])}{more}",) if names else ()

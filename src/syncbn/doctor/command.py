@@ -30,6 +30,7 @@ from syncbn.doctor.launch import placement_by_environment, placement_by_lightnin
 from syncbn.doctor.meeting import Meeting
 from syncbn.doctor.report import judge, print_report, write_json
 from syncbn.doctor.trials import Trials, take_part
+from syncbn.paths import expand_home
 
 LEAVE_SECONDS = 10.0
 """For other ranks to read the verdict, and for processes to end."""
@@ -61,10 +62,10 @@ def run(words: Sequence[str]) -> None:
     )
     parser.add_argument("--doctor.json", dest="json", type=Path, help="a file to write the findings to, besides")
     options, fit_words = parser.parse_known_args(words)
-    timeout = seconds(options.timeout)
+    timeout, findings = seconds(options.timeout), expand_home(options.json)
     # A file system that does not answer would hold up even the search for what is wrong.
     faulthandler.dump_traceback_later(PATIENCE * timeout, exit=True)
-    status = Examination(fit_words, timeout, options.json).run()
+    status = Examination(fit_words, timeout, findings).run()
     sys.stdout.flush()
     os._exit(status)  # what a broken process group has left behind must not hold up the end
 

@@ -140,7 +140,7 @@ def digest_of_data(data: ImageDataModule) -> str:
         ValueError: An image cannot be read.
     """
     digest = sha256(repr(data.classes).encode())
-    for images in (data.sets.train, data.sets.validation, data.sets.test):
+    for images in (data.sets.train, data.sets.validation, data.test_images):
         digest.update(f"{len(images)} images".encode())
         for place in range(min(SAMPLES, len(images))):
             digest.update(content(images, place * len(images) // min(SAMPLES, len(images))))

@@ -17,6 +17,7 @@ from syncbn.distributed import sum_over_world
 from syncbn.doctor.facts import Facts, existing_part
 from syncbn.doctor.meeting import Meeting
 from syncbn.nn import SyncBatchNorm
+from syncbn.ops import statistics_device
 
 CHANNELS = 64
 MESSAGE_LENGTH = 2 * CHANNELS + 1 + 2
@@ -182,7 +183,8 @@ def sum_is_exact(device: torch.device) -> bool:
     """Whether numbers that need float64 are added up exactly over all ranks."""
     rank, world_size = _rank_and_size()
     fine = 2.0**-30  # beside whole numbers, below the resolution of float32
-    sums = sum_over_world(torch.full((MESSAGE_LENGTH,), rank + fine, dtype=torch.float64, device=device))
+    message = torch.full((MESSAGE_LENGTH,), rank + fine, dtype=torch.float64, device=statistics_device(device))
+    sums = sum_over_world(message)
     return bool((sums == world_size * (world_size - 1) / 2 + world_size * fine).all())
 
 
@@ -209,7 +211,7 @@ def _batch_of(rank: int) -> Tensor:
 def time_messages(device: torch.device) -> tuple[float, float]:
     """Seconds of a layer's message, and bytes a second that a rank sends of a large one (2 (P - 1) / P of its size)."""
     _, world_size = _rank_and_size()
-    small = torch.zeros(MESSAGE_LENGTH, dtype=torch.float64, device=device)
+    small = torch.zeros(MESSAGE_LENGTH, dtype=torch.float64, device=statistics_device(device))
     large = torch.zeros(LARGE_MESSAGE_BYTES // 4, device=device)
     latency = statistics.median(_seconds(small, LATENCY_MESSAGES))
     seconds = statistics.median(_seconds(large, LARGE_MESSAGES))

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from syncbn.data.fashion_mnist import fashion_mnist
 from syncbn.data.samplers import SampleKey
-from syncbn.inference.graphs import GRAPHS, PixelInput, Runner
+from syncbn.inference.graphs import GRAPHS, Graph, Onnx, PixelInput, Runner
 from syncbn.inference.images import find_images, prepare_images
 from syncbn.models.weights import (
+    CARD_KEY,
     ModelCard,
     build_network,
     card_path,
@@ -61,14 +62,16 @@ def export(
     fold: bool | None = None,
     preprocessing: bool = False,
     images: str | None = None,
+    opset: int | None = None,
+    ir_version: int | None = None,
 ) -> None:
     """Write a trained network for other programs: as a graph, with BatchNorm folded, or as weights of a public layout.
 
     Graphs take any number of images at a time: normalised float32 of shape (N, C, H, W), and return logits, or
     embeddings of a network that was trained to embed. What is written is read again and compared with the original on
     images; where an output differs by 1e-4 or more (where outputs exceed 10, by 1e-5 of the largest), nothing is left
-    behind. A model card (FILE.card.json beside the file, in a safetensors file its metadata) says how images are
-    prepared and names the classes.
+    behind. A model card (FILE.card.json beside the file, also metadata of a safetensors or ONNX file) says how images
+    are prepared, in fields and in words, and names the classes.
 
     Args:
         weights: A checkpoint of `syncbn fit`, what `syncbn import` wrote, or whatever that reads.
@@ -82,6 +85,8 @@ def export(
         preprocessing: Whether a graph normalises by itself: it then takes RGB pixels, uint8 of 0..255.
         images: File, folder or pattern of the images to compare on, all of them. Without it, 16 that come with the
             package.
+        opset: Version of ONNX's operators, 18 to 23. Without it 18, which onnxruntime runs since 1.15 of May 2023.
+        ir_version: Version of ONNX's file format, 8 to 11. Without it the lowest that holds the opset.
 
     Raises:
         ValueError: The weights cannot be read, the format cannot express the network, the result differs, or a
@@ -96,6 +101,7 @@ def export(
         raise ValueError(
             f"--fold true has no meaning with --format {format}, whose readers want BatchNorm: leave it out"
         )
+    graph = choose_graph(format, opset, ir_version)
     content = read_weights(weights)
     network = build_network(content)
     check_input(content.card, network)
@@ -107,10 +113,27 @@ def export(
     folds = format in FOLDED_BY_DEFAULT if fold is None else fold
     norms = len([layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)])
     print(f"{norms} BatchNorm layers {'folded into the convolutions before them' if folds else 'kept'}")
-    job = ExportJob(network, content.card, format, folds, preprocessing)
+    job = ExportJob(network, content.card, format, graph, folds, preprocessing)
     with_temporary(output, lambda temporary: job.write_and_check(temporary, check_images.batches()))
     check_images.report()
+    if isinstance(graph, Onnx):
+        print(graph.describe())
     print(output)
+
+
+def choose_graph(format: Format, opset: int | None, ir_version: int | None) -> Graph | None:
+    """How a format of graphs is written; None of weights.
+
+    Raises:
+        ValueError: There are no such versions, or the format has none.
+    """
+    versions = {"opset": opset, "ir_version": ir_version}
+    given = {name: value for name, value in versions.items() if value is not None}
+    if format == "onnx":
+        return Onnx(**given)
+    for name, value in given.items():
+        raise ValueError(f"--{name} {value} has no meaning with --format {format}: leave it out")
+    return GRAPHS.get(format)
 
 
 @dataclass(frozen=True)
@@ -121,6 +144,7 @@ class ExportJob:
         network: The original.
         card: Of the network.
         format: One of `SUFFIXES`.
+        graph: Writes it; None of weights.
         fold: Whether what is written is the folded network.
         preprocessing: Whether a graph takes pixels.
     """
@@ -128,6 +152,7 @@ class ExportJob:
     network: Any
     card: ModelCard
     format: Format
+    graph: Graph | None
     fold: bool
     preprocessing: bool
 
@@ -156,16 +181,17 @@ class ExportJob:
 
     def _write(self, path: Path, example: Tensor) -> Runner:
         """Write the file, and return what is read from it."""
-        if self.format not in GRAPHS:
+        if self.graph is None:
             network, card = (self.network, self.card) if not self.fold else folded(self.network, self.card)
             write_weights(network, card, path, self.format)
             return build_network(read_weights(path))
-        graph = GRAPHS[self.format]
         inference = fold_batch_norm(self.network) if self.fold else revert_sync_batchnorm(self.network)
         inference = PixelInput(inference, self.card.preprocessing) if self.preprocessing else inference
-        graph.write(inference.eval(), example, path, self.output_name)
-        card_path(path).write_text(self._card_of_graph().to_json())
-        return graph.load(path)
+        card = self._card_of_graph()
+        notes = {CARD_KEY: card.to_json(), "pixels": card.in_words}
+        self.graph.write(inference.eval(), example, path, self.output_name, notes)
+        card_path(path).write_text(card.to_json())
+        return self.graph.load(path)
 
     @property
     def output_name(self) -> str:

@@ -2,21 +2,23 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from syncbn.data.batches import BatchedImages, ImageBatch, keep_batch
 from syncbn.data.datamodule import use_one_thread
+from syncbn.data.image_folder import in_words
 from syncbn.data.samplers import SampleKey
-from syncbn.inference.images import find_images, prepare_images
+from syncbn.inference.images import prepare_images, search_images
 from syncbn.inference.writers import Embedding, Format, Prediction, choose_writer, opened_writer
 from syncbn.models.weights import ModelCard, build_network, check_input, read_weights, require_folder
 from syncbn.nn import fold_batch_norm
+from syncbn.paths import ExpandingParser
 
 TOP_K = 5
 
@@ -31,6 +33,7 @@ def predict(
     crops: int = 1,
     num_workers: int = 0,
     device: str = "auto",
+    exif_orientation: bool | None = None,
 ) -> int:
     """Say what is on images: the most probable classes and their probabilities; or their embeddings, for retrieval.
 
@@ -50,6 +53,8 @@ def predict(
         crops: Parts of an image over which the probabilities are averaged: 1, its centre; 10; or 144, GoogLeNet's.
         num_workers: Processes that decode the images. 0 decodes them in this one.
         device: "cpu", "cuda", "cuda:1" ...; "auto" takes a GPU where there is one.
+        exif_orientation: Whether images are turned as their EXIF says. Without it, as those were that the weights were
+            trained on; not, where the weights do not say it.
 
     Returns:
         Exit status: 0, or 2 where an image was left out.
@@ -60,7 +65,9 @@ def predict(
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
-    paths = find_images(images)
+    paths, others = search_images(images)
+    if others:
+        print(f"syncbn: no images by their names: {in_words(others)}", file=sys.stderr)
     content = read_weights(weights)
     check_embedding(content.card, top_k, crops)
     kind = choose_writer(format, output, content.card)
@@ -70,7 +77,8 @@ def predict(
     trained = build_network(content)
     check_input(content.card, trained)
     network = fold_batch_norm(trained).to(where)
-    prepared = prepare_images(paths, content.card, crops)
+    card = content.card if exif_orientation is None else replace(content.card, exif_orientation=exif_orientation)
+    prepared = prepare_images(paths, card, crops)
     left_out = 0
     with opened_writer(kind, output, content.card) as writer:
         for batch in load_batches(prepared, max(1, batch_size // crops), num_workers):
@@ -180,7 +188,7 @@ def run(arguments: Sequence[str]) -> int:
         The exit status.
     """
     assert predict.__doc__
-    parser = ArgumentParser(
+    parser = ExpandingParser(
         prog="syncbn predict", exit_on_error=False, description=predict.__doc__.partition("Args:")[0]
     )
     parser.add_argument("weights", type=Path, help="A checkpoint, or any file that `syncbn import` reads.")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from syncbn.models.weights import ModelCard
+from syncbn.paths import open_text
 
 Format = Literal["table", "csv", "jsonl", "npz"]
 
@@ -207,7 +208,7 @@ def opened_writer(kind: type[Writer], output: Path | None, card: ModelCard) -> I
         yield writer
         writer.finish()
         return
-    with output.open("wb") if kind.is_binary else output.open("w", newline="") as stream:
+    with output.open("wb") if kind.is_binary else open_text(output) as stream:
         writer = kind(stream, card)
         yield writer
         writer.finish()

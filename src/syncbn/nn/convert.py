@@ -14,6 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from syncbn import distributed
+from syncbn.nn.checks import check_module
 from syncbn.nn.sync_batch_norm import BatchNorm, SyncBatchNorm, call_in_graph
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -51,6 +52,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
         ValueError: a layer whose class has behaviour of its own, so that converting it would change what it does;
             nothing is converted then.
     """
+    check_module(module, "convert_sync_batchnorm")
     distributed.check_member(process_group)
     found = [(name, layer, _target_class(name or "module", layer)) for name, layer in unsynchronised_layers(module)]
     for _, layer, target in found:
@@ -76,6 +78,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     Returns:
         `module`.
     """
+    check_module(module, "revert_sync_batchnorm")
     for layer in list(module.modules()):
         if isinstance(layer, SyncBatchNorm):
             _become_local(layer)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.nn.checks import check_module
 from syncbn.nn.sync_batch_norm import BatchNorm
-from syncbn.ops import per_channel
+from syncbn.ops import as_statistic, per_channel
 
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -38,7 +39,8 @@ class _AfterLinear(_Activation):
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(getattr(norm, "activation", None))
         assert norm.running_mean is not None
-        scale, shift = (v.to(norm.running_mean.dtype) for v in affine_map(norm))
+        mean = norm.running_mean
+        scale, shift = (v.to(mean.dtype).to(mean.device) for v in affine_map(norm))
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
@@ -52,6 +54,8 @@ class _AfterLinear(_Activation):
 def affine_map(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """The layer at inference as scale and shift (C), float64: gamma/sqrt(Var+eps), beta - gamma*E[x]/sqrt(Var+eps).
 
+    Where the layer is or, where that is a device without float64, on the host.
+
     Source: Algorithm 2, line 11.
 
     Raises:
@@ -59,11 +63,11 @@ def affine_map(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(f"{type(norm).__name__}({norm.num_features}) cannot be folded: it keeps no running statistics")
-    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
+    scale = (as_statistic(norm.running_var.detach()) + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.detach().double() * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
+        scale = scale * as_statistic(norm.weight.detach())
+    shift = -as_statistic(norm.running_mean.detach()) * scale
+    return scale, shift if norm.bias is None else shift + as_statistic(norm.bias.detach())
 
 
 @torch.no_grad()
@@ -73,9 +77,10 @@ def fold_into(linear: nn.Module, norm: _BatchNorm) -> nn.Module:
     folded: Any = copy.deepcopy(linear).eval()
     weight, old_bias = folded.weight, folded.bias
     factor = scale.view(-1, *[1] * (weight.dim() - 1))
-    bias = shift if old_bias is None else shift + old_bias.double() * scale
-    folded.weight = nn.Parameter((weight.double() * factor).to(weight.dtype), weight.requires_grad)
-    folded.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
+    bias = shift if old_bias is None else shift + as_statistic(old_bias) * scale
+    for name, value in (("weight", as_statistic(weight) * factor), ("bias", bias)):
+        value = value.to(weight.dtype).to(weight.device)
+        setattr(folded, name, nn.Parameter(value, weight.requires_grad))
     return folded
 
 
@@ -94,6 +99,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a BatchNorm to be folded keeps no running statistics.
     """
+    check_module(model, "fold_batch_norm")
     fold_itself = getattr(model, "fold_batch_norm", None)
     if callable(fold_itself):
         return cast(nn.Module, fold_itself())

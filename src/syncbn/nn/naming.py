@@ -16,17 +16,21 @@ def layer_names(layers: Sequence[nn.Module]) -> tuple[LayerName, ...]:
 
 
 def _name_layers(layers: Sequence[nn.Module]) -> None:
-    """A module does not know its parent, so look through all living modules: once, at a model's first message."""
+    """A module does not know its parent, so look through all living modules: once, at a model's first message.
+
+    Other threads may be building some of them.
+    """
     modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
     parents: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in modules:
-        for name, child in module.__dict__.get("_modules", {}).items():
+        for name, child in list(module.__dict__.get("_modules", {}).items()):
             parents.setdefault(id(child), []).append((module, name))
     kinds = {type(layer) for layer in layers}
-    for layer in [m for m in modules if type(m) in kinds] + list(layers):
+    for layer in [m for m in modules if type(m) in kinds and "_serial" in m.__dict__] + list(layers):
         if "_layer_name" not in layer.__dict__:
-            path, serial = _qualified_name(layer, parents), layer.__dict__.get("_serial", 0)
-            layer.__dict__["_layer_name"] = LayerName(path, f"{type(layer).__name__}({layer.num_features})", serial)
+            path, kind = _qualified_name(layer, parents), f"{type(layer).__name__}({layer.num_features})"
+            if path or layer in layers:  # others may become part of a model before their first message
+                layer.__dict__["_layer_name"] = LayerName(path, kind, *layer._serial)
 
 
 def _qualified_name(module: nn.Module, parents: dict[int, list[tuple[nn.Module, str]]], depth: int = 0) -> str:

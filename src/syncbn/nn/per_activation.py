@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn.nn.checks import check_dense, check_residual
 from syncbn.nn.sync_batch_norm import SyncBatchNorm
 
 
@@ -72,12 +73,14 @@ class PerActivationBatchNorm(SyncBatchNorm):
             return self._normalized(input, residual)
 
     def _normalized(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        check_dense(input, "input")
         if not torch.jit.is_tracing() and tuple(input.shape[1:]) != self.normalized_shape:
             raise ValueError(
                 f"expected samples of shape {self.normalized_shape}, got input of size {list(input.shape)}"
             )
-        if residual is not None and residual.shape != input.shape:
-            raise ValueError(f"residual of size {list(residual.shape)} for an input of size {list(input.shape)}")
+        if residual is not None:
+            check_dense(residual, "residual")
+            check_residual(residual, input)
         flat = input.reshape(input.shape[0], self.num_features)
         output = super().forward(flat, None if residual is None else residual.reshape(flat.shape)).view(input.shape)
         if input.is_contiguous() or input.dim() not in (4, 5):

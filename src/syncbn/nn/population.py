@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import distributed
 from syncbn.exchange import Statistics
+from syncbn.nn.checks import check_module
 from syncbn.nn.convert import _become_local, _become_synchronised, _target_class
 from syncbn.nn.sync_batch_norm import BatchNorm, SyncBatchNorm
 
@@ -43,28 +45,35 @@ def estimate_population_statistics(
         `model`, its running_mean and running_var set, the same on all ranks.
 
     Raises:
-        ValueError: unknown estimator, no layers, or fewer batches on some rank (raised on all of them).
+        ValueError: an argument out of range, no layers, or fewer batches, or one without a tensor, on some rank (raised
+            on all of them).
     """
+    check_module(model, "estimate_population_statistics")
     if estimator not in _ESTIMATORS:
         raise ValueError(f"estimator must be one of {_ESTIMATORS}, got {estimator!r}")
-    if num_batches < 1:
-        raise ValueError(f"num_batches must be 1 or more, got {num_batches}")
+    if not isinstance(num_batches, Integral) or num_batches < 1:
+        raise ValueError(f"num_batches must be an integer, 1 or more, got {num_batches!r}")
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise ValueError(f"batches must be an iterable of batches, got {type(batches).__name__}: put it into a list")
     with _only_batch_norm_trains(model) as layers:
         if not layers:
             raise ValueError("the model has no BatchNorm layer that tracks running statistics")
         sums = {layer: _Sums(layer, estimator) for layer in layers}
-        device = layers[0].running_mean.device  # type: ignore[union-attr]
+        device = layers[0].running_mean.device
         stream = iter(batches)
         for step in range(num_batches):
-            batch = next(stream, None)
-            if not distributed.all_ranks(batch is not None, device):
-                raise ValueError(f"num_batches={num_batches}, but after {step} a rank has no further batch")
-            model(_input_of(batch).to(device))
+            input, problem = _next_input(stream)
+            if not distributed.all_ranks(input is not None, device):
+                raise ValueError(
+                    f"num_batches={num_batches}, but after {step} {problem or 'another rank has none that can be used'}"
+                )
+            assert input is not None
+            model(input.to(device))
         found = [sums[layer].statistics() for layer in layers]
         for layer, (mean, var) in zip(layers, found, strict=True):
             assert layer.running_mean is not None and layer.running_var is not None
-            layer.running_mean.copy_(mean)
-            layer.running_var.copy_(var)
+            layer.running_mean.copy_(mean.to(layer.running_mean.dtype))
+            layer.running_var.copy_(var.to(layer.running_var.dtype))
     return model
 
 
@@ -84,7 +93,7 @@ class _Sums:
             rows = torch.stack([mean, var + mean.square(), torch.ones_like(mean)]) * M
         else:
             rows = torch.stack([mean, statistics.unbiased_var, torch.ones_like(mean)]) * (M > 0)
-        rows = rows.double() / self.ranks  # each of which adds the same
+        rows = rows / self.ranks  # each of which adds the same
         self.total = rows if self.total is None else self.total + rows
 
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -125,7 +134,17 @@ def _only_batch_norm_trains(model: nn.Module) -> Iterator[list[BatchNorm]]:
                 _become_local(layer)
 
 
-def _input_of(batch: Any) -> Tensor:
-    while not isinstance(batch, Tensor):
+def _next_input(stream: Iterator[Any]) -> tuple[Tensor | None, str | None]:
+    """The input in the next batch; or None, and what is wrong with this rank's."""
+    try:
+        batch = next(stream)
+    except StopIteration:
+        return None, "this rank has no further batch"
+    while isinstance(batch, Mapping | list | tuple) and len(batch) > 0:
         batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
-    return batch
+    if isinstance(batch, Tensor):
+        return batch, None
+    return None, (
+        f"this rank's batch begins with {type(batch).__name__}: give a tensor, or a tuple, list or dict whose first "
+        "entry is one"
+    )

@@ -1,8 +1,9 @@
 """SyncBatchNorm, and the form in which several layers share one message."""
 
+import threading
 from collections.abc import Callable, Sequence
 from copy import copy
-from itertools import groupby
+from itertools import count, groupby
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -17,11 +18,15 @@ from syncbn.agreement import LayerName
 from syncbn.exchange import Route, Statistics
 from syncbn.functional import Norm, Started, batch_norm, composed, only_operators, start
 from syncbn.memory import Memory, Owner, owners_of_forward
+from syncbn.nn.checks import as_dense, check_dense, check_list, check_residual, checked_parameters
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
 from syncbn.nn.scripting import scripted_batch_norm
+from syncbn.recomputing import unseen_by_selective_checkpoints
 
-_built = 0
+_thread = threading.local()  # its number; ranks may start their threads in another order
+_threads = count()
+_built: dict[int, int] = {}  # layers, by the number of the thread
 _BUFFERS = ("running_mean", "running_var")
 
 
@@ -96,8 +101,10 @@ class BatchNorm(_BatchNorm):
 
     def _adopt(self) -> None:
         """State beside parameters and buffers; also given to a converted layer."""
-        global _built
-        self._serial, _built = _built, _built + 1
+        if not hasattr(_thread, "number"):
+            _thread.number = next(_threads)
+        self._serial = (_built.get(_thread.number, 0), _thread.number)
+        _built[_thread.number] = self._serial[0] + 1
         self._memory = Memory()
         self.observer: Callable[[Statistics], None] | None = None
 
@@ -110,7 +117,8 @@ class BatchNorm(_BatchNorm):
         return None
 
     def _check_input_dim(self, input: Tensor) -> None:
-        _check_input(input, self.num_features)
+        check_dense(input, "input")
+        _check_size(input, self.num_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "BatchNorm":
         """Move or convert, but keep the running statistics in float32 or wider: averages need the digits."""
@@ -152,9 +160,9 @@ def call_in_graph(layer: BatchNorm, *inputs: Any) -> Any:
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), inputs, {})
 
 
-def layers_built() -> int:
-    """How many layers this process has built so far."""
-    return _built
+def layers_built(layers: Sequence[BatchNorm]) -> int:
+    """How many layers the threads that built these ones have built so far."""
+    return sum(_built[layer._serial[1]] for layer in layers)
 
 
 class SyncBatchNorm(BatchNorm):
@@ -260,11 +268,13 @@ class PendingBatchNorm:
         self.live = [e for e in self.entries if e.uses_batch]
         self.route = _route([layer for e in self.live for layer in e.layers])
         self.memory = self.live[0].layers[0]._memory if self.live else Memory()
+        self.tensors = [t for e in self.live for t in e.tensors]
         self.started: Started | graph.Started | None = None
         if self.live and graph.is_traced():
             self.started = graph.Started([e.input for e in self.live], self.route)
-        elif self.route is not None and not only_operators():
-            self.started = start([e.input for e in self.live], self.route, self.memory, [e.span for e in self.live])
+        elif self.route is not None and not only_operators(self.tensors):
+            with unseen_by_selective_checkpoints():
+                self.started = start([e.input for e in self.live], self.route, self.memory, [e.span for e in self.live])
 
     def finish(self, residuals: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """Wait for the message and normalise.
@@ -279,13 +289,19 @@ class PendingBatchNorm:
             raise ValueError("residuals cannot be added with split=True: leave split out, or add them to the outputs")
         if residuals is None or self.split:
             residuals = [None] * len(self.entries)
+        check_list(residuals, "residuals")
+        if len(residuals) != len(self.entries):
+            raise ValueError(f"expected {len(self.entries)} residuals, one or None an input, got {len(residuals)}")
         for entry, residual in zip(self.entries, residuals, strict=True):
             entry.take(residual)
-        normalised = iter(self._normalize([e.norm() for e in self.live]))
+            self.tensors.append(residual)
+        norms = [e.norm() for e in self.live]
+        with unseen_by_selective_checkpoints():
+            normalised = iter(self._normalize(norms))
         outputs = [next(normalised) if e.uses_batch else e.from_running_statistics() for e in self.entries]
         if not self.split:
-            return outputs
-        return [part for e, y in zip(self.entries, outputs, strict=True) for part in e.split(y)]
+            return [e.laid_out(y) for e, y in zip(self.entries, outputs, strict=True)]
+        return [e.laid_out(part) for e, y in zip(self.entries, outputs, strict=True) for part in e.split(y)]
 
     def _normalize(self, norms: list[Norm]) -> list[Tensor]:
         repeated = False
@@ -294,7 +310,7 @@ class PendingBatchNorm:
             if not repeated:
                 norms = self._with_running(norms)
             outputs, statistics = self.started.finish(norms)
-        elif only_operators():
+        elif only_operators(self.tensors):
             outputs, statistics = composed(norms, self.route)
             statistics = [s.detach() for s in statistics]
         else:
@@ -344,6 +360,8 @@ def start_sync_batch_norm(layers: Sequence[Layers], inputs: Sequence[Tensor], sp
     Raises:
         ValueError: entries and inputs do not match, or the process groups differ.
     """
+    check_list(layers, "layers")
+    check_list(inputs, "inputs")
     if len(layers) != len(inputs):
         raise ValueError(
             f"expected one input for each entry of layers, got {len(layers)} layers and {len(inputs)} inputs"
@@ -364,25 +382,26 @@ class _Entry:
     """One input and the layers side by side in it."""
 
     def __init__(self, layers: Layers, input: Tensor) -> None:
-        self.layers = (layers,) if isinstance(layers, torch.nn.Module) else tuple(layers)
-        self.input = input
+        self.layers = (layers,) if isinstance(layers, BatchNorm) else _side_by_side(layers)
+        self.input = as_dense(input, "input")
+        self.is_mkldnn = self.input is not input
         self.span: ops.Span | None = None
         self.residual: Tensor | None = None
-        for layer in self.layers:
-            if not isinstance(layer, BatchNorm):
-                raise ValueError(
-                    f"expected SyncBatchNorm layers, got {type(layer).__name__}: convert it with convert_sync_batchnorm"
-                )
-            _check_tensors(layer, input.device)
+        self.tensors: list[Tensor | None] = [self.input]
+        if not torch.jit.is_tracing():  # which warns of every comparison of a size
+            _check_size(self.input, sum(layer.num_features for layer in self.layers))
+            for layer in self.layers:
+                self.tensors += checked_parameters(layer, self.input)
         first = self.layers[0]
-        _check_input(input, sum(layer.num_features for layer in self.layers))
         if len(self.layers) > 1:
             _check_siblings(self.layers)
-        self.uses_batch = first.training or first.running_mean is None
+        self.uses_batch = first.training or (first.running_mean is None and first.running_var is None)
 
     def parts(self) -> "list[_Entry]":
         """An entry for each layer, where it normalises by its batch and the passes can take its channels alone."""
-        if len(self.layers) == 1 or not self.uses_batch or only_operators() or not ops.reads_spans(self.input):
+        if len(self.layers) == 1 or not self.uses_batch or not ops.reads_spans(self.input):
+            return [self]
+        if only_operators(self.tensors):
             return [self]
         parts, first, input = [], 0, ops.dense(self.input)
         for layer in self.layers:
@@ -397,9 +416,14 @@ class _Entry:
         """What of the output is each layer's."""
         return (y,) if len(self.layers) == 1 else y.split([layer.num_features for layer in self.layers], dim=1)
 
+    def laid_out(self, y: Tensor) -> Tensor:
+        """An output in the layout of the input."""
+        return y.to_mkldnn() if self.is_mkldnn else y
+
     def take(self, residual: Tensor | None) -> None:
-        if residual is not None and residual.shape != self.input.shape:
-            raise ValueError(f"residual of size {list(residual.shape)} for an input of size {list(self.input.shape)}")
+        if residual is not None:
+            residual = as_dense(residual, "residual")
+            check_residual(residual, self.input)
         self.residual = residual
 
     def norm(self) -> Norm:
@@ -434,7 +458,7 @@ class _Entry:
         names = ("running_mean", "running_var", "weight", "bias")
         x, dtype = self.input, ops.compute_dtype(self.input.dtype)
         mean, var, weight, bias = (None if (v := self._joined(n)) is None else v.to(dtype) for n in names)
-        x = x.to(dtype) if x.device.type == "cpu" else x  # where ATen knows no mixture of dtypes
+        x = x if x.device.type == "cuda" else x.to(dtype)  # elsewhere ATen may know no mixture of dtypes
         y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.layers[0].eps)
         if self.residual is not None:
             y = y + self.residual
@@ -447,28 +471,24 @@ class _Entry:
         return tensors[0] if len(tensors) == 1 or tensors[0] is None else torch.cat(tensors)
 
 
-def _check_input(input: Tensor, channels: int) -> None:
-    if torch.jit.is_tracing():  # which would warn of every comparison of a size
-        return
+def _side_by_side(layers: Any) -> tuple[BatchNorm, ...]:
+    is_sequence = isinstance(layers, Sequence | torch.nn.ModuleList) and not isinstance(layers, str)
+    found = tuple(layers) if is_sequence else (layers,)
+    for layer in found:
+        if not isinstance(layer, BatchNorm):
+            raise ValueError(
+                f"expected SyncBatchNorm layers, got {type(layer).__name__}: convert it with convert_sync_batchnorm"
+            )
+    if not found:
+        raise ValueError("expected a layer, or several whose channels lie side by side, got an empty list")
+    return found
+
+
+def _check_size(input: Tensor, channels: int) -> None:
     if input.dim() < 2:
         raise ValueError(f"expected an input of 2 or more dimensions (N, C, ...), got size {list(input.shape)}")
     if input.shape[1] != channels:
         raise ValueError(f"expected {channels} channels in dimension 1, got {input.shape[1]}: size {list(input.shape)}")
-    if not input.is_floating_point():
-        raise ValueError(f"expected a floating point input, got {input.dtype}: convert it with .float()")
-
-
-def _check_tensors(layer: BatchNorm, device: torch.device) -> None:
-    """The passes read the layer's tensors by their address alone."""
-    if torch.jit.is_tracing():
-        return
-    for name in ("weight", "bias", *_BUFFERS):
-        v = getattr(layer, name)
-        if v is not None and (v.shape != (layer.num_features,) or v.device != device):
-            raise ValueError(
-                f"{name} of size {list(v.shape)} on {v.device} in a layer of {layer.num_features} channels, for an "
-                f"input on {device}: give it size [{layer.num_features}], and move the layer with .to({str(device)!r})"
-            )
 
 
 def _check_siblings(layers: Sequence[BatchNorm]) -> None:
@@ -500,7 +520,7 @@ def _route(layers: Sequence[BatchNorm]) -> Route | None:
         )
     if torch.compiler.is_compiling():  # names are out of a tracer's reach
         return Route(group, tuple(LayerName("", f"BatchNorm({layer.num_features})", 0) for layer in layers), 0)
-    return Route(group, layer_names(layers), layers_built())
+    return Route(group, layer_names(layers), layers_built(layers))
 
 
 def _check_arguments(num_features: int, eps: float, momentum: float | None, activation: str | None) -> None:

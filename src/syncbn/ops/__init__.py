@@ -1,10 +1,10 @@
 """What one rank computes on one activation: a few passes over it, no collective and no module.
 
 This is the one dispatch point: GPU kernels (`triton_passes`) or compiled code (`native`) where these are at hand and
-take the tensor, else ATen's operators, on any device.
+take the tensor, else ATen's operators: `aten`, or `aten32` on devices without float64.
 x is (N, C, ...), floating point, and dense: planes or rows in memory (see `dense`); or a `Span` of such a tensor, where
 `reads_spans` allows it. The residual is like it, in its layout; dy as `upstream_gradient` returns it. Sums and moments
-are float64.
+are float64, on the device of x or, where that has none, on the host (`statistics_device`).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from syncbn.ops import aten, native, triton_passes
+from syncbn.ops import aten, aten32, native, triton_passes
 from syncbn.ops.aten import Sums, about_origin, composed_sums, moments_of, pivot
 from syncbn.ops.common import (
     Affine,
@@ -25,11 +25,21 @@ from syncbn.ops.common import (
     Signature,
     Span,
     Upstream,
+    are_batched,
+    as_statistic,
+    as_stored,
     at_least_one,
+    beside,
     compute_dtype,
+    copy_like,
     dense,
+    has_float64,
+    has_memory,
+    have_memory,
     in_rows,
+    need_operators,
     per_channel,
+    statistics_device,
     step_of,
 )
 
@@ -45,25 +55,34 @@ __all__ = [
     "Sums",
     "Upstream",
     "about_origin",
+    "are_batched",
+    "as_statistic",
+    "as_stored",
     "at_least_one",
     "backward_sums",
     "before_relu",
+    "beside",
     "composed_sums",
     "compute_dtype",
+    "copy_like",
     "dense",
     "forward_message",
     "gradient",
+    "has_float64",
+    "has_memory",
     "input_gradient",
     "input_sums",
     "message_of",
     "moments",
     "moments_of",
+    "need_operators",
     "normalize",
     "normalize_batch",
     "per_channel",
     "pivot",
     "prepare",
     "reads_spans",
+    "statistics_device",
     "update_running",
     "upstream_gradient",
 ]
@@ -73,7 +92,7 @@ def message_of(sums: Sequence[Tensor], counts: Sequence[int], signature: tuple[i
     """One flat float64 message: sums, counts, id and its square."""
     numbers, device = (*counts, *signature), sums[0].device
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.cat([*sums, torch.tensor(numbers, dtype=torch.float64)])
+        return torch.cat([*sums, torch.tensor(numbers, dtype=torch.float64, device=device)])
     # Elsewhere a tensor of numbers would be copied from the host, which stalls the device and rules out CUDA graphs.
     return torch.cat([*sums, *(torch.full((1,), n, dtype=torch.float64, device=device) for n in numbers)])
 
@@ -103,7 +122,7 @@ def normalize_batch(
         running: to be updated in place.
     """
     passes = _passes(x)
-    if passes is triton_passes:
+    if passes is triton_passes and (running is None or _passes_update(running)):
         return triton_passes.normalize_batch(x, batch, map, residual, running)
     if batch is None:
         M: float | Tensor = x.numel() // x.shape[1]
@@ -143,7 +162,7 @@ def reads_spans(x: Tensor) -> bool:
 
 def upstream_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """Dy as the passes over x can read it: like x in memory and dtype, or channels cut out of such a wider tensor."""
-    if dy.dtype == x.dtype and not dy.is_neg():
+    if dy.dtype == x.dtype and as_stored(dy):
         if dy.stride() == x.stride():
             return dy
         passes = _passes(x)
@@ -151,7 +170,7 @@ def upstream_gradient(dy: Tensor, x: Tensor) -> Tensor:
         reads_parts = passes is triton_passes or (passes is native and not in_rows(x))
         if reads_parts and step_of(dy, x) is not None:
             return dy
-    return torch.empty_like(x).copy_(dy)
+    return copy_like(x, dy)
 
 
 def before_relu(dy: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
@@ -159,7 +178,8 @@ def before_relu(dy: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Affine]:
 
     Their ReLU's mask is computed again from x: in them where they can, else here, in a pass of its own.
     """
-    return aten.before_relu(dy, x, affine) if _passes(x) is aten else (dy, affine)
+    passes = _passes(x)
+    return (dy, affine) if passes in _COMPILED else passes.before_relu(dy, x, affine)
 
 
 def backward_sums(
@@ -172,8 +192,9 @@ def backward_sums(
         signature: the last two numbers of the message; None for no message.
 
     Returns:
-        For each, what the second pass reads, whose dy is cut by the ReLU where y was given, and its gradient;
-        this rank's backward message: [sum dy (C), sum dy * (x - mean) (C)] of each, and the signature (2).
+        For each, what the second pass reads, whose dy is cut by the ReLU where y was given, and its gradient. With a
+        message, whose answer comes when others may have changed the parameters, the maps hold copies of these.
+        This rank's backward message: [sum dy (C), sum dy * (x - mean) (C)] of each, and the signature (2).
     """
     if _all_on_gpu([one.x for one in upstream]):
         return triton_passes.backward_sums(upstream, signature)
@@ -182,9 +203,10 @@ def backward_sums(
         if y is not None:
             dy = torch.ops.aten.threshold_backward(dy, y, 0)
         passes = _passes(x)
-        if passes is aten:
-            dy, affine = aten.before_relu(dy, x, affine)
-        found.append((Upstream(dy, x, affine, None), passes.gradient(dy, x, affine)))
+        if passes not in _COMPILED:
+            dy, affine = passes.before_relu(dy, x, affine)
+        gradient = passes.gradient(dy, x, affine)
+        found.append((Upstream(dy, x, affine if signature is None else affine.copied(), None), gradient))
     sums = [gradient.sums for _, gradient in found]
     if signature is None:
         return found, sums[0] if len(sums) == 1 else torch.cat(sums)
@@ -232,15 +254,29 @@ def input_gradient(
 
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """One step of the moving averages towards mean and M / (M - 1) * var; none where M is 0."""
-    alike = running.mean.dtype == running.var.dtype and running.mean.is_contiguous() and running.var.is_contiguous()
-    alike = alike and (running.steps is None or running.steps.dtype == torch.int64)
-    (_passes(running.mean) if alike else aten).update_running(running, mean, var, M)
+    passes = _passes(running.mean) if _passes_update(running) and have_memory((mean, var)) else aten
+    passes.update_running(running, mean, var, M)
+
+
+def _passes_update(running: Running) -> bool:
+    """Whether moving averages lie in memory as compiled code takes them."""
+    mean, var, steps, _ = running
+    if not have_memory((var, steps)) or mean.dtype != var.dtype:
+        return False
+    if steps is not None and (steps.dtype != torch.int64 or steps.numel() != 1 or steps.device != mean.device):
+        return False
+    return mean.is_contiguous() and var.is_contiguous() and as_stored(mean) and as_stored(var)
+
+
+_COMPILED = (native, triton_passes)  # which compute a ReLU's mask again in passes that they make anyway
 
 
 def _passes(x: Tensor) -> ModuleType:
     if native.takes(x):
         return native
-    return triton_passes if triton_passes.takes(x) else aten
+    if triton_passes.takes(x):
+        return triton_passes
+    return aten if has_float64(x.device) else aten32
 
 
 def _all_on_gpu(tensors: Sequence[Tensor]) -> bool:

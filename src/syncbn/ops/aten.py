@@ -1,4 +1,4 @@
-"""The local passes over one activation, with ATen operators, on any device.
+"""The local passes over one activation, with ATen operators, on any device that computes in float64.
 
 Letters: N batch, C channels, M elements per channel on this rank, "rows" the (M, C) matrix that a channels-last
 activation is in memory, "planes" the (N, C, ...) blocks of a contiguous one. The passes run in the compute dtype:
@@ -14,12 +14,22 @@ reduction of sum a and sum a * (x - centre), its forward in inference one pass o
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from syncbn.ops.common import Affine, Gradient, Running, at_least_one, compute_dtype, has_memory, per_channel
+from syncbn.ops.common import (
+    Affine,
+    Gradient,
+    Running,
+    address,
+    as_statistic,
+    at_least_one,
+    compute_dtype,
+    has_memory,
+    per_channel,
+)
 
 _ROWS = 512  # how many an accumulator takes
 _WIDTH = 4096  # accumulators side by side: few calls, whose data still stay in a near cache
@@ -43,7 +53,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def input_sums(x: Tensor) -> Tensor:
     """As `ops.input_sums`."""
     sums, pivot = _sums_about_pivot(x)
-    return torch.cat(about_origin(sums, pivot, x.numel() // x.shape[1])).double()
+    return torch.cat(about_origin(sums, pivot, x.numel() // x.shape[1]))
 
 
 def normalize(x: Tensor, affine: Affine, residual: Tensor | None) -> Tensor:
@@ -91,21 +101,37 @@ def input_gradient(dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float
 
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """As `ops.update_running`."""
+    device = running.mean.device  # the moments may be on the host
+    if has_memory(running.mean) and not running.mean.is_meta:  # in place, operators read what was freed
+        for t in running[:3]:
+            address(t)
     seen = M > 0
     if running.steps is not None:
-        running.steps.add_(seen)
+        seen_there = seen.to(device) if isinstance(seen, Tensor) else seen
+        running.steps.add_(_for_memory_of(running.steps, seen_there))
     factor: float | Tensor
     if running.momentum is not None:
         # In float64: a tensor of bool times a number would be rounded to float32.
         factor = (seen.double() if isinstance(seen, Tensor) else seen) * running.momentum
     else:
         assert running.steps is not None
-        factor = seen * running.steps.clamp(min=1).double().reciprocal()
+        factor = seen * as_statistic(running.steps.clamp(min=1)).reciprocal()
     for average, new in ((running.mean, mean), (running.var, var * (M / at_least_one(M - 1)))):
-        new = new.to(average.dtype)
+        new = new.to(average.dtype).to(device)
         if isinstance(seen, Tensor):  # what was not seen may be NaN, of which even a weight of 0 leaves some
-            new = torch.where(seen, new, average)
-        average.lerp_(new, factor.to(new.dtype) if isinstance(factor, Tensor) else factor)
+            new = torch.where(seen.to(device), new, average)
+        weight = factor.to(new.dtype).to(device) if isinstance(factor, Tensor) else factor
+        average.lerp_(_for_memory_of(average, new), _for_memory_of(average, weight))
+
+
+def _for_memory_of(average: Tensor, new: Any) -> Any:
+    """What an average outside of torch.func.functionalize can be given of a tensor, or number, inside."""
+    if torch.compiler.is_compiling() or not isinstance(new, Tensor):
+        return new
+    if not torch._is_functional_tensor(new) or torch._is_functional_tensor(average):
+        return new
+    torch._sync(new)
+    return torch._from_functional_tensor(new)
 
 
 def pivot(x: Tensor) -> Tensor:
@@ -123,18 +149,18 @@ def composed_sums(z: Tensor) -> Sums:
 def about_origin(sums: Sums, pivot: Tensor | None, M: int) -> Sums:
     """Sums about a pivot -> sums about 0: sum x = s1 + M p; sum x^2 = s2 + 2 p s1 + M p^2, in float64."""
     if pivot is None:
-        return sums
-    s1, s2, p = sums.total.double(), sums.dot.double(), pivot.double()
+        return Sums(*map(as_statistic, sums))
+    s1, s2, p = as_statistic(sums.total), as_statistic(sums.dot), as_statistic(pivot)
     total = s1 + M * p
     return Sums(total, s2 + p * (s1 + total))
 
 
 def moments_of(sums: Sums, pivot: Tensor | None, M: float | Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C), float64, from sums about a pivot; zeros of an empty batch."""
-    total, dot, divisor = sums.total.double(), sums.dot.double(), at_least_one(M)
+    total, dot, divisor = as_statistic(sums.total), as_statistic(sums.dot), at_least_one(M)
     mean = total / divisor
     var = torch.addcmul(dot / divisor, mean, mean, value=-1).clamp_(min=0)
-    return mean if pivot is None else mean + pivot, var
+    return mean if pivot is None else mean + as_statistic(pivot), var
 
 
 def _sums_about_pivot(x: Tensor) -> tuple[Sums, Tensor | None]:

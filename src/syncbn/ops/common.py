@@ -1,11 +1,13 @@
 """What every implementation of the passes shares: the map they apply, and how an activation lies in memory."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Affine(NamedTuple):
@@ -20,6 +22,11 @@ class Affine(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     relu: bool
+
+    def copied(self) -> "Affine":
+        """With copies of the parameters, the bias only for a ReLU: what the second pass of the backward reads."""
+        bias = self.bias.clone() if self.relu and self.bias is not None else None
+        return self._replace(weight=None if self.weight is None else self.weight.clone(), bias=bias)
 
 
 class Map(NamedTuple):
@@ -128,9 +135,57 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_HAVE_FLOAT64 = {"cpu": True, "cuda": True, "meta": True, "mps": False}
+_asked: dict[torch.device, bool] = {}
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes in float64: Apple's GPUs, Gaudi and some of Intel's GPUs do not."""
+    known = _HAVE_FLOAT64.get(device.type)
+    return _asked_once(device) if known is None else known
+
+
+def _asked_once(device: torch.device) -> bool:
+    if device not in _asked:
+        _asked[device] = _computes_in_float64(device)
+    return _asked[device]
+
+
+# What torch.compiler.assume_constant_result sets; that would import the compiler.
+_asked_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _computes_in_float64(device: torch.device) -> bool:
+    """Whether 2^-40 beside 1 is kept: some devices make float64 tensors, and compute in float32."""
+    try:
+        if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+            return False
+        with _disable_current_modes():
+            sums = torch.ones(1, dtype=torch.float64, device=device) + 2.0**-40
+            return float((sums - 1).cpu()) == 2.0**-40
+    except Exception:  # whatever a device's library raises: it does not compute in float64
+        return False
+
+
+def statistics_device(device: torch.device) -> torch.device:
+    """Where the sums and moments of activations on a device are: there, or on the host where it has no float64."""
+    return device if has_float64(device) else torch.device("cpu")
+
+
+def as_statistic(v: Tensor) -> Tensor:
+    """V in float64 on its `statistics_device`. To move it to the host waits for the device."""
+    return v if v.dtype == torch.float64 else v.to(statistics_device(v.device)).double()
+
+
+def beside(v: Tensor, x: Tensor) -> Tensor:
+    """A statistic v as it can be combined with x: as it is, or from the host in the compute dtype of x."""
+    return v if v.device == x.device else v.to(compute_dtype(x.dtype)).to(x.device)
+
+
 _MODES = torch._C._TorchDispatchModeKey
 _TRACERS = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
 _WITH_MEMORY = (Tensor, torch.nn.Parameter)  # others, such as a tracer's, may have none
+_KEEP_NOTHING_BACK = {*_WITH_MEMORY, type(None)}
 
 
 def has_memory(x: Tensor) -> bool:
@@ -140,6 +195,81 @@ def has_memory(x: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACERS)):
         return False
     return type(x) in _WITH_MEMORY and not torch._C._are_functorch_transforms_active()
+
+
+def have_memory(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all of them have memory of their own: what `has_memory` asks of an activation beside them."""
+    return _KEEP_NOTHING_BACK.issuperset(map(type, tensors))
+
+
+def need_operators(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether what is done with them must be operators, for others to see.
+
+    So it is with subclasses that define ``__torch_dispatch__``, but for fake tensors.
+    """
+    kinds = set(map(type, tensors))
+    return not kinds <= _KEEP_NOTHING_BACK and any(map(_dispatches, kinds))
+
+
+def are_batched(tensors: Iterable[Tensor]) -> bool:
+    """Whether some are what torch's older vmap makes of gradients (``is_grads_batched``): it, too, needs operators."""
+    return any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
+
+
+def _dispatches(kind: Any) -> bool:
+    if kind in _KEEP_NOTHING_BACK:
+        return False
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(kind, FakeTensor)
+
+
+def as_stored(t: Tensor) -> bool:
+    """Whether the elements of t lie in memory as they are: not to be negated yet, nor zeros that take no memory."""
+    if torch.compiler.is_compiling():  # a graph holds values
+        return True
+    return not (t.is_neg() or t._is_zerotensor())
+
+
+@overload
+def stored(v: Tensor) -> Tensor: ...
+@overload
+def stored(v: Tensor | None) -> Tensor | None: ...
+def stored(v: Tensor | None) -> Tensor | None:
+    """V itself where its elements lie in memory as they are, one after the other; else such a copy. None of None."""
+    if v is None or (v.is_contiguous() and as_stored(v)):
+        return v
+    return v.clone(memory_format=torch.contiguous_format)
+
+
+def address(t: Tensor | None) -> int | None:
+    """Where the elements of t begin, None of None.
+
+    Raises:
+        ValueError: there are none, though t is not empty. A null pointer would be taken for None, or read.
+    """
+    if t is None:
+        return None
+    found = t.data_ptr()
+    if not found and t.numel():
+        raise ValueError(
+            f"a BatchNorm layer was given a tensor of size {list(t.shape)} without memory: it was freed, as FSDP frees "
+            "parameters after the forward of the module that it wraps; call that module, not the layer in it, or give "
+            "a tensor with memory"
+        )
+    return found
+
+
+def copy_like(x: Tensor, other: Tensor) -> Tensor:
+    """A copy of `other` in the layout and dtype of x.
+
+    Raises:
+        ValueError: it is sparse, which of all that comes here a gradient alone may be.
+    """
+    if other.layout is not torch.strided:
+        raise ValueError(
+            f"the gradient of a BatchNorm layer's output is a sparse tensor ({other.layout}): let what takes the "
+            "output return a dense one, such as torch.gather without sparse_grad=True"
+        )
+    return torch.empty_like(x).copy_(other)
 
 
 def at_least_one(M: Any) -> Any:

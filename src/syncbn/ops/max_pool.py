@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 
 from syncbn.ops import triton_passes
+from syncbn.ops.common import as_stored
 from syncbn.ops.triton_plan import WIDEST_LOAD, tile_of
 
 LARGEST_KERNEL = 15  # whose 225 positions one byte can tell apart
@@ -144,7 +145,9 @@ def _output_shape(shape: torch.Size, window: Window) -> torch.Size:
 
 
 def _input_gradient(dy: Tensor, positions: Tensor, window: Window, shape: torch.Size, rows: bool) -> Tensor:
-    if dy.stride(1 if rows else 3) != 1 or dy.is_neg():  # channels cut out of a wider gradient are read where they lie
+    if dy.stride(1 if rows else 3) != 1 or not as_stored(
+        dy
+    ):  # channels cut out of a wider gradient are read where they lie
         dy = torch.empty_like(positions, dtype=dy.dtype).copy_(dy)
     dx = _empty(shape, dy, rows)
     patches = [-(-size // step) for size, step in zip(shape[2:], window.stride, strict=True)]

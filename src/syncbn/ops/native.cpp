@@ -411,12 +411,12 @@ int syncbn_input_gradient(const Layout* at, const Affine* map, const void* dy, i
 }
 
 // One step of the moving averages (C) of the mean and of the unbiased variance; averages over all steps so far where
-// momentum is negative. An M of 0 changes nothing. steps may be null.
+// momentum is NaN. An M of 0 changes nothing. steps may be null.
 int syncbn_update_running(int64_t C, int32_t dtype, const double* mean, const double* var, double M, double momentum,
                           void* running_mean, void* running_var, int64_t* steps) {
     if (M == 0) return 0;
     if (steps != nullptr) ++*steps;
-    const double factor = momentum < 0 ? 1.0 / *steps : momentum, unbiased = M / std::max(1.0, M - 1);
+    const double factor = std::isnan(momentum) ? 1.0 / *steps : momentum, unbiased = M / std::max(1.0, M - 1);
     return !with_type(dtype, [&](auto type) {
         using T = decltype(type);
         const auto update = [&](void* running, const double* values, double times) {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from syncbn.ops.common import Affine, Gradient, Running, has_memory, in_rows, step_of
+from syncbn.ops.common import Affine, Gradient, Running, address, as_stored, has_memory, in_rows, step_of, stored
 
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -75,27 +75,27 @@ _KNOWN = {
 
 def takes(x: Tensor) -> bool:
     """Whether these passes can process x."""
-    return x.is_cpu and x.dtype in _KNOWN and has_memory(x) and not x.is_neg()
+    return x.is_cpu and x.dtype in _KNOWN and has_memory(x) and as_stored(x)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """As `ops.moments`."""
     mean, var = x.new_empty((2, x.shape[1]), dtype=torch.float64).unbind()
-    _call("moments", _layout(x), x.data_ptr(), mean.data_ptr(), var.data_ptr())
+    _call("moments", _layout(x), address(x), mean.data_ptr(), var.data_ptr())
     return mean, var
 
 
 def input_sums(x: Tensor) -> Tensor:
     """As `ops.input_sums`."""
     sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
-    _call("input_sums", _layout(x), x.data_ptr(), sums.data_ptr())
+    _call("input_sums", _layout(x), address(x), sums.data_ptr())
     return sums
 
 
 def normalize(x: Tensor, affine: Affine, residual: Tensor | None) -> Tensor:
     """As `ops.normalize`."""
     y, affine = torch.empty_like(x), _plain(affine)
-    _call("normalize", _layout(x), _structure(affine), x.data_ptr(), _pointer(residual), y.data_ptr())
+    _call("normalize", _layout(x), _structure(affine), address(x), address(residual), y.data_ptr())
     return y
 
 
@@ -104,23 +104,23 @@ def gradient(dy: Tensor, x: Tensor, affine: Affine) -> Gradient:
     plain = _plain(affine)
     sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
     weight, bias = (None if v is None else torch.empty_like(v) for v in (plain.weight, plain.bias))
-    pointers = (x.data_ptr(), sums.data_ptr(), _pointer(weight), _pointer(bias))
-    _call("gradient", _layout(x), _structure(plain), dy.data_ptr(), _step(dy, x), *pointers)
+    pointers = (address(x), sums.data_ptr(), address(weight), address(bias))
+    _call("gradient", _layout(x), _structure(plain), address(dy), _step(dy, x), *pointers)
     return Gradient(sums, _in_dtype_of(affine.weight, weight), _in_dtype_of(affine.bias, bias))
 
 
 def input_gradient(dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float) -> Tensor:
     """As `ops.input_gradient`."""
     dx, affine, sums = torch.empty_like(x), _plain(affine), sums.contiguous()
-    pointers = (x.data_ptr(), sums.data_ptr(), M, dx.data_ptr())
-    _call("input_gradient", _layout(x), _structure(affine), dy.data_ptr(), _step(dy, x), *pointers)
+    pointers = (address(x), sums.data_ptr(), M, dx.data_ptr())
+    _call("input_gradient", _layout(x), _structure(affine), address(dy), _step(dy, x), *pointers)
     return dx
 
 
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float) -> None:
     """As `ops.update_running`."""
-    momentum = -1.0 if running.momentum is None else running.momentum
-    averages = (running.mean.data_ptr(), running.var.data_ptr(), _pointer(running.steps))
+    momentum = float("nan") if running.momentum is None else running.momentum
+    averages = (address(running.mean), address(running.var), address(running.steps))
     code = _CODES[running.mean.dtype]
     _call("update_running", len(mean), code, mean.data_ptr(), var.data_ptr(), M, momentum, *averages)
     increment_version([t for t in running[:3] if t is not None])
@@ -138,23 +138,20 @@ def _layout(x: Tensor) -> _Layout:
 
 
 def _plain(affine: Affine) -> Affine:
-    """The map as C++ reads it: weight and bias of one dtype, their elements one after the other."""
-    weight, bias = affine.weight, affine.bias
+    """The map as C++ reads it: weight and bias of one dtype, the elements of all one after the other."""
+    mean, var = stored(affine.mean.double()), stored(affine.var.double())
+    weight, bias = stored(affine.weight), stored(affine.bias)
     dtypes = {v.dtype for v in (weight, bias) if v is not None}
     if len(dtypes) > 1 or not dtypes <= _KNOWN:
-        weight, bias = (None if v is None else v.double().contiguous() for v in (weight, bias))
-        return affine._replace(weight=weight, bias=bias)
-    if all(v is None or v.is_contiguous() for v in (weight, bias)):
-        return affine
-    weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
-    return affine._replace(weight=weight, bias=bias)
+        weight, bias = (None if v is None else v.double() for v in (weight, bias))
+    return Affine(mean, var, affine.eps, weight, bias, affine.relu)
 
 
 def _structure(affine: Affine) -> _Affine:
     mean, var, eps, weight, bias, relu = affine
     parameter = bias if weight is None else weight
     code = 0 if parameter is None else _CODES[parameter.dtype]
-    return _Affine(mean.data_ptr(), var.data_ptr(), _pointer(weight), _pointer(bias), eps, code, relu)
+    return _Affine(mean.data_ptr(), var.data_ptr(), address(weight), address(bias), eps, code, relu)
 
 
 def _step(dy: Tensor, x: Tensor) -> int:
@@ -168,7 +165,3 @@ def _step(dy: Tensor, x: Tensor) -> int:
 
 def _in_dtype_of(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     return gradient if gradient is None or parameter is None else gradient.to(parameter.dtype)
-
-
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()

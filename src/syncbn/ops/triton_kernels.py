@@ -201,14 +201,14 @@ def normalize(
 def update_running(
     running_mean, running_var, steps, mean, var, count, M: tl.float64, momentum: tl.float64, C, BLOCK_C: tl.constexpr
 ):
-    """One step of the moving averages by one program; over all steps so far where momentum is negative."""
+    """One step of the moving averages by one program; over all steps so far where momentum is NaN."""
     total_M = elements_of(count, M)
     if total_M > 0:
         factor = tl.cast(momentum, tl.float64)
         if steps is not None:
             taken = tl.load(steps) + 1
             tl.store(steps, taken)
-            factor = tl.where(factor < 0.0, 1.0 / taken.to(tl.float64), factor)
+            factor = tl.where(factor != factor, 1.0 / taken.to(tl.float64), factor)
         for first in range(0, C, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
             exists = c < C
@@ -234,6 +234,12 @@ def _write_gradient(message, dweight, dbias, total, dot, deviation_scale, c, exi
         _store_float64(dbias, total, c, exists)
 
 
+@triton.jit
+def _copy(values, copy, c, exists):
+    if copy is not None:
+        tl.store(copy + c, tl.load(values + c, mask=exists), mask=exists)
+
+
 @triton.jit(do_not_specialize=[*_PLAIN, "length"])
 def gradient(
     dy,
@@ -243,6 +249,8 @@ def gradient(
     message,
     dweight,
     dbias,
+    weight_copy,
+    bias_copy,
     partials,
     counters,
     mean,
@@ -274,6 +282,7 @@ def gradient(
 ):
     """Sum g (C) and sum g * (x - mean) (C) at sums_at of a message, and the parameters' gradients.
 
+    Where there is room for copies of the parameters, it writes them: for the pass that follows the message.
     Dy may be channels cut out of a wider tensor, and then has strides of its own.
     g is dy where the ReLU let pass, else 0. Whether it did is computed again from x with RELU, and read from y where
     that is given; g is then written to cut.
@@ -285,6 +294,9 @@ def gradient(
     v_mean = tl.load(mean + c, mask=exists, other=0.0)
     v_var = tl.load(var + c, mask=exists, other=0.0)
     high, low, scale, shift = coefficients(v_mean, v_var, weight, bias, c, exists, eps, COMPUTE)
+    if split == 0:
+        _copy(weight, weight_copy, c, exists)
+        _copy(bias, bias_copy, c, exists)
     s1 = tl.zeros((BLOCK_C, BLOCK_I), COMPUTE)
     s2 = tl.zeros((BLOCK_C, BLOCK_I), COMPUTE)
     for k in tl.range(split, number_of_chunks(outer, inner, BLOCK_I), splits, num_stages=STAGES):

@@ -28,11 +28,14 @@ from syncbn.ops.common import (
     Running,
     Signature,
     Upstream,
+    address,
+    as_stored,
     compute_dtype,
     has_memory,
     in_rows,
     is_rows,
     step_of,
+    stored,
 )
 from syncbn.ops.triton_plan import COUNTERS, Plan, aligned_to, plan_of
 
@@ -43,7 +46,7 @@ _NO_PLACE = -1
 
 def takes(x: Tensor) -> bool:
     """Whether these passes can process x."""
-    return x.is_cuda and x.dtype in _KNOWN and has_memory(x) and not x.is_neg() and _usable(x.device)
+    return x.is_cuda and x.dtype in _KNOWN and has_memory(x) and as_stored(x) and _usable(x.device)
 
 
 @cache
@@ -84,7 +87,7 @@ def forward_message(inputs: Sequence[Tensor], signature: tuple[int, int]) -> Ten
 def normalize(x: Tensor, affine: Affine, residual: Tensor | None) -> Tensor:
     """As `ops.normalize`."""
     y = _dense_like(x)
-    mean, var = affine.mean.contiguous(), affine.var.contiguous()
+    mean, var = stored(affine.mean), stored(affine.var)
     map = Map(affine.eps, affine.weight, affine.bias, affine.relu)
     _launch_normalize(x, y, mean, var, None, map, residual, None)
     return y
@@ -108,7 +111,7 @@ def normalize_batch(
 def gradient(dy: Tensor, x: Tensor, affine: Affine) -> Gradient:
     """As `ops.gradient`."""
     sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
-    return _launch_gradient(Upstream(dy, x, affine, None), sums, 0, _NO_PLACE)[1]
+    return _launch_gradient(Upstream(dy, x, affine, None), sums, 0, _NO_PLACE, copies=False)[1]
 
 
 def backward_sums(
@@ -120,8 +123,8 @@ def backward_sums(
     message = upstream[0].x.new_empty(length, dtype=torch.float64)
     found, at = [], 0
     for i, one in enumerate(upstream):
-        signs = signature is not None and i == 0
-        found.append(_launch_gradient(one, message, at, signature[0] if signs and signature else _NO_PLACE))
+        id = signature[0] if signature is not None and i == 0 else _NO_PLACE
+        found.append(_launch_gradient(one, message, at, id, copies=signature is not None))
         at += 2 * one.x.shape[1]
     return found, message
 
@@ -138,6 +141,7 @@ def input_gradient(
     """As `ops.input_gradient`."""
     dx = torch.empty_like(x) if into is None else into
     assert dx.stride() == x.stride()
+    _check_memory(dy, x, affine.weight)
     plan, strides = _plan_beside(dy, x, 2)
     kernel = _kernels().input_gradient
     with _on(x.device):
@@ -163,7 +167,8 @@ def input_gradient(
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """As `ops.update_running`."""
     assert running.momentum is not None or running.steps is not None
-    momentum = -1.0 if running.momentum is None else running.momentum
+    _check_memory(*running[:3])
+    momentum = float("nan") if running.momentum is None else running.momentum
     with _on(mean.device):
         _kernels().update_running[(1,)](
             *running[:3], mean.contiguous(), var.contiguous(), *_number(M), momentum, len(mean), BLOCK_C=1024
@@ -172,6 +177,7 @@ def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tenso
 
 
 def _launch_input_sums(x: Tensor, message: Tensor, sums_at: int, count_at: int, id: int) -> None:
+    _check_memory(x)
     plan = _plan(x, 1)
     with _on(x.device):
         _kernels().input_sums[plan.grid](
@@ -204,6 +210,7 @@ def _launch_normalize(
     plan, strides = _plan_beside(y, x, 1)
     sums, M, signature = (None, 0.0, None) if batch is None else batch
     averages = (None, None, None, 0.0) if running is None else running
+    _check_memory(x, residual, map.weight, map.bias, *averages[:3])
     with _on(x.device):
         _kernels().normalize[plan.grid](
             x,
@@ -214,8 +221,8 @@ def _launch_normalize(
             sums,
             *_number(M),
             *_expected(signature),
-            _contiguous(map.weight),
-            _contiguous(map.bias),
+            stored(map.weight),
+            stored(map.bias),
             map.eps,
             *averages,
             *plan.layout,
@@ -230,11 +237,17 @@ def _launch_normalize(
         increment_version([t for t in running[:3] if t is not None])
 
 
-def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int) -> tuple[Upstream, Gradient]:
+def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int, copies: bool) -> tuple[Upstream, Gradient]:
+    """What the second pass reads, whose map has copies of the parameters on demand; and the gradient."""
     dy, x, affine, y = one
+    _check_memory(dy, x, affine.weight, affine.bias)
     plan, strides = _plan_beside(dy, x, 2)
     cut = None if y is None else torch.empty_like(x)
-    weight, bias = (None if v is None else torch.empty_like(v).contiguous() for v in (affine.weight, affine.bias))
+    weight, bias = _empty_like(affine.weight), _empty_like(affine.bias)
+    later = affine
+    if copies:
+        later_bias = _empty_like(affine.bias) if affine.relu else None
+        later = affine._replace(weight=_empty_like(affine.weight), bias=later_bias)
     with _on(x.device):
         _kernels().gradient[plan.grid](
             dy,
@@ -244,6 +257,7 @@ def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int) -> tuple[
             message,
             weight,
             bias,
+            *((later.weight, later.bias) if copies else (None, None)),
             *_workspace(x, plan),
             *_parameters(affine),
             *plan.layout,
@@ -259,7 +273,13 @@ def _launch_gradient(one: Upstream, message: Tensor, at: int, id: int) -> tuple[
             **plan.tile,
         )
     sums = message[at : at + 2 * x.shape[1]]
-    return one if cut is None else one._replace(dy=cut, y=None), Gradient(sums, weight, bias)
+    return Upstream(dy if cut is None else cut, x, later, None), Gradient(sums, weight, bias)
+
+
+def _check_memory(*tensors: Tensor | None) -> None:
+    """What a kernel reads where there is none is an error that ends the process's use of the GPU."""
+    for t in tensors:
+        address(t)
 
 
 def _kernels() -> Any:
@@ -328,12 +348,12 @@ def _expected(signature: Signature | None) -> tuple[Tensor | None, float, float]
 
 
 def _parameters(affine: Affine) -> tuple[Tensor | float | None, ...]:
-    tensors = (affine.mean, affine.var, affine.weight, affine.bias)
-    return (*map(_contiguous, tensors), affine.eps)
+    mean, var, eps, weight, bias, _ = affine
+    return stored(mean), stored(var), stored(weight), stored(bias), eps
 
 
-def _contiguous(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.contiguous()
+def _empty_like(v: Tensor | None) -> Tensor | None:
+    return None if v is None else torch.empty_like(v).contiguous()
 
 
 def _workspace(x: Tensor, plan: Plan) -> tuple[Tensor | None, Tensor | None]:

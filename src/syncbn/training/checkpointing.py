@@ -1,11 +1,13 @@
 """Checkpoints from which training goes on exactly: when they are written, and how signals stop a training."""
 
+import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -25,6 +27,22 @@ DROPOUT_STREAM = 2
 """Of `random_stream`, beside those of the augmentation and the order."""
 
 
+class Agreement(NamedTuple):
+    """What all ranks know after they asked each other.
+
+    Attributes:
+        told: A rank was told to stop.
+        interrupted: By Ctrl-C.
+        requeue: The job is to be requeued.
+        due: It is time for a checkpoint.
+    """
+
+    told: bool
+    interrupted: bool
+    requeue: bool
+    due: bool
+
+
 class Checkpointing(Callback):
     """Writes ``checkpoints/step=N.ckpt`` into the run folder, and stops the training when a signal asks for it.
 
@@ -33,7 +51,8 @@ class Checkpointing(Callback):
     goes on from it repeats nothing and leaves nothing out.
 
     On SIGTERM or SIGUSR1, to whichever rank, all ranks finish the step under way (or the validation), write a
-    checkpoint and exit with status 75. In a job of SLURM started by srun, SIGUSR1 also requeues the job.
+    checkpoint and exit with status 75. In a job of SLURM started by srun, SIGUSR1 also requeues the job. On Ctrl-C
+    (SIGINT) they do the same, with status 130; a second one ends the run at once.
 
     Args:
         every_n_steps: Optimiser steps from one checkpoint to the next. Null for none of that kind.
@@ -86,12 +105,13 @@ class Checkpointing(Callback):
         if self._folder is None or batch_idx % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
-        told, requeue, due = self._agree(trainer) if step >= self._next_agreement else (False, False, False)
+        nothing = Agreement(False, False, False, False)
+        told, interrupted, requeue, due = self._agree(trainer) if step >= self._next_agreement else nothing
         due |= batch_idx == 0 or (self.every_n_steps is not None and step % self.every_n_steps == 0)
         if (told or due) and step > self._saved_step:
             self._save(trainer, self._folder)
         if told:
-            self._stop(trainer, requeue)
+            self._stop(trainer, self._folder.parent, requeue, interrupted)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What comes after the training is stopped by a signal at once."""
@@ -100,13 +120,16 @@ class Checkpointing(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the keepers of the best checkpoints find them where the run folder is now."""
         if trainer.state.fn == TrainerFn.FITTING and self._folder is not None:
+            states = checkpoint.get("callbacks", {})
             for callback in trainer.checkpoint_callbacks:
-                state = checkpoint.get("callbacks", {}).get(callback.state_key)
+                if isinstance(callback, OwnCheckpoint):
+                    callback.take_older_state(states)
+                state = states.get(callback.state_key)
                 if isinstance(callback, ModelCheckpoint) and state:
                     move_paths(state, str(callback.dirpath))
 
-    def _agree(self, trainer: Trainer) -> tuple[bool, bool, bool]:
-        """Whether a rank was told to stop, whether to requeue the job, and whether it is time for a checkpoint.
+    def _agree(self, trainer: Trainer) -> "Agreement":
+        """Learn what other ranks were told.
 
         One small message; the next one is about `AGREEMENT_SECONDS` later, counted in steps, since ranks agree on
         those. Of the times only rank 0's count.
@@ -116,13 +139,14 @@ class Checkpointing(Callback):
         received = self._signals.received
         since, seconds = (now - self._saved_at, now - self._agreed_at) if trainer.is_global_zero else (0.0, 0.0)
         requeue = received is not None and received == requeue_signal(trainer)
-        values = torch.tensor([received is not None, requeue, since, seconds], dtype=torch.float32)
-        told, requeued, since, seconds = sum_over_world(values.to(trainer.strategy.root_device)).tolist()
+        flags = [received is not None, received == signal.SIGINT, requeue]
+        values = torch.tensor([*flags, since, seconds], dtype=torch.float32)
+        told, interrupted, requeued, since, seconds = sum_over_world(values.to(trainer.strategy.root_device)).tolist()
         pace = seconds / steps if steps else AGREEMENT_SECONDS
         self._agreed_step, self._agreed_at = step, now
         self._next_agreement = step + max(1, min(1000, int(AGREEMENT_SECONDS / max(pace, 1e-6))))
         due = self.every_minutes is not None and since >= 60 * self.every_minutes
-        return told > 0, requeued > 0, due
+        return Agreement(told > 0, interrupted > 0, requeued > 0, due)
 
     def _save(self, trainer: Trainer, folder: Path) -> None:
         path = folder / f"step={trainer.global_step}.ckpt"
@@ -135,18 +159,53 @@ class Checkpointing(Callback):
             for old in by_step(folder)[self.keep_last :]:
                 remove(old)
 
-    def _stop(self, trainer: Trainer, requeue: bool) -> None:
+    def _stop(self, trainer: Trainer, run: Path, requeue: bool, interrupted: bool) -> None:
         failure = getattr(trainer.strategy.checkpoint_io, "failure", "")
         if trainer.is_global_zero:
             if not failure:
-                where = f"after {trainer.global_step} steps; a restart goes on there"
-                print(f"syncbn: stopped by a signal {where}", file=sys.stderr, flush=True)
+                cause, how = ("Ctrl-C", f"--resume {run}") if interrupted else ("a signal", "a restart")
+                line = f"syncbn: stopped by {cause} after {trainer.global_step} steps"
+                goes_on = f"; {how} goes on there" if self._saved_step or not interrupted else ""
+                print(line + goes_on, file=sys.stderr, flush=True)
             if requeue:
                 requeue_job()
         failure = trainer.strategy.broadcast(failure)  # before any rank ends, which may make the launcher kill rank 0
         if failure:
             raise ValueError(f"told to stop, but {failure}")
-        raise SystemExit(exit_status(trainer))
+        raise SystemExit(exit_status(trainer, interrupted))
+
+
+class OwnCheckpoint(ModelCheckpoint):
+    """One of the run's own, whose state in a checkpoint has another name than that of a user's `ModelCheckpoint`."""
+
+    def take_older_state(self, states: dict[str, Any]) -> None:
+        """Find the state where runs have it that were begun when it had the name of Lightning's class.
+
+        Args:
+            states: Of all callbacks, in a checkpoint; changed in place.
+        """
+        older = self.state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+        if older in states and self.state_key not in states:
+            states[self.state_key] = states.pop(older)
+
+
+class BestCheckpoint(OwnCheckpoint):
+    """Keeps the best: the key ``checkpoint`` of a config."""
+
+
+class LastCheckpoint(OwnCheckpoint):
+    """Saves ``last.ckpt`` after every epoch.
+
+    Lightning's option save_last does not: in a callback that keeps the best, it copies the best.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(filename="last", enable_version_counter=False)
+
+
+def is_named_as_own(name: str) -> bool:
+    """Whether a file is called as what `Checkpointing` and `LastCheckpoint` write."""
+    return name == "last.ckpt" or re.fullmatch(r"step=\d+\.ckpt", name) is not None
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from syncbn.paths import open_text
+from syncbn.pictures import drawable_names, plain_text, unless_it_fails
 from syncbn.training.runs import run_folder
 
 NAMED_CLASSES = 40
@@ -104,7 +106,9 @@ class ClassReport(Callback):
         classes = class_names(trainer)
         write_confusion(folder / f"confusion_{stage}.csv", counts, classes)
         write_classes(folder / f"classes_{stage}.csv", counts, classes)
-        draw_confusion(folder / f"confusion_{stage}.png", counts, classes)
+        picture = folder / f"confusion_{stage}.png"
+        with unless_it_fails(picture):
+            draw_confusion(picture, counts, classes)
 
 
 def class_names(trainer: Trainer) -> Sequence[str]:
@@ -127,7 +131,7 @@ def accuracies(counts: np.ndarray) -> np.ndarray:
 
 def write_confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
     """Write the matrix: a row for each true class, a column for each predicted one."""
-    with path.open("w", newline="") as lines:
+    with open_text(path) as lines:
         writer = csv.writer(lines)
         writer.writerow(["true \\ predicted", *classes])
         writer.writerows([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
@@ -136,7 +140,7 @@ def write_confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> N
 def write_classes(path: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
     """Write a row for each class: its images, how many were recognised, and what it was most often taken for."""
     confused = counts - np.diag(np.diagonal(counts))
-    with path.open("w", newline="") as lines:
+    with open_text(path) as lines:
         writer = csv.writer(lines)
         writer.writerow(["class", "images", "recognised", "accuracy", "most_often_taken_for", "so_many_times"])
         for label, (name, accuracy) in enumerate(zip(classes, accuracies(counts), strict=True)):
@@ -153,13 +157,15 @@ def draw_confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    side = 5 + 0.2 * min(len(classes), NAMED_CLASSES)
-    figure = Figure(figsize=(2 * side, side), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    _draw_matrix(left, counts, classes)
-    _draw_accuracies(right, counts, classes)
-    figure.savefig(path, dpi=120, bbox_inches="tight")  # long names of classes included
+    names = drawable_names(classes)
+    side = 5 + 0.2 * min(len(names), NAMED_CLASSES)
+    with plain_text(*names):
+        figure = Figure(figsize=(2 * side, side), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2)
+        _draw_matrix(left, counts, names)
+        _draw_accuracies(right, counts, names)
+        figure.savefig(path, dpi=120, bbox_inches="tight")  # long names of classes included
 
 
 def _draw_matrix(axes: Any, counts: np.ndarray, classes: Sequence[str]) -> None:
@@ -189,12 +195,15 @@ def strongest(shares: np.ndarray) -> np.ndarray:
 
 
 def _draw_accuracies(axes: Any, counts: np.ndarray, classes: Sequence[str]) -> None:
+    from matplotlib import rcParams
+
     accuracy = accuracies(counts)
     order = [int(label) for label in np.argsort(accuracy) if not np.isnan(accuracy[label])]
     overall = np.trace(counts) / max(1, counts.sum())
     axes.set(title=f"accuracy of each class ({overall:.1%} of {counts.sum():,} images)")
     if len(classes) <= NAMED_CLASSES:
-        axes.barh([classes[label] for label in reversed(order)], accuracy[order[::-1]])
+        axes.barh(range(len(order)), accuracy[order[::-1]])
+        axes.set_yticks(range(len(order)), [classes[label] for label in reversed(order)])
         axes.set(xlabel="accuracy", xlim=(0, 1))
     else:
         axes.plot(accuracy[order], range(1, len(order) + 1))
@@ -203,7 +212,8 @@ def _draw_accuracies(axes: Any, counts: np.ndarray, classes: Sequence[str]) -> N
         text = "\n".join(
             ["lowest:", *worst, "", "most often taken for another:", *commonest_confusions(counts, classes)]
         )
-        axes.text(0.03, 0.98, text, transform=axes.transAxes, va="top", fontsize=7, family="monospace")
+        families = ["monospace", *rcParams["font.family"]]
+        axes.text(0.03, 0.98, text, transform=axes.transAxes, va="top", fontsize=7, family=families)
     axes.grid(alpha=0.3)
 
 

@@ -18,6 +18,7 @@ from syncbn.models.embedding import embed, put_proxy_head
 from syncbn.models.weights import HeadPolicy
 from syncbn.models.weights.card import CARD_KEY
 from syncbn.nn import SyncBatchNorm, estimate_population_statistics
+from syncbn.ops import as_statistic
 from syncbn.training.batch_arithmetic import BatchArithmetic, scale_learning_rate
 from syncbn.training.class_weights import balanced_weights, given_weights
 from syncbn.training.evaluation import Evaluated, log_of_mean
@@ -32,7 +33,7 @@ from syncbn.training.model_card import (
 )
 from syncbn.training.parameter_groups import parameter_groups, scale_groups
 from syncbn.training.rank_state import add_rank_state, take_rank_state
-from syncbn.training.retrieval import RecallAtK
+from syncbn.training.retrieval import NEIGHBOURS, RecallAtK
 from syncbn.training.schedules import exponential_schedule
 from syncbn.training.speed import CompileMode, compile_network, use_fused_optimizer, use_recomputation
 
@@ -256,6 +257,12 @@ class ImageClassifier(Evaluated):
             estimate_population_statistics(self.network, batches, min(self.hparams["estimation_batches"], len(loader)))
         self.train()
 
+    @property
+    def logged(self) -> list[str]:
+        """Names of the metrics of a fit, for callbacks that look at one."""
+        evaluated = [f"val_recall_at_{neighbours}" for neighbours in NEIGHBOURS] if self.recall else self.metrics
+        return ["train_loss", "train_top1", "learning_rate", *(name for name in evaluated if name.startswith("val_"))]
+
     def batch_arithmetic(self, trainer: Trainer) -> BatchArithmetic:
         """What the global batch size comes to with a trainer."""
         return BatchArithmetic(
@@ -319,10 +326,10 @@ class ImageClassifier(Evaluated):
         if weights is not None:
             # As torch's mean, but over the global batch: DDP takes the mean over the ranks.
             weights = self.class_weights = weights.to(logits)
-            total = sum_over_world(weights[labels].sum().double())
+            total = sum_over_world(as_statistic(weights[labels].sum()))
             loss = F.cross_entropy(logits, labels, weights, label_smoothing=smoothing, reduction="sum")
-            weighted = loss * self.trainer.world_size / total.clamp(min=torch.finfo(total.dtype).tiny)
-            return weighted.to(loss.dtype)
+            scaled = as_statistic(loss * self.trainer.world_size)
+            return (scaled / total.clamp(min=torch.finfo(total.dtype).tiny)).to(loss.dtype).to(loss.device)
         if not len(labels):
             return logits.sum()  # 0, and of the same graph: this rank takes part in every exchange
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
@@ -343,6 +350,7 @@ class ImageClassifier(Evaluated):
 
     def on_validation_start(self) -> None:
         """Where ranks normalise in several groups, make their running statistics one: the mean over the ranks."""
+        super().on_validation_start()
         if not self.in_several_groups or self.trainer.sanity_checking:
             return
         for name, layer in self.network.named_modules():

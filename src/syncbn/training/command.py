@@ -1,29 +1,41 @@
 """The command line of the trainer: Lightning's, with one batch knob and a folder for each run."""
 
-import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from syncbn.data import ImageDataModule
+from syncbn.data.samplers import batches_per_epoch
+from syncbn.paths import expand_home
 from syncbn.training.checkpoint_files import AtomicCheckpointIO
-from syncbn.training.checkpointing import Checkpointing, RandomByStep
+from syncbn.training.checkpointing import BestCheckpoint, Checkpointing, LastCheckpoint, RandomByStep
 from syncbn.training.classifier import ImageClassifier
+from syncbn.training.config_checks import (
+    MAY_BE_OFF,
+    read_hyperparameters,
+    refuse_dropped,
+    refuse_nulls,
+    refuse_other_network,
+    refuse_random_layers,
+    split_off,
+)
 from syncbn.training.curves import CurvesPlot
+from syncbn.training.earlier_data import settle_data
 from syncbn.training.evaluation import check_same_task, load_ensemble
 from syncbn.training.finite import StopAtNonFinite
 from syncbn.training.launchers import follow_launcher
 from syncbn.training.left_out import LeftOutImages
+from syncbn.training.lightning_messages import quieten
+from syncbn.training.lightning_support import make_writable, refuse_options
 from syncbn.training.model_card import choose_preprocessing, words_without_weights
 from syncbn.training.population import StatisticsTrainer
 from syncbn.training.predictions import PredictionTable
@@ -42,10 +54,17 @@ from syncbn.training.resuming import (
 )
 from syncbn.training.retrieval import NEIGHBOURS
 from syncbn.training.run_logs import run_loggers
+from syncbn.training.run_plan import (
+    RunPlan,
+    check_monitors,
+    check_names_of_checkpoints,
+    describe_plan,
+    reason_of_early_end,
+)
 from syncbn.training.run_summary import RunSummary
 from syncbn.training.runs import RunRecord, claim_run_folder, run_folder
 from syncbn.training.speed import default_benchmark, default_precision
-from syncbn.training.stopping import STOPPED, describe_lost_rank
+from syncbn.training.stopping import INTERRUPTED, STOPPED, describe_lost_rank
 from syncbn.training.strategies import SynchronisedDDPStrategy
 from syncbn.training.throughput import Throughput
 from syncbn.training.watchdog import Watchdog
@@ -79,6 +98,8 @@ class SyncBNCLI(LightningCLI):
 
     checkpoint_hparams: Mapping[str, Any] = {}  # of ckpt_path
     resume_point: ResumePoint | None = None  # of rank 0
+    plan: RunPlan | None = None  # of a fit, but for a fast_dev_run
+    parts_off: Sequence[str] = ()  # of `MAY_BE_OFF`
 
     def __init__(self) -> None:
         quieten()
@@ -127,7 +148,7 @@ class SyncBNCLI(LightningCLI):
             default=True,
             help="Whether fit ends with the test of the best checkpoint.",
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Checkpointing, "checkpointing")
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()})
@@ -175,26 +196,20 @@ class SyncBNCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; ``--data PATH`` is short for ``--data.root PATH``."""
-        self.config = parser.parse_args(words_without_weights(expand_data_shorthand(sys.argv[1:])))
-        self._check_checkpoint()
-
-    def _check_checkpoint(self) -> None:
-        """Refuse a file that is no checkpoint before anything is built for it."""
-        path = self.config[self.config["subcommand"]].get("ckpt_path")
-        if path and Path(path).is_dir():
-            raise ValueError(
-                f"--ckpt_path {path} is a folder: a checkpoint of syncbn fit is one file, under any strategy"
-                " (DeepSpeed's own folders hold a script zero_to_fp32.py, which makes a file for --model.weights)"
-            )
-        if not path or not Path(path).is_file():  # a missing one is reported by Lightning, as are "best" and "last"
-            return
-        try:
-            checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        except Exception as error:  # whatever unpickling junk may raise
-            raise ValueError(
-                f"--ckpt_path {path} is not a checkpoint of tensors only: {type(error).__name__}"
-            ) from error
-        self.checkpoint_hparams = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
+        words = expand_data_shorthand(sys.argv[1:])
+        refuse_other_network(words)
+        words, off = split_off(words)
+        self.config = expand_home(parser.parse_args(words_without_weights(words)))
+        verb = self.config["subcommand"]
+        config = self.config[verb]
+        for name in off:
+            config[name] = None
+        self.parts_off = [name for name in MAY_BE_OFF if name in config and config[name] is None]
+        refuse_nulls(self._parser(verb), config)
+        self.checkpoint_hparams = read_hyperparameters(config.get("ckpt_path"))
+        if self.checkpoint_hparams:
+            refuse_dropped(self._parser(verb), config, words, self.checkpoint_hparams)
+        settle_data(config)
 
     def before_instantiate_classes(self) -> None:
         """Only a fit has a run folder, in which its config is saved."""
@@ -204,12 +219,20 @@ class SyncBNCLI(LightningCLI):
                 warnings.filterwarnings("ignore", message)
             return
         options = self._get(self.config, "trainer")
+        refuse_options(options, self._get(self.config, "global_batch_size"))
+        make_writable(options["callbacks"])
+        refuse_random_layers(self.config[self.subcommand])
         options["precision"] = default_precision(options)
         options["benchmark"] = default_benchmark(options)
 
     def instantiate_classes(self) -> None:
         """Several checkpoints become one model, the mean of their class probabilities."""
+        config = self.config[self.subcommand]
+        for name in self.parts_off:  # jsonargparse makes no object of null
+            del config[name]
         super().instantiate_classes()
+        for name in self.parts_off:
+            config[name] = None
         if self.trainer.precision == "64-true":
             self.model.double()  # Lightning would after it has restored a checkpoint, in single precision
         checkpoints, ckpt_path = self._get(self.config, "checkpoints", []), self._get(self.config, "ckpt_path")
@@ -221,7 +244,11 @@ class SyncBNCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers, the callbacks and the strategy of a run."""
+        # As a restart will find it in the run's config, whatever the defaults are then.
+        self._get(self.config, "data")["exif_orientation"] = self.datamodule.exif_orientation
         kwargs |= follow_launcher(sys.argv, os.environ)
+        for name in self.parts_off:
+            self.config_init[self.subcommand][name] = None
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         callbacks: list[Any] = []
         if self.subcommand == "fit" and not config.get("fast_dev_run"):
@@ -233,7 +260,7 @@ class SyncBNCLI(LightningCLI):
                 self.run_summary,
                 RunRecord(),
                 CurvesPlot(),
-                last_checkpoint(),
+                LastCheckpoint(),
                 StopAtNonFinite(),
                 RandomByStep(seed),
             ]
@@ -247,9 +274,11 @@ class SyncBNCLI(LightningCLI):
             kwargs["strategy"] = SynchronisedDDPStrategy.strategy_name
         return super().instantiate_trainer(**kwargs)
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """The trainer; parts of a run that are null are left out."""
+        return super()._instantiate_trainer(config, [callback for callback in callbacks if callback is not None])
+
     def _loggers(self, configured: Any) -> list[Any]:
-        if configured is False:
-            raise ValueError("trainer.logger=false: the run folder and the curves need the CSV log; leave it out")
         added = [] if configured in (None, True) else configured if isinstance(configured, list) else [configured]
         parent = Path(self._get(self.config, "runs_folder"), self._get(self.config, "name"))
         is_rank_zero = getattr(rank_zero_only, "rank", 0) == 0
@@ -277,7 +306,7 @@ class SyncBNCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:
-            if isinstance(error, SystemExit) and error.code == STOPPED:
+            if isinstance(error, SystemExit) and error.code in (STOPPED, INTERRUPTED):
                 wait_for_other_ranks(launcher)
                 raise
             stop_other_ranks(launcher, error)
@@ -295,11 +324,22 @@ class SyncBNCLI(LightningCLI):
     def before_fit(self) -> None:
         """Check the batch arithmetic before any other process starts, and print it."""
         arithmetic = self.model.batch_arithmetic(self.trainer)
+        remarks = self._plan() if not self.trainer.fast_dev_run else []  # type: ignore[attr-defined]
         if self.trainer.is_global_zero:
             parameters = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
             print(arithmetic.describe())
-            print(self.datamodule.describe())
+            print("\n".join([self.datamodule.describe(), *remarks]))
             print(f"{parameters:,} trainable parameters, device {self.trainer.strategy.root_device.type}", flush=True)
+
+    def _plan(self) -> list[str]:
+        """Work out what the run will do; what of it may surprise, each in a line."""
+        data, trainer = self.datamodule, self.trainer
+        steps = batches_per_epoch(data.training_images, data.global_batch_size, data.drop_last)
+        begun_at = self.resume_point.step if self.resume_point else 0
+        self.plan = RunPlan.of(trainer, steps, begun_at)
+        check_names_of_checkpoints(trainer)
+        remarks = [describe_plan(self.plan, trainer), *check_monitors(self.plan, trainer, self.model.logged)]
+        return [remark for remark in remarks if remark]
 
     def fit(self, **arguments: Any) -> None:
         """Train, from the newest checkpoint where the run is gone on with; name the run folder also when stopped."""
@@ -307,22 +347,35 @@ class SyncBNCLI(LightningCLI):
             arguments["ckpt_path"] = tell_ranks(self.trainer, self.resume_point) or arguments.get("ckpt_path")
         try:
             self.trainer.fit(**arguments)
-        except SystemExit:  # Lightning's answer to Ctrl-C, and ours to other signals
+        except SystemExit as stop:
             self._print_run_folder()
+            if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's answer to it is 1
+                raise SystemExit(INTERRUPTED) from None
             raise
 
     def after_fit(self) -> None:
         """Test the best checkpoint; print the accuracy, the summary and, last, the run folder."""
+        self._explain_early_end()
         if (folder := run_folder(self.trainer)) and self.trainer.is_global_zero:
             record_end(folder, self.trainer.global_step)
         if self._get(self.config, "test_after_fit"):
-            best = self._get(self.config_init, "checkpoint").best_model_path or None
+            keeper = self._get(self.config_init, "checkpoint")
+            best = (keeper.best_model_path or None) if keeper else None
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):  # which would bring back the weights that were not averaged
+                    callback._average_model = None
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
             self._print_accuracy("test", [best] if best else [])
         wait_for_other_ranks(self.trainer.strategy.launcher)
         if self.run_summary in self.trainer.callbacks:  # type: ignore[attr-defined]  # not in a fast_dev_run
             self.run_summary.finish(self.trainer)
         self._print_run_folder()
+
+    def _explain_early_end(self) -> None:
+        reason = reason_of_early_end(self.plan, self.trainer) if self.plan else ""
+        self.run_summary.ended_early = reason or None
+        if reason and self.trainer.is_global_zero:
+            print(f"training ended early, after step {self.trainer.global_step:,}: {reason}", flush=True)
 
     def after_test(self) -> None:
         """Print the accuracy."""
@@ -364,33 +417,10 @@ class SyncBNCLI(LightningCLI):
             print(folder, flush=True)
 
 
-def last_checkpoint() -> ModelCheckpoint:
-    """Saves ``last.ckpt`` after every epoch.
-
-    Lightning's option save_last does not: in a callback that keeps the best, it copies the best.
-    """
-    return ModelCheckpoint(filename="last", enable_version_counter=False)
-
-
 def with_atomic_checkpoints(plugins: Any) -> list[Any]:
     """A trainer's plugins, and the one that writes checkpoints atomically."""
     given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
     return [*given, AtomicCheckpointIO()]
-
-
-def quieten() -> None:
-    """Leave out what Lightning says at every start, and warnings that do not apply here."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",  # said whatever the images cost to prepare
-        ".*Grad strides do not match bucket view strides.*",  # of 1x1 convolutions: there they do not matter
-        "Found .* in eval mode at the start of training.*",  # of frozen BatchNorm layers: as was asked for
-        "The `srun` command is available on your system but is not used.*",  # syncbn doctor says where it is needed
-        "Checkpoint directory .* exists and is not empty",  # of a run that is gone on with
-        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # Lightning's own business with torch
-    ):
-        warnings.filterwarnings("ignore", message)
 
 
 def expand_data_shorthand(words: list[str]) -> list[str]:

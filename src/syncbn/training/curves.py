@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from syncbn.pictures import plain_text, unless_it_fails
 from syncbn.training.runs import run_folder
 
 PANELS = (
@@ -47,6 +48,7 @@ def plot_curves(log: Path, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    title = str(log.parent)
     figure = Figure(figsize=(8, 10), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (label, columns) in zip(figure.subplots(len(PANELS), sharex=True), PANELS, strict=True):
@@ -61,8 +63,9 @@ def plot_curves(log: Path, picture: Path) -> None:
         if axes.lines:
             axes.legend()
     axes.set_xlabel("optimiser step")
-    figure.suptitle(str(log.parent))
-    figure.savefig(picture, dpi=120)
+    with plain_text(title):
+        figure.suptitle(title)
+        figure.savefig(picture, dpi=120)
 
 
 class CurvesPlot(Callback):
@@ -84,4 +87,5 @@ class CurvesPlot(Callback):
         for logger in trainer.loggers:
             logger.save()  # the CSV logger writes only every so many steps
         if folder and (folder / "metrics.csv").is_file():
-            plot_curves(folder / "metrics.csv", folder / "curves.png")
+            with unless_it_fails(folder / "curves.png"):
+                plot_curves(folder / "metrics.csv", folder / "curves.png")

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from syncbn.data.batches import ImageBatch
+from syncbn.models.weights.reading import first_not_finite
 
 SAME_TASK = {
     "num_classes": "give it data of the same classes",
@@ -44,6 +46,23 @@ class Evaluated(LightningModule, ABC):
         Returns:
             Shape (N, num_classes).
         """
+
+    def on_validation_start(self) -> None:
+        """Where nothing is trained, refuse weights that are not finite."""
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self._check_weights()
+
+    def on_test_start(self) -> None:
+        """Refuse weights that are not finite."""
+        self._check_weights()
+
+    def on_predict_start(self) -> None:
+        """Refuse weights that are not finite."""
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        if fault := first_not_finite((*self.named_parameters(), *self.named_buffers())):
+            raise ValueError(f"{fault}: an accuracy would be that of chance. Take an earlier checkpoint")
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
         """Count this rank's hits; returns the logarithms of the class probabilities, for callbacks."""

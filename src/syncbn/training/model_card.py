@@ -35,6 +35,7 @@ def make_card(network: InceptionBN, data: ImageDataModule) -> ModelCard:
         image_size=data.image_size,
         resize=data.crops.resize,
         embedding_dimension=head.embedding.out_features if embeds else None,
+        exif_orientation=data.exif_orientation,
     )
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from syncbn.distributed import gather_objects
+from syncbn.paths import open_text
 
 
 class PredictionTable(BasePredictionWriter):
@@ -35,7 +36,7 @@ class PredictionTable(BasePredictionWriter):
         rows = [row for batch in predictions for row in _rows(batch)]
         rows = [row for part in gather_objects(rows) for row in part]
         if trainer.is_global_zero:
-            with self.path.open("w", newline="") as lines:
+            with open_text(self.path) as lines:
                 writer = csv.writer(lines)
                 writer.writerow(["index", "label", "prediction", "probability"])
                 writer.writerows(sorted(rows))

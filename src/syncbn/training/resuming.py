@@ -17,7 +17,9 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, Namespace, SaveConfigCallback
 
+from syncbn.data.sources import EMBEDDED
 from syncbn.training.checkpoint_files import atomic_file, fault_of, newest_whole, step_of
+from syncbn.training.earlier_data import options_of_run
 from syncbn.training.runs import run_folder
 
 STARTS = "starts.jsonl"
@@ -207,6 +209,8 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
         begun = yaml.safe_load((folder / "config.yaml").read_text())
     except OSError:
         return  # killed before it was written
+    if "data" in begun and "data" in config:
+        begun["data"] |= options_of_run(begun["data"], config["data"].get("root", EMBEDDED))
     before, now = (dict(flatten(one, ())) for one in (begun, config))
     for name in sorted({*before, *now}):
         if matters(name) and before.get(name) != now.get(name):

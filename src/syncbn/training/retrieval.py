@@ -7,6 +7,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from syncbn.ops import as_statistic, beside
+
 NEIGHBOURS = (1, 2, 4, 8)
 ROWS_AT_A_TIME = 1024
 
@@ -49,7 +51,7 @@ class RecallAtK(Metric):
         if most < 1:
             return {k: embeddings.new_tensor(0.0 if len(labels) else float("nan")) for k in self.neighbours}
         hits = torch.cat([_hits(embeddings, labels, first, most) for first in range(0, len(labels), ROWS_AT_A_TIME)])
-        return {k: hits[:, :k].any(1).double().mean() for k in self.neighbours}
+        return {k: beside(as_statistic(hits[:, :k].any(1)).mean(), embeddings) for k in self.neighbours}
 
 
 def _hits(embeddings: Tensor, labels: Tensor, first: int, most: int) -> Tensor:

@@ -20,9 +20,13 @@ class RunSummary(Callback):
 
     It is written when training ends, when an exception ends it, and again by `finish`. Speed and memory are
     what `Throughput` measured.
+
+    Attributes:
+        ended_early: Why it took fewer steps than it might have; None where it did not.
     """
 
     def __init__(self) -> None:
+        self.ended_early: str | None = None
         self._speed: dict[str, Any] = {}
         self._description: dict[str, Any] = {}
 
@@ -63,6 +67,7 @@ class RunSummary(Callback):
         }
         return {
             "exit": exit_cause,
+            **({"ended_early": self.ended_early} if self.ended_early else {}),
             "run_folder": str(run_folder(trainer)),
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,

@@ -16,18 +16,27 @@ STOPPED = 75
 """Exit status of a training that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status of a training that Ctrl-C stopped, as shells have it."""
+
+
 class StopSignals:
-    """Notes SIGTERM, SIGUSR1 and the requeue signal of SLURM, instead of what they would do."""
+    """Notes Ctrl-C, SIGTERM, SIGUSR1 and the requeue signal of SLURM, instead of what they would do.
+
+    A second Ctrl-C does what it always does.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._is_global_zero = False
 
     def install(self, trainer: Trainer) -> None:
         """Note signals from now on. Lightning's handlers, installed later, are replaced by calling this again."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in {signal.SIGTERM, signal.SIGUSR1, requeue_signal(trainer) or signal.SIGUSR1}:
+        self._is_global_zero = trainer.is_global_zero
+        for number in {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, requeue_signal(trainer) or signal.SIGUSR1}:
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
 
@@ -39,6 +48,10 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self._is_global_zero:  # print might be interrupted in the middle of a print
+                os.write(2, b"\nsyncbn: stops after this step, with a checkpoint; Ctrl-C once more ends at once\n")
 
 
 def requeue_signal(trainer: Trainer) -> signal.Signals | None:
@@ -57,13 +70,15 @@ def requeue_job() -> None:
         print(f"syncbn: SLURM did not requeue job {job}: {asked.stderr.strip()}", file=sys.stderr, flush=True)
 
 
-def exit_status(trainer: Trainer) -> int:
-    """With which status this process stops: `STOPPED`, or 0 of those that Lightning's launcher started.
+def exit_status(trainer: Trainer, interrupted: bool) -> int:
+    """With which status this process stops: `INTERRUPTED`, `STOPPED`, or 0 of those that Lightning's launcher started.
 
     That launcher takes any other status of its processes for a crash, and kills the first one.
     """
     environment = trainer._accelerator_connector.cluster_environment
-    return 0 if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0 else STOPPED
+    if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
+        return 0
+    return INTERRUPTED if interrupted else STOPPED
 
 
 def describe_lost_rank(error: RuntimeError) -> str:

@@ -1,11 +1,12 @@
 """The model card: there and back, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from syncbn.models.weights import ModelCard, card_path, parse_card, read_card_beside
-from syncbn.preprocessing import PREPROCESSING, Preprocessing
+from syncbn.preprocessing import PIXELS, PREPROCESSING, Preprocessing
 
 CARD = ModelCard("cadene", {"variant": "cadene"}, 2, ("grün", "日"), PREPROCESSING["cadene"], 224, 256)
 
@@ -16,6 +17,21 @@ def test_there_and_back(tmp_path):
     assert card_path(tmp_path / "a.pth").name == "a.pth.card.json"
     assert read_card_beside(tmp_path / "a.pth") == CARD
     assert read_card_beside(tmp_path / "b.pth") is None
+
+
+def test_how_pixels_are_made_is_said_in_fields_and_in_words():
+    pixels = json.loads(CARD.to_json())["pixels"]
+    assert pixels["shrink"] == "area averaging (OpenCV INTER_AREA)" and pixels["crop"] == "centre"
+    for words in ("shorter side to 256 pixels", "central 224 x 224", "order BGR", "do not turn as EXIF"):
+        assert words in pixels["in_words"]
+    turned = replace(CARD, exif_orientation=True)
+    assert "; turn as EXIF" in turned.in_words and parse_card(turned.to_json(), "here") == turned
+
+
+def test_a_card_from_before_there_were_these_parts_means_what_was_done():
+    content = json.loads(CARD.to_json())
+    del content["pixels"], content["exif_orientation"]
+    assert parse_card(json.dumps(content), "here") == CARD and not CARD.exif_orientation
 
 
 CHANGES = {
@@ -33,6 +49,8 @@ CHANGES = {
     "numbers that are none": {"preprocessing": {"colour_order": "RGB", "mean": ["a"], "std": [1]}},
     "NaN": {"preprocessing": {"colour_order": "RGB", "mean": [float("nan")], "std": [1]}},
     "a mean without std": {"preprocessing": {"colour_order": "RGB", "mean": [1], "std": None}},
+    "a turn that is none": {"exif_orientation": 6},
+    "pixels made in another way": {"pixels": PIXELS | {"crop": "random"}},
     "fewer std": {"preprocessing": {"colour_order": "RGB", "mean": [1, 2], "std": [1]}},
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from syncbn.data.image_folder import class_names, is_imagenet
 from syncbn.data.preparation.checking import check_shards
 from syncbn.data.preparation.folder import plan_folder
 from syncbn.data.preparation.imagenet import plan_imagenet
@@ -21,6 +22,7 @@ from syncbn.data.preparation.job import (
     finish,
     is_finished,
     make_report,
+    noted_options,
     opened_destination,
     require_agreement,
 )
@@ -29,6 +31,7 @@ from syncbn.data.preparation.summary import print_findings, print_summary
 from syncbn.data.preparation.tasks import Options, write_json
 from syncbn.data.preparation.workers import worker_pool
 from syncbn.data.shards import read_index
+from syncbn.data.splits import find_splits
 
 
 def imagenet(
@@ -39,6 +42,7 @@ def imagenet(
     shard_megabytes: float = 100,
     workers: int | None = None,
     max_dropped: float = 0.01,
+    exif_orientation: bool = False,
 ) -> None:
     """Make shards of ImageNet's archives as they are downloaded, without unpacking them.
 
@@ -53,13 +57,15 @@ def imagenet(
         shard_megabytes: About how large a shard gets.
         workers: Processes; all cores without it.
         max_dropped: Fraction of the images that may be lost to damage before it is an error.
+        exif_orientation: Whether images are turned as their EXIF says. ImageNet's labels and accuracies are about the
+            pixels as stored.
 
     Raises:
         ValueError: An archive is missing, more was dropped than ``max_dropped``, or the destination holds
             something else.
         OSError: A file cannot be read or written.
     """
-    options = Options(shorter_side, quality, shard_megabytes)
+    options = Options(shorter_side, quality, shard_megabytes, exif_orientation)
     description = {"source": "imagenet", **asdict(options)}
     _prepare(lambda pool: plan_imagenet(source, pool), source, destination, options, description, workers, max_dropped)
 
@@ -73,11 +79,13 @@ def folder(
     validation_fraction: float | None = None,
     workers: int | None = None,
     max_dropped: float = 0.01,
+    exif_orientation: bool | None = None,
 ) -> None:
-    """Make shards of images in one folder a class: SRC/train/<class>/ and SRC/val/<class>/, or SRC/<class>/.
+    """Make shards of images in one folder a class: SRC/train/, SRC/val/ and SRC/test/<class>/, or SRC/<class>/.
 
     May be interrupted at any moment: the same command again goes on where it was. Labels are the sorted names of
-    the training folders, counted from 0. Images in folders within a class folder belong to that class.
+    the training folders, counted from 0. Images in folders within a class folder belong to that class. Splits may have
+    their other usual names ("valid", "Train", "training_set").
 
     Args:
         source: Folder with the images.
@@ -89,6 +97,8 @@ def folder(
             without it.
         workers: Processes; all cores without it.
         max_dropped: Fraction of the images that may be lost to damage before it is an error.
+        exif_orientation: Whether images are turned as their EXIF says, and encoded again. Without it, as before where
+            the destination was begun; else they are, but not ImageNet's, known by its classes' names (n01440764 ...).
 
     Raises:
         ValueError: There are no images, more was dropped than ``max_dropped``, or the destination holds
@@ -97,13 +107,23 @@ def folder(
     """
     if destination.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{destination} lies in {source}, where it would pass for a class: name another folder")
-    options = Options(shorter_side, quality, shard_megabytes)
+    if validation_fraction is not None and not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction={validation_fraction} must be between 0 and 1")
+    options = Options(shorter_side, quality, shard_megabytes, _turns(exif_orientation, source, destination))
     description = {"source": "folder", **asdict(options), "validation_fraction": validation_fraction}
 
     def make_plan(_: ProcessPoolExecutor) -> Plan:
         return plan_folder(source, validation_fraction)
 
     _prepare(make_plan, source, destination, options, description, workers, max_dropped)
+
+
+def _turns(asked: bool | None, source: Path, destination: Path) -> bool:
+    """Whether images are turned as their EXIF says."""
+    noted = noted_options(destination / JOB_NAME).get("exif_orientation")
+    if asked is not None or noted is not None or not source.is_dir():
+        return bool(noted if asked is None else asked)
+    return not is_imagenet(class_names(find_splits(source).of["train"]))
 
 
 def check(destination: Path, workers: int | None = None) -> None:

@@ -1,41 +1,46 @@
-"""One image: decoded in full, repaired where needed, made smaller where asked for.
+"""One image: decoded in full, repaired where needed, turned and made smaller where asked for.
 
-Pillow does all of it, though training decodes with OpenCV, which is faster: whether OpenCV takes a file that ends early
-for whole depends on its version and on where it reads from, while Pillow always raises, and says why. Pillow
-also neither rotates nor touches what it is not asked to, and what it can decode is what ImageNet's users have always
-trained on. Damage in the middle of the data, which decoders gloss over, is not noticed.
+Pixels are those that training sees, of the same decoder; a JPEG whose pixels stay is copied byte by byte, if Pillow too
+decodes it to its end. Damage in the middle of the data, which both gloss over, is not noticed.
 """
 
 import io
+import math
 import warnings
 
-from PIL import Image, UnidentifiedImageError
-from PIL.ExifTags import Base as ExifTag
+import numpy as np
+from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
-"""What is decoded, under whatever name; Pillow's rarer formats are not worth the attack surface."""
-
-GREY_MODES = ("1", "L", "LA")
-COLOUR_MODES = ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr")
-
-START_OF_SCAN, APP1 = 0xDA, 0xE1
+from syncbn.data.decoding import (
+    DarkPixelsWarning,
+    DecodingError,
+    decode,
+    exif_block,
+    kind_of,
+    orientation_of,
+    read_orientation,
+)
+from syncbn.data.jpeg import find_frame, is_cut_short, without_exif
 
 
 class UnusableImage(Exception):
     """An image that cannot be kept; the message is the reason."""
 
 
-def convert_image(content: bytes, shorter_side: int | None, quality: int) -> tuple[bytes, str]:
+def convert_image(
+    content: bytes, shorter_side: int | None, quality: int, exif_orientation: bool = False
+) -> tuple[bytes, str]:
     """Check an image and make of it a JPEG that every reader decodes to the same pixels.
 
-    The bytes of a healthy JPEG are returned as they are, unless it is made smaller. EXIF that is broken, or that
-    asks for a rotation, is cut out: ImageNet's labels and accuracies are about the pixels as stored, and readers
-    differ in whether they rotate.
+    The bytes of a healthy JPEG are returned as they are, unless it is turned or made smaller. EXIF that is broken, or
+    that asks for a rotation, does not stay, since readers differ in whether they rotate.
 
     Args:
         content: Of the file.
         shorter_side: In pixels, of what is returned; a smaller image, and any where this is None, keeps its size.
         quality: Of JPEG, 1 to 100, where the image is encoded again.
+        exif_orientation: Whether an image is turned as its EXIF says. ImageNet's are not: its labels and accuracies are
+            about the pixels as stored.
 
     Returns:
         The bytes of a JPEG, grey or RGB, and what was repaired (empty if nothing).
@@ -43,43 +48,49 @@ def convert_image(content: bytes, shorter_side: int | None, quality: int) -> tup
     Raises:
         UnusableImage: It cannot be decoded to its end.
     """
-    if not content:
-        raise UnusableImage("empty file")
+    kind, frame = kind_of(content), find_frame(content)
+    orientation = orientation_of(content) if exif_orientation else 1
+    repairs = []
+    if kind != "JPEG":
+        repairs.append(f"{kind} to JPEG")
+    elif frame and frame.components == 4:
+        repairs.append("CMYK to RGB")
+    if orientation != 1:
+        repairs.append(f"turned as its EXIF says (orientation {orientation})")
+    if frame and not repairs and min(frame.height, frame.width) <= (shorter_side or math.inf):
+        if not is_cut_short(content) and _is_whole_jpeg(content):
+            flaw = _exif_flaw(content)
+            return (without_exif(content), flaw) if flaw else (content, "")
+        repairs.append("damaged JPEG encoded again")
+    pixels, remarks = _decode(content, exif_orientation)
+    image = Image.fromarray(pixels)
+    if shorter_side is not None and min(image.size) > shorter_side:
+        image = _resize(image, shorter_side)
+    return _encode(image, quality), ", ".join([*repairs, *remarks])
+
+
+def _decode(content: bytes, exif_orientation: bool) -> tuple[np.ndarray, list[str]]:
+    """The pixels, RGB, uint8, and what is remarkable about them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DarkPixelsWarning)
+        try:
+            pixels = decode(content, exif_orientation=exif_orientation)
+        except DecodingError as error:
+            raise UnusableImage(str(error)) from error
+    dark = any(warning.category is DarkPixelsWarning for warning in caught)
+    return pixels, ["nearly black: its 16 bits may hold 12"] if dark else []
+
+
+def _is_whole_jpeg(content: bytes) -> bool:
+    """Whether readers that are stricter than OpenCV, such as Pillow, decode a JPEG too."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about EXIF, which is looked at below
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            warnings.simplefilter("ignore")  # about EXIF, and large images
+            with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
                 image.load()
-                return _convert_decoded(content, image, shorter_side, quality)
-    except UnidentifiedImageError:
-        raise UnusableImage(f"no image of a known format (it begins with {content[:8].hex()})") from None
-    except Exception as error:  # whatever a decoder raises on bad data
-        raise UnusableImage(f"cannot be decoded: {error}") from error
-
-
-def _convert_decoded(content: bytes, image: Image.Image, shorter_side: int | None, quality: int) -> tuple[bytes, str]:
-    """The same for an image that could be decoded."""
-    repairs = []
-    if image.format not in ("JPEG", "MPO"):  # MPO is a JPEG that further pictures follow
-        repairs.append(f"{image.format} to JPEG")
-    elif image.mode not in ("L", "RGB"):
-        repairs.append(f"{image.mode} to RGB")
-    if shorter_side is not None and min(image.size) > shorter_side:
-        smaller = _resize(_to_jpeg_mode(image), shorter_side)
-        return _encode(smaller, quality), ", ".join(repairs)
-    if repairs:
-        return _encode(_to_jpeg_mode(image), quality), ", ".join(repairs)
-    flaw = _exif_flaw(image)
-    return (_without_exif(content), flaw) if flaw else (content, "")
-
-
-def _to_jpeg_mode(image: Image.Image) -> Image.Image:
-    """The pixels as 8-bit grey or RGB; transparency is left out."""
-    if image.mode in GREY_MODES:
-        return image.convert("L")
-    if image.mode in COLOUR_MODES:
-        return image.convert("RGB")
-    raise UnusableImage(f"its pixels are of the kind {image.mode!r}, of more than 8 bits")
+    except Exception:  # whatever a decoder raises on bad data
+        return False
+    return True
 
 
 def _resize(image: Image.Image, shorter_side: int) -> Image.Image:
@@ -90,38 +101,22 @@ def _resize(image: Image.Image, shorter_side: int) -> Image.Image:
 
 
 def _encode(image: Image.Image, quality: int) -> bytes:
+    """An RGB image as JPEG, a grey one where all its pixels are grey."""
+    red, green, blue = np.moveaxis(np.asarray(image), -1, 0)
+    if np.array_equal(red, green) and np.array_equal(red, blue):
+        image = image.getchannel(0)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 
-def _exif_flaw(image: Image.Image) -> str:
-    """What is wrong with the EXIF of an image; empty if nothing."""
-    if "exif" not in image.info:
+def _exif_flaw(content: bytes) -> str:
+    """What is wrong with the EXIF of a JPEG; empty if nothing."""
+    exif = exif_block(content)
+    if not exif:
         return ""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            exif = Image.Exif()  # not image.getexif(): what that could not parse the first time it takes for empty
-            exif.load(image.info["exif"])
-            orientation = exif.get(ExifTag.Orientation, 1)
-        except Exception:  # whatever parsing junk may raise
-            return "broken EXIF removed"
+    try:
+        orientation = read_orientation(exif)
+    except Exception:  # whatever parsing junk may raise
+        return "broken EXIF removed"
     return "" if orientation == 1 else f"EXIF with orientation {orientation} removed"
-
-
-def _without_exif(content: bytes) -> bytes:
-    """A JPEG file without its EXIF segments; the pixels stay exactly as they are."""
-    kept = [content[:2]]
-    position = 2
-    while content[position] == 0xFF and content[position + 1] != START_OF_SCAN:
-        marker = content[position + 1]
-        if marker == 0xFF:  # a byte of padding before a marker
-            position += 1
-            continue
-        end = position + 2 + int.from_bytes(content[position + 2 : position + 4], "big")
-        if not (marker == APP1 and content[position + 4 : position + 8] == b"Exif"):
-            kept.append(content[position:end])
-        position = end
-    kept.append(content[position:])
-    return b"".join(kept)

@@ -5,46 +5,42 @@ from pathlib import Path
 
 import numpy as np
 
-from syncbn.data.image_folder import SUFFIXES, class_names, visible_files
-from syncbn.data.preparation.plan import ORDER_SEED, Finding, Plan, SourceImage, shuffled, with_unique_keys
+from syncbn.data.image_folder import class_names, images_and_others, no_image_of
+from syncbn.data.preparation.plan import NO_IMAGE, ORDER_SEED, Finding, Plan, SourceImage, shuffled, with_unique_keys
 from syncbn.data.shards import sample_key
+from syncbn.data.splits import find_splits
 
 DEFAULT_VALIDATION_FRACTION = 0.1
-PREPARED_SUFFIXES = tuple(sorted((*SUFFIXES, ".gif", ".tif", ".tiff")))  # of what is converted to JPEG
 
 
 def plan_folder(source: Path, validation_fraction: float | None) -> Plan:
-    """Plan for ``source/train/<class>/`` and ``source/val/<class>/``, or for ``source/<class>/``.
+    """Plan for ``source/train/<class>/``, ``source/val/<class>/`` and ``source/test/<class>/``, or ``source/<class>/``.
 
     Args:
         source: The folder.
-        validation_fraction: Of each class, how much becomes validation images where there is no folder val;
+        validation_fraction: Of each class, how much becomes validation images where there is no folder of them;
             None takes a tenth.
 
     Raises:
-        ValueError: There are no images, the validation images have a class of their own, or
-            ``validation_fraction`` is not in 0..1, or not needed.
+        ValueError: The training images are not found, a class has no image, other images have a class of their own, or
+            ``validation_fraction`` is not needed.
     """
-    if validation_fraction is not None and not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction={validation_fraction} must be between 0 and 1")
     if not source.is_dir():
         raise ValueError(f"{source} is no folder")
-    train_folder = source / "train" if (source / "train").is_dir() else source
-    classes = class_names(train_folder)
-    findings: list[Finding] = []
-    train = _list_images("train", train_folder, classes, findings)
-    if train_folder != source and (source / "val").is_dir():
-        if validation_fraction is not None:
-            raise ValueError(f"{source / 'val'} holds the validation images: leave out --validation_fraction")
-        val = _list_images("val", source / "val", classes, findings)
-    else:
-        train, val = _split_off(train, classes, validation_fraction or DEFAULT_VALIDATION_FRACTION)
-    if not train or not val:
-        raise ValueError(
-            f"{source} gives {len(train)} training and {len(val)} validation images, at least one of each is needed;"
-            f" files ending in {', '.join(PREPARED_SUFFIXES)} are read"
+    folders = find_splits(source)
+    if "val" in folders.of and validation_fraction is not None:
+        raise ValueError(f"{folders.of['val']} holds the validation images: leave out --validation_fraction")
+    classes = class_names(folders.of["train"])
+    findings = [Finding("train", folder.name, "is not used", 0) for folder in folders.unused]
+    found = {split: _list_images(split, folder, classes, findings) for split, folder in folders.of.items()}
+    if "val" not in found:
+        found["train"], found["val"] = _split_off(
+            found["train"], classes, validation_fraction or DEFAULT_VALIDATION_FRACTION
         )
-    splits = {"train": shuffled(with_unique_keys(train)), "val": with_unique_keys(val)}
+    if not found["val"]:
+        raise ValueError(f"{source} gives {len(found['train'])} training and no validation images: one is needed")
+    splits = {split: with_unique_keys(found[split]) for split in ("train", "val", "test") if found.get(split)}
+    splits["train"] = shuffled(splits["train"])
     return Plan(classes, classes, splits, tuple(findings))
 
 
@@ -55,15 +51,13 @@ def _list_images(split: str, folder: Path, classes: tuple[str, ...], findings: l
         raise ValueError(f"{folder} holds the class {unknown[0]!r}, of which there are no training images")
     images = []
     for label, name in enumerate(classes):
-        paths = sorted(folder / name / path for path in visible_files(folder / name))
-        of_class = [path for path in paths if path.suffix.lower() in PREPARED_SUFFIXES]
-        findings += [
-            Finding(split, path.relative_to(folder).as_posix(), "is no image by its name", 0)
-            for path in sorted(set(paths) - set(of_class))
-        ]
-        if not of_class:
+        names, others = images_and_others(folder / name)
+        if not names and (others or split == "train"):
+            raise ValueError(no_image_of(folder / name, others))
+        findings += [Finding(split, f"{name}/{path}", NO_IMAGE, 0) for path in sorted(others)]
+        if not names:
             findings.append(Finding(split, name, "is a class without images", 0))
-        for path in of_class:
+        for path in sorted(folder / name / path for path in names):
             if not path.is_file():
                 reason = "is no file" if path.exists() else "is a link to nothing"
                 findings.append(Finding(split, path.relative_to(folder).as_posix(), reason, 1))

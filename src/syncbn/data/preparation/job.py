@@ -103,13 +103,17 @@ def opened_destination(destination: Path, description: dict[str, Any]) -> Iterat
         yield
 
 
+NOTED_BEFORE = {"exif_orientation": False}
+"""What a job means that was begun when the option did not exist."""
+
+
 def require_agreement(path: Path, wanted: dict[str, Any]) -> None:
     """Make sure that the shards are made as was noted before, if anything was.
 
     Raises:
         ValueError: They are not; the message names what differs.
     """
-    noted = _noted(path)
+    noted = noted_options(path)
     differing = [key for key in wanted if key in noted and wanted[key] != noted[key]]
     if differing:
         was, given = (", ".join(f"{key}={values[key]}" for key in differing) for values in (noted, wanted))
@@ -119,8 +123,9 @@ def require_agreement(path: Path, wanted: dict[str, Any]) -> None:
         )
 
 
-def _noted(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+def noted_options(path: Path) -> dict[str, Any]:
+    """How a job was begun; nothing where it was not."""
+    return NOTED_BEFORE | json.loads(path.read_text()) if path.exists() else {}
 
 
 def carry_out(
@@ -144,7 +149,7 @@ def carry_out(
     """
     description = description | {"images": plan.fingerprint()}
     require_agreement(destination / JOB_NAME, description)
-    write_json(destination / JOB_NAME, _noted(destination / JOB_NAME) | description)
+    write_json(destination / JOB_NAME, noted_options(destination / JOB_NAME) | description)
     shrinkage = measure_shrinkage(plan.splits["train"], options, pool)
     tasks = [
         task
@@ -191,8 +196,10 @@ def finish(plan: Plan, source: Path, destination: Path, outcomes: dict[str, list
             else:  # every image was dropped: readers need not know of an empty shard
                 (destination / outcome.shard.name).unlink(missing_ok=True)
         splits[split] = make_split(shards, np.array(records, SAMPLE_DTYPE), len(plan.classes))
-    index = ShardIndex(destination, plan.classes, plan.class_names, IMAGENET_MEAN, IMAGENET_STD, splits)
-    write_json(destination / JOB_NAME, _noted(destination / JOB_NAME) | {"finished_from": str(source.resolve())})
+    noted = noted_options(destination / JOB_NAME)
+    turned = noted["exif_orientation"]
+    index = ShardIndex(destination, plan.classes, plan.class_names, IMAGENET_MEAN, IMAGENET_STD, splits, turned)
+    write_json(destination / JOB_NAME, noted | {"finished_from": str(source.resolve())})
     write_index(index)
     clean_up(destination)
     return index
@@ -209,7 +216,7 @@ def check_finished(destination: Path, source: Path) -> None:
     Raises:
         ValueError: It was made of another one, or a shard is missing or has another size.
     """
-    made_of = _noted(destination / JOB_NAME).get("finished_from", str(source.resolve()))
+    made_of = noted_options(destination / JOB_NAME).get("finished_from", str(source.resolve()))
     if made_of != str(source.resolve()):
         raise ValueError(f"{destination} is finished, made of {made_of} and not of {source}: name another folder")
     damaged = damaged_shards(read_index(destination))

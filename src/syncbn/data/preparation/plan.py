@@ -11,6 +11,10 @@ ORDER_SEED = 0
 """Of the order in which training images are written; the order of an epoch is another matter."""
 
 
+NO_IMAGE = "is no image by its name"
+"""The reason for which a file is left out."""
+
+
 class SourceImage(NamedTuple):
     """An image that has not been read yet.
 
@@ -35,7 +39,7 @@ class Finding(NamedTuple):
     """Something that a user should know about the source.
 
     Attributes:
-        split: "train" or "val".
+        split: "train", "val" or "test".
         name: Of the image or archive or class, as the source has it.
         reason: What is wrong, or what was repaired.
         lost: How many images it cost.
@@ -54,7 +58,7 @@ class Plan:
     Attributes:
         classes: Identifiers in the order of the labels.
         class_names: For people, likewise.
-        splits: "train", in shuffled order, and "val".
+        splits: "train", in shuffled order, "val" and, where there is one, "test".
         findings: What was amiss before any image was read.
     """
 

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from syncbn.data.image_folder import counts_by_suffix, in_words
 from syncbn.data.preparation.job import REPORT_NAME, Report
-from syncbn.data.preparation.plan import Finding
+from syncbn.data.preparation.plan import NO_IMAGE, Finding
 from syncbn.data.shards import ShardIndex
 
 SHOWN_FINDINGS = 20
@@ -17,6 +18,9 @@ SHOWN_FINDINGS = 20
 def print_findings(report: Report) -> None:
     """List what was dropped and what was repaired; long lists are cut, the file has them whole."""
     _print_list("Dropped or amiss", report.dropped)
+    left_out = counts_by_suffix(finding.name for finding in report.dropped if finding.reason == NO_IMAGE)
+    if left_out:
+        print(f"Left out, by suffix: {in_words(left_out)}")
     _print_list("Repaired", report.repaired)
 
 

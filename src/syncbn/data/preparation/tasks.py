@@ -31,6 +31,7 @@ class Options:
         shorter_side: In pixels; None keeps the images as they are.
         quality: Of JPEG, where images are encoded again.
         shard_megabytes: About how large a shard gets.
+        exif_orientation: Whether images are turned as their EXIF says.
 
     Raises:
         ValueError: One is out of range.
@@ -39,6 +40,11 @@ class Options:
     shorter_side: int | None
     quality: int
     shard_megabytes: float
+    exif_orientation: bool = False
+
+    def convert(self, content: bytes) -> tuple[bytes, str]:
+        """What `convert_image` makes of a file."""
+        return convert_image(content, self.shorter_side, self.quality, self.exif_orientation)
 
     def __post_init__(self) -> None:
         if self.shorter_side is not None and self.shorter_side < 1:
@@ -81,7 +87,7 @@ def cut_into_shards(
     """Divide a split among shards, each about as large as asked for.
 
     Args:
-        split: "train" or "val".
+        split: "train", "val" or "test".
         images: In the order in which they are written.
         shrinkage: Bytes of a written image for each byte that it has now.
         shard_megabytes: Size of a shard.
@@ -107,7 +113,7 @@ def measure_shrinkage(images: Sequence[SourceImage], options: Options, pool: Pro
 
 def _written_size(image: SourceImage, options: Options) -> int:
     try:
-        return len(convert_image(read_bytes(image), options.shorter_side, options.quality)[0])
+        return len(options.convert(read_bytes(image))[0])
     except UnusableImage:
         return 0
 
@@ -153,7 +159,7 @@ def make_shard(task: ShardTask, destination: Path, options: Options) -> ShardOut
     def samples() -> Iterator[tuple[str, bytes, int]]:
         for image in task.images:
             try:
-                content, repair = convert_image(read_bytes(image), options.shorter_side, options.quality)
+                content, repair = options.convert(read_bytes(image))
             except UnusableImage as reason:
                 dropped.append(Finding(task.split, image.name, str(reason), 1))
                 continue

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from syncbn.preprocessing import Preprocessing
+from syncbn.preprocessing import PIXELS, Preprocessing, pixels_in_words
 
 CARD_KEY = "syncbn_model_card"
 """Under which safetensors' metadata and Lightning's checkpoints hold the card."""
@@ -29,6 +29,7 @@ class ModelCard:
         image_size: Side of the square that it sees, in pixels; None where it is not known.
         resize: Of the shorter side before the centre is cut out, in pixels; None for ``image_size``.
         embedding_dimension: Numbers of the embedding that is in the classifier's place; None where there is none.
+        exif_orientation: Whether images are turned as their EXIF says; not where a card does not say it.
     """
 
     layout: str
@@ -39,10 +40,17 @@ class ModelCard:
     image_size: int | None
     resize: int | None
     embedding_dimension: int | None = None
+    exif_orientation: bool = False
+
+    @property
+    def in_words(self) -> str:
+        """How an image file becomes the input of the network."""
+        return pixels_in_words(self.image_size, self.resize, self.exif_orientation, self.preprocessing)
 
     def to_json(self) -> str:
-        """The card as JSON."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        """The card as JSON; how pixels are made, which is the same of all our cards, is written out for others."""
+        content = asdict(self) | {"pixels": {**PIXELS, "in_words": self.in_words}}
+        return json.dumps(content, indent=1, ensure_ascii=False)
 
 
 def parse_card(text: str | bytes, source: str) -> ModelCard:
@@ -58,6 +66,7 @@ def parse_card(text: str | bytes, source: str) -> ModelCard:
     try:
         content = json.loads(text)
         names = content.pop("classes")
+        _check_pixels(content.pop("pixels", PIXELS))
         card = ModelCard(
             classes=None if names is None else tuple(str(name) for name in names),
             preprocessing=Preprocessing.from_dict(content.pop("preprocessing")),
@@ -69,18 +78,25 @@ def parse_card(text: str | bytes, source: str) -> ModelCard:
     return card
 
 
+def _check_pixels(pixels: dict[str, Any]) -> None:
+    """Refuse a card by which pixels are made in another way than here; its words are for people."""
+    for name, here in PIXELS.items():
+        if pixels.get(name) != here:
+            raise ValueError(f"pixels: {name}={pixels.get(name)!r}, where this version of syncbn does {here!r}")
+
+
 def check_card(card: ModelCard) -> None:
     """Refuse what no card can say.
 
     Raises:
         ValueError: A part is out of range, or two contradict each other.
     """
-    expected: dict[str, type | tuple[type, ...]] = {"layout": str, "architecture": dict}
+    expected: dict[str, type | tuple[type, ...]] = {"layout": str, "architecture": dict, "exif_orientation": bool}
     for name in ("num_classes", "image_size", "resize", "embedding_dimension"):
         expected[name] = (int, type(None))
     for name, kind in expected.items():
         value = getattr(card, name)
-        if not isinstance(value, kind) or (isinstance(value, int) and value < 1):
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, int) and value < 1):
             raise ValueError(f"{name}={value!r} is out of range")
     for name in ("image_size", "resize"):
         if (getattr(card, name) or 0) > LARGEST_SIDE:

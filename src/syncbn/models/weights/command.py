@@ -19,6 +19,7 @@ def import_weights(
     resize: int | None = None,
     mean: list[float] | None = None,
     std: list[float] | None = None,
+    exif_orientation: bool | None = None,
 ) -> None:
     """Make a file of weights of Cadene's bninception, TF-slim's inception_v2 or our own network into our own format.
 
@@ -34,6 +35,7 @@ def import_weights(
         resize: Pixels of the shorter side before the centre is cut out; likewise.
         mean: Of each channel on the scale 0..255; likewise.
         std: Of each channel on the scale 0..255; likewise.
+        exif_orientation: Whether `syncbn predict` turns images as their EXIF says; likewise. They are not without it.
 
     Raises:
         ValueError: The file cannot be read, or is of no known layout; tensors are missing; or the network cannot be fed
@@ -47,6 +49,8 @@ def import_weights(
     weights = read_weights(file)
     require_head(weights)
     card = _complete(weights.card, image_size, resize, mean, std)
+    if exif_orientation is not None:
+        card = replace(card, exif_orientation=exif_orientation)
     if classes is not None:
         card = _name_classes(card, classes)
     network = network_with_weights(weights, card.num_classes or 1, {}, card.embedding_dimension).eval()

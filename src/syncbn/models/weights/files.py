@@ -28,6 +28,16 @@ TENSORFLOW_TABLE = struct.pack("<Q", 0xDB4775248B80FB57)
 """How TensorFlow's own files (SSTables) end."""
 
 
+CADENE = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"
+SLIM = "http://download.tensorflow.org/models/inception_v2_2016_08_28.tar.gz"
+
+WHERE_FROM = (
+    "name a checkpoint of syncbn fit (RUN_FOLDER/checkpoints/...), or a file published with weights of ImageNet:"
+    f" {CADENE} or, unpacked, {SLIM} (docs/weights.md); a fit without model.weights begins with random weights"
+)
+"""Weights, in a message."""
+
+
 class WeightsError(ValueError):
     """A file cannot be taken as weights; the message names it and says why."""
 
@@ -65,7 +75,7 @@ def read_file(path: Path) -> FileContent:
         if Path(f"{prefix}.index").is_file():
             return _read_tensorflow(prefix)
     if not path.exists():
-        raise WeightsError(path, "there is no such file")
+        raise WeightsError(path, f"there is no such file; {WHERE_FROM}")
     if path.is_dir():
         raise WeightsError(path, "it is a folder: name the file of weights in it")
     size = path.stat().st_size

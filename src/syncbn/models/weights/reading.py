@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,19 @@ def read_weights(path: str | Path) -> Weights:
     _check_parts_of_heads(path, tensors, keys)
     card = _card_of(path, content) or _inferred_card(layout, tensors, content.metadata)
     _check_head(path, card, tensors)
+    if fault := first_not_finite((keys.get(name, name), tensor) for name, tensor in tensors.items()):
+        raise WeightsError(path, f"{fault}: take an earlier checkpoint")
     unmatched = {*content.tensors, *content.others} - {*keys.values()}
     return Weights(path, layout, tensors, tuple(sorted(unmatched)), card, keys)
+
+
+def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The first of some named tensors with a value that is NaN or infinite, in words; "" where there is none."""
+    for name, tensor in tensors:
+        finite = tensor.isfinite()
+        if not bool(finite.all()):
+            return f"{int((~finite).sum()):,} of {tensor.numel():,} values of {name} are not finite"
+    return ""
 
 
 def _check_parts_of_heads(path: Path, tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
