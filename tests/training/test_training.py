@@ -94,7 +94,9 @@ def test_accuracy_and_loss_are_averaged_by_sample(tmp_path):
     assert metrics["val_top1"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
     hits = (logits.topk(5).indices == labels[:, None]).any(1)
     assert metrics["val_top5"] == pytest.approx(float(hits.float().mean()))
-    assert metrics["val_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)  # a mean in float32
+    assert metrics["val_loss"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5
+    )  # a mean in float32
 
 
 def test_accumulating_takes_the_same_samples(tmp_path):
