@@ -7,6 +7,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map
 
 from ranks import run_ranks
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
@@ -69,6 +70,8 @@ def test_dual_numbers_update_the_averages():
 def test_averages_cannot_be_updated_inside_a_transform():
     with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
         gradients(SyncBatchNorm(3), torch.randn(4, 3, 5))
+    with pytest.raises(ValueError, match=r"running_mean can follow one alone.*stack_module_state"):
+        torch.func.vmap(SyncBatchNorm(3))(torch.randn(2, 4, 3, 5))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -114,6 +117,9 @@ def test_what_make_fx_records_depends_on_the_input(training):
         assert_close(graph(x), layer(x))
 
 
+TRANSFORMS_ON_RANKS = {**TRANSFORMS, "functionalize": lambda layer, x: torch.func.functionalize(layer)(x)}
+
+
 def gradients_on_ranks(rank):
     torch.manual_seed(0)
     ours, theirs, x = both()
@@ -122,7 +128,11 @@ def gradients_on_ranks(rank):
     assert_close(dx, whole_dx[part])
     torch.distributed.all_reduce(found["weight"])  # each rank has its share
     assert_close(found["weight"], whole["weight"])
+    for name in ("vmap", "jvp", "dual numbers", "functionalize"):
+        transform = TRANSFORMS_ON_RANKS[name]
+        found, whole = transform(ours, x[part]), transform(theirs, x)
+        assert_close(found, tree_map(lambda y: y.narrow(-3, 2 * rank, 2), whole), msg=name)
 
 
-def test_gradients_of_two_ranks_are_those_of_one():
+def test_transforms_on_two_ranks_are_those_of_one():
     run_ranks(gradients_on_ranks, 2)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from syncbn.ops.common import (
     Affine,
@@ -101,6 +102,7 @@ def input_gradient(dy: Tensor, x: Tensor, affine: Affine, sums: Tensor, M: float
 
 def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tensor) -> None:
     """As `ops.update_running`."""
+    _refuse_batched(mean, running.mean)
     device = running.mean.device  # the moments may be on the host
     if has_memory(running.mean) and not running.mean.is_meta:  # in place, operators read what was freed
         for t in running[:3]:
@@ -122,6 +124,16 @@ def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tenso
             new = torch.where(seen.to(device), new, average)
         weight = factor.to(new.dtype).to(device) if isinstance(factor, Tensor) else factor
         average.lerp_(_for_memory_of(average, new), _for_memory_of(average, weight))
+
+
+def _refuse_batched(new: Tensor, average: Tensor) -> None:
+    """Raise ValueError where torch.vmap has several new values for one average."""
+    if not torch.compiler.is_compiling() and is_batchedtensor(new) and not is_batchedtensor(average):
+        raise ValueError(
+            "torch.vmap runs a BatchNorm layer for several batches, and its running_mean can follow one alone: build "
+            "the layer with track_running_stats=False, map over its buffers too (torch.func.stack_module_state), or "
+            "call .eval()"
+        )
 
 
 def _for_memory_of(average: Tensor, new: Any) -> Any:
@@ -159,7 +171,7 @@ def moments_of(sums: Sums, pivot: Tensor | None, M: float | Tensor) -> tuple[Ten
     """Mean and biased variance (C), float64, from sums about a pivot; zeros of an empty batch."""
     total, dot, divisor = as_statistic(sums.total), as_statistic(sums.dot), at_least_one(M)
     mean = total / divisor
-    var = torch.addcmul(dot / divisor, mean, mean, value=-1).clamp_(min=0)
+    var = torch.addcmul(dot / divisor, mean, mean, value=-1).clamp(min=0)
     return mean if pivot is None else mean + as_statistic(pivot), var
 
 
