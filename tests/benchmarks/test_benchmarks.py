@@ -17,6 +17,7 @@ def benchmark(section, output, *arguments):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+    assert measure.SMOKE_RUN in " ".join(done.stdout.split())
     (path,) = output.glob("*.csv")
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with path.open() as file:

@@ -121,6 +121,11 @@ def finding_of(world: World, check: str) -> Finding:
     return finding
 
 
+def test_what_could_not_be_looked_at_is_not_called_right():
+    finding = finding_of(changed("configuration", [2], image_bytes=None), "shared memory")
+    assert finding.verdict == "warning" and "not looked at" in finding.seen
+
+
 @pytest.mark.parametrize(("world", "check", "seen"), WRONG.values(), ids=WRONG.keys())
 def test_what_is_wrong_is_found_and_has_a_remedy(world, check, seen):
     finding = finding_of(world, check)

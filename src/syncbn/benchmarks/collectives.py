@@ -196,7 +196,7 @@ def project(counts: dict[int, dict[str, list[Message]]], constants: dict[str, Co
     return [replace(row, ratio=grouped[row.ranks, row.unit] / row.median) for row in rows]
 
 
-def show(rows: Sequence[Row], constants: dict[str, Constants], P: int, console: Console) -> None:
+def show(rows: Sequence[Row], constants: dict[str, Constants], P: int, console: Console, quick: bool) -> None:
     """Print the constants, what they say of the messages that were sent, and the projection."""
     for collective, name in NAMES.items():
         alpha, beta = constants[collective].alpha["ring"], constants[collective].beta
@@ -208,7 +208,8 @@ def show(rows: Sequence[Row], constants: dict[str, Constants], P: int, console: 
             console.print(f"{row.contender} on {P} ranks: model {row.median:.1f} ms, sent {sent[row.contender]:.1f} ms")
     projected = [row for row in rows if row.section == "projected"]
     units = list(dict.fromkeys(row.unit for row in projected))
-    table = Table("P", "scheme", title="One training step's synchronisation of Inception-BN, each rank")
+    title = measure.titled("One training step's synchronisation of Inception-BN, each rank", quick)
+    table = Table("P", "scheme", title=title)
     for unit in units:
         table.add_column(unit, justify="right")
     cells = {(row.ranks, row.contender, row.unit): row.median for row in projected}
@@ -281,11 +282,11 @@ def run(
         return
     constants = fitted(rows, P)
     rows += project(dict(sorted(counts.items())), constants)
-    show(rows, constants, P, console)
-    publish(rows, output, P, console)
+    show(rows, constants, P, console, quick)
+    publish(rows, output, P, console, quick)
 
 
-def publish(rows: Sequence[Row], output: Path, P: int, console: Console) -> None:
+def publish(rows: Sequence[Row], output: Path, P: int, console: Console, quick: bool) -> None:
     """Write the CSV and the figure."""
     from syncbn.benchmarks.plot import plot_projection
 
@@ -294,5 +295,5 @@ def publish(rows: Sequence[Row], output: Path, P: int, console: Console) -> None
     measure.write_csv(rows, path, threads)
     backend = "NCCL" if launched() and torch.cuda.is_available() else "gloo"
     title = f"A step's synchronisation of Inception-BN, from constants of {backend} on {P} ranks"
-    plot_projection(rows, path.with_suffix(".png"), title)
+    plot_projection(rows, path.with_suffix(".png"), measure.titled(title, quick))
     console.print(f"{path} and its .png", soft_wrap=True)

@@ -161,9 +161,10 @@ def run(
                 compiled = partial(measure_step, setting, [OURS, COMPILED], rounds, warmup)
                 session.measure(f"{setting}, compiled", compiled, COMPILING_A_NETWORK)
     if session.rows:
-        title = (
+        title = measure.titled(
             f"Inception-BN's layers with ReLU, its max pools and its step, {dtype}, {name}, "
-            f"a copy moves {bandwidth / 1e12:.2f} TB/s"
+            f"a copy moves {bandwidth / 1e12:.2f} TB/s",
+            quick,
         )
         measure.publish(session.rows, output, "-".join(words), title, torch.get_num_threads(), console)
         show_targets(session.rows, console)

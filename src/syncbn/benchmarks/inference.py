@@ -117,7 +117,8 @@ def run(
             for count in batch or [1, 16]:
                 progress.update(task, description=f"{count} x {side} px")
                 rows += measure_network(network, side, count, rounds, folder)
-    measure.publish(rows, output, "inference", "Inference: CPU time of a batch, folded (syncbn) and not", 1, console)
+    title = measure.titled("Inference: CPU time of a batch, folded (syncbn) and not", quick)
+    measure.publish(rows, output, "inference", title, 1, console)
     for row in rows:
         images = int(row.shape.partition(" ")[0])
         console.print(f"{row.contender}, {row.shape}, {row.memory_format}: {1000 * images / row.median:.1f} images/s")

@@ -208,5 +208,5 @@ def run(
             rows += more
             bar.update(task, advance=1)
     title = f"Inception-BN on two hosts, {delay_ms:g} ms each way, one thread each, float32"
-    measure.publish(rows, output, "latency", title, 1, console)
+    measure.publish(rows, output, "latency", measure.titled(title, quick), 1, console)
     show_hidden(rows, console)

@@ -261,6 +261,8 @@ def run(
                     bar.update(task, advance=1, description=last)
         used = torch.get_num_threads() if name == "alone" else 1
         title = f'One layer, part "{name}": forward and backward, float32, {used} thread(s) a rank'
-        measure.publish(rows, output, f"layer-{name}" + ("-relu" if activation else ""), title, used, console)
+        measure.publish(
+            rows, output, f"layer-{name}" + ("-relu" if activation else ""), measure.titled(title, quick), used, console
+        )
         for line in over_the_network(rows, layers):
             console.print(line, soft_wrap=True)

@@ -331,5 +331,5 @@ def run(
             rows += measure_memory(dataset, augmentation, images, folder)
     if part in ("all", "decode"):
         title = f"Loader: CPU time of a photo{'' if photos else ' (made up)'}, {augmentation}"
-        measure.publish(rows, output, "loader", title, 1, console)
+        measure.publish(rows, output, "loader", measure.titled(title, quick), 1, console)
     report(rows, console)

@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 OURS = "syncbn"
+SMOKE_RUN = "smoke run (--quick), its times mean nothing"
 RESULTS = Path("benchmarks/results")  # of the current folder
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 MAX_REPEATS = 50
@@ -223,6 +224,11 @@ def show(rows: Sequence[Row], title: str, console: Console) -> None:
             table.add_row(shape, memory_format, str(ranks), *(cells.get(name, "") for name in names))
         table.add_section()
     console.print(table)
+
+
+def titled(title: str, quick: bool) -> str:
+    """The title of a table or picture; a smoke run says that it is one."""
+    return f"{SMOKE_RUN}: {title}" if quick else title
 
 
 def publish(rows: Sequence[Row], output: Path, name: str, title: str, threads: int, console: Console) -> None:

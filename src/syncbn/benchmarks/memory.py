@@ -77,14 +77,15 @@ def run(
     rows = rows_of(counted, courses)
     steps = {name: build(name, timed) for name in CONTENDERS}
     rows += measure.rows_of("step", str(timed), "channels_last", 1, measure.time_in_turns(steps, rounds, 1))
-    table = Table("contender", "MiB at most", "syncbn / this", title=f"Memory of a {counted}")
+    table = Table("contender", "MiB at most", "syncbn / this", title=measure.titled(f"Memory of a {counted}", quick))
     for row in rows[: len(courses)]:
         table.add_row(row.contender, f"{row.median:,.0f}", f"{row.ratio:.3f}")
     console.print(table)
-    measure.show(rows, "A training step's time, activations kept or not", console)
+    measure.show(rows, measure.titled("A training step's time, activations kept or not", quick), console)
     path = output / f"{measure.environment(1)['date']}-memory.csv"
     measure.write_csv(rows, path, 1)
-    plot_courses(courses, path.with_suffix(".png"), f"Inception-BN, {counted}, bfloat16 autocast")
+    title = measure.titled(f"Inception-BN, {counted}, bfloat16 autocast", quick)
+    plot_courses(courses, path.with_suffix(".png"), title)
     console.print(f"{path} and its .png", soft_wrap=True)
 
 

@@ -256,5 +256,5 @@ def run(
             rows += more
             bar.update(task, advance=1, description=f"{more[0].shape}, {more[0].memory_format}")
     title = f"Training step of Inception-BN, {ranks} ranks of one thread, float32"
-    measure.publish(rows, output, "step", title, 1, console)
+    measure.publish(rows, output, "step", measure.titled(title, quick), 1, console)
     show_messages(rows, console)

@@ -1,5 +1,6 @@
 """What ``syncbn fit`` would do with the same words, built in full but not run."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from hashlib import sha256
@@ -29,6 +30,17 @@ class PlannedFit(SyncBNCLI):
             super().instantiate_classes()
         except Exception as error:
             self.error = error
+            if not hasattr(self, "datamodule"):
+                self._plan_trainer_alone()
+
+    def _plan_trainer_alone(self) -> None:
+        """Where there is no data: the trainer that there would be, with the package's own images instead."""
+        given, self.config = self.config, self.config.clone()
+        self.config[self.subcommand].data.root = "fashion-mnist"
+        with contextlib.suppress(Exception):  # the first error is told
+            super().instantiate_classes()
+            del self.datamodule, self.model
+        self.config = given
 
     def _loggers(self, configured: Any) -> list[Any]:
         return []
@@ -110,14 +122,13 @@ class Plan:
         if not self.options:
             return {}
         model, data = self.options.model, self.options.data
-        size = self.data.image_size if self.data else 0
         return {
             "global_batch_size": self.options.global_batch_size,
             "accumulate_grad_batches": self.options.trainer.accumulate_grad_batches,
             "learning_rate_per_32_images": model.learning_rate_per_32_images,
             "normalization_batch_size": model.normalization_batch_size,
             "num_workers": data.num_workers,
-            "image_bytes": 4 * size**2 * (self.data.channels if self.data else 0),  # float32
+            "image_bytes": 4 * self.data.image_size**2 * self.data.channels if self.data else None,  # float32
             "data": data.root,
             "runs_folder": str(Path(self.options.runs_folder).absolute()),
         }

@@ -65,7 +65,7 @@ class Configuration:
         learning_rate_per_32_images: Of the module.
         normalization_batch_size: Of the module.
         num_workers: Processes of each rank that prepare batches.
-        image_bytes: Bytes of one prepared image.
+        image_bytes: Bytes of one prepared image; None where the data is not known.
         data: Where the images come from.
         data_digest: Of the names of the classes, the numbers of images and some of the images; on one rank of a node.
         runs_folder: Where run folders go, as an absolute path.
@@ -85,7 +85,7 @@ class Configuration:
     learning_rate_per_32_images: float = 0.0
     normalization_batch_size: int | None = None
     num_workers: int = 0
-    image_bytes: int = 0
+    image_bytes: int | None = None
     data: str | None = None
     data_digest: str | None = None
     runs_folder: str | None = None

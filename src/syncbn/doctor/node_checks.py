@@ -84,6 +84,12 @@ def _room(facts: Facts) -> str:
 def check_shared_memory(world: World) -> Finding:
     """Whether the batches that workers prepare fit into /dev/shm."""
     short, seen = [], ""
+    if any(
+        facts.configuration.image_bytes is None and facts.configuration.num_workers for facts in world.facts.values()
+    ):
+        return Finding(
+            "shared memory", "warning", "not looked at: the data is not known", "mend the configuration first"
+        )
     for host, members in world.by_host.items():
         needed, free = sum(map(_shared_bytes, members)), members[0].machine.shared_memory
         if needed and free is not None:
@@ -100,7 +106,7 @@ def _shared_bytes(facts: Facts) -> int:
     configuration = facts.configuration
     passes = facts.placement.world_size * configuration.accumulate_grad_batches
     images = (configuration.global_batch_size or 0) // passes + 1
-    return PREFETCHED_BATCHES * configuration.num_workers * images * configuration.image_bytes
+    return PREFETCHED_BATCHES * configuration.num_workers * images * (configuration.image_bytes or 0)
 
 
 def check_open_files(world: World) -> Finding:
