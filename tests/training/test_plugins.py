@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from syncbn import SyncBatchNorm
-from syncbn.training import SyncBatchNormPlugin, SynchroniseBatchNorm, plugins
+from syncbn.training import SyncBatchNormPlugin, SynchroniseBatchNorm, SynchronisedFSDP2Strategy, plugins
 
 
 class Users(LightningModule):
@@ -129,3 +129,15 @@ def test_the_callback_refuses_layers_that_are_made_after_it():
 
     with pytest.raises(ValueError, match=r"came before configure_model made 'body.1' and 0 more"):
         fit(Late(nn.Identity()), callbacks=[SynchroniseBatchNorm()])
+
+
+def test_fsdp2_divides_the_part_that_it_is_told():
+    users = Users(nn.BatchNorm2d(3))
+    for name, part in (("body", users.body), ("body.1", users.body[1])):
+        strategy = SynchronisedFSDP2Strategy(network=name)
+        strategy._lightning_module = users
+        assert strategy._network is part
+    strategy = SynchronisedFSDP2Strategy()
+    strategy._lightning_module = users
+    with pytest.raises(ValueError, match=r"network='network'.*Users has no such part.*\['body'\]"):
+        strategy._network  # noqa: B018

@@ -34,15 +34,18 @@ class SynchronisedFSDP2Strategy(ModelParallelStrategy):
 
     Args:
         timeout_seconds: How long a rank waits for the others in a collective before it gives up.
+        network: Attribute of the LightningModule that holds the network; dots go deeper. It is the part that is
+            divided.
 
     Raises:
-        ValueError: In a fit, something is asked for that cannot be (docs/strategies.md).
+        ValueError: The module has no such attribute, or a fit asks for what cannot be (docs/strategies.md).
     """
 
-    def __init__(self, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    def __init__(self, timeout_seconds: float = TIMEOUT_SECONDS, network: str = "network") -> None:
         super().__init__(
             tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timedelta(seconds=timeout_seconds)
         )
+        self.network_name = network
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -56,10 +59,16 @@ class SynchronisedFSDP2Strategy(ModelParallelStrategy):
 
     @property
     def _network(self) -> nn.Module:
-        network = getattr(self.lightning_module, "network", None)
-        if not isinstance(network, nn.Module):
-            raise ValueError(f"FSDP2 divides the attribute `network`, which {type(self.model).__name__} does not have")
-        return network
+        module = self.lightning_module
+        assert module is not None
+        try:
+            return module.get_submodule(self.network_name)
+        except AttributeError as error:
+            parts = [name for name, _ in module.named_children()]
+            raise ValueError(
+                f"SynchronisedFSDP2Strategy(network={self.network_name!r}): {type(module).__name__} has no such part; "
+                f"name the one to divide, of {parts}"
+            ) from error
 
     def setup_environment(self) -> None:
         """Join the process group; all ranks divide the data, none a layer."""
