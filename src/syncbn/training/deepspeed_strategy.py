@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from syncbn.training import deepspeed_state
+from syncbn.training.attempts import join_attempt
 from syncbn.training.sharding import (
     leave_at_exit,
     make_contiguous,
@@ -117,6 +118,7 @@ class SynchronisedDeepSpeedStrategy(DeepSpeedStrategy):
         warnings.filterwarnings(
             "ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
         )
+        join_attempt(self, self._timeout)
         DDPStrategy.setup_distributed(self)
         leave_at_exit()
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from syncbn.training.attempts import join_attempt
 from syncbn.training.sharding import (
     leave_at_exit,
     make_contiguous,
@@ -73,6 +74,7 @@ class SynchronisedFSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Join the process group; all ranks divide the data, none a layer."""
         self._data_parallel_size = self.num_nodes * self.num_processes
+        join_attempt(self, self._timeout)
         super().setup_environment()
         leave_at_exit()
 

@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch.nn.parallel import DistributedDataParallel
 
+from syncbn.training.attempts import join_attempt
+
 TIMEOUT_SECONDS = 1800.0
 
 # What broadcast_buffers=False is called by newer versions of torch, which deprecate that name.
@@ -43,6 +45,11 @@ class SynchronisedDDPStrategy(DDPStrategy):
         super().__init__(
             timeout=timedelta(seconds=timeout_seconds), gradient_as_bucket_view=gradient_as_bucket_view, **options
         )
+
+    def setup_distributed(self) -> None:
+        """Form the process group, also where torchrun has started the ranks again."""
+        join_attempt(self, self._timeout)
+        super().setup_distributed()
 
 
 if SynchronisedDDPStrategy.strategy_name not in StrategyRegistry:
