@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from syncbn.data.batches import ImageBatch
+from syncbn.data.sources import Stage
 from syncbn.models.weights.reading import first_not_finite
+
+KINDS: dict[Stage, str] = {"val": "validation", "test": "test"}
+"""The stages of an evaluation, in words."""
 
 SAME_TASK = {
     "num_classes": "give it data of the same classes",
@@ -25,15 +29,38 @@ SAME_TASK = {
 """Hyperparameters that a checkpoint must have in common with the config, and what to do where it has not."""
 
 
+def stage_of_test(trainer: Trainer) -> Stage:
+    """What figures of ``Trainer.test`` are called: "val" where the data have no test images but those of validation."""
+    return getattr(trainer.datamodule, "stage_of_test", "test")  # type: ignore[attr-defined]
+
+
+def describe_images(trainer: Trainer, stage: Stage) -> str:
+    """How many images the trainer's last figures of a stage are of, and which these are, in words."""
+    count = f"{int(trainer.callback_metrics[f'{stage}_images']):,} images"
+    sets = getattr(trainer.datamodule, "sets", None)  # type: ignore[attr-defined]
+    if sets is None:
+        return count
+    remarks = [sets.origin(stage)] if sets.origin(stage) else []
+    if stage == "val" and sets.test is None:
+        remarks.append("there are no test images")
+    if stage == "test" and sets.validation_from == "test" and trainer.global_step:
+        remarks.append("this run was validated on them, too")
+    return f"{count} ({'; '.join(remarks)})" if remarks else count
+
+
 class Evaluated(LightningModule, ABC):
     """Validation, test and prediction of whatever gives class probabilities.
 
     Args:
         num_classes: Classes to tell apart.
+
+    Attributes:
+        logs_tests: Whether ``Trainer.test`` writes to the loggers, too.
     """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
+        self.logs_tests = True
         self.metrics = accuracy_metrics(num_classes)
 
     @abstractmethod
@@ -70,15 +97,15 @@ class Evaluated(LightningModule, ABC):
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
         """Count this rank's hits; returns the logarithms of the class probabilities, for callbacks."""
-        return self._evaluate("test", batch)
+        return self._evaluate(stage_of_test(self.trainer), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and accuracies over all validation images."""
         self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log loss and accuracies over all test images."""
-        self._log_evaluation("test")
+        """Log loss and accuracies over all test images; as of validation, where there are no others."""
+        self._log_evaluation(stage_of_test(self.trainer))
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """Class probabilities.
@@ -94,7 +121,7 @@ class Evaluated(LightningModule, ABC):
         """Whether the strategy gathers weights, which every rank has to take part in."""
         return getattr(self.trainer.strategy, "gathers_weights", False)
 
-    def _evaluate(self, stage: str, batch: ImageBatch) -> Tensor | None:
+    def _evaluate(self, stage: Stage, batch: ImageBatch) -> Tensor | None:
         images = len(batch.images)
         if images == 0:  # this rank's share of the last batch may be empty; BN sends no message in evaluation
             if self._takes_part_without_images():
@@ -107,10 +134,14 @@ class Evaluated(LightningModule, ABC):
         self._metric(f"{stage}_top5").update(log_probabilities, batch.labels)
         return log_probabilities
 
-    def _log_evaluation(self, stage: str) -> None:
+    def _log_evaluation(self, stage: Stage) -> None:
         # Here, and not in the step: every rank has to take part in adding up, also one without an image.
         for name in (f"{stage}_images", f"{stage}_loss", f"{stage}_top1", f"{stage}_top5"):
-            self.log(name, self._metric(name), prog_bar=name.endswith("top1"))
+            self.log(name, self._metric(name), prog_bar=name.endswith("top1"), logger=self._to_loggers())
+
+    def _to_loggers(self) -> bool | None:
+        """What `log` takes as ``logger``; None for loggers if there are any."""
+        return None if self.logs_tests or self.trainer.state.fn != TrainerFn.TESTING else False
 
     def _metric(self, name: str) -> Any:
         return self.metrics[name]
