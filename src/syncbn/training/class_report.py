@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from syncbn.data.sources import Stage
 from syncbn.paths import open_text
 from syncbn.pictures import drawable_names, plain_text, unless_it_fails
-from syncbn.training.evaluation import KINDS, stage_of_test
+from syncbn.training.evaluated_images import KINDS, stage_of_test
 from syncbn.training.runs import run_folder
 
 NAMED_CLASSES = 40

@@ -31,7 +31,8 @@ from syncbn.training.config_checks import (
 )
 from syncbn.training.curves import CurvesPlot
 from syncbn.training.earlier_data import settle_data
-from syncbn.training.evaluation import KINDS, check_same_task, describe_images, load_ensemble
+from syncbn.training.evaluated_images import KINDS, announce_images, describe_images
+from syncbn.training.evaluation import check_same_task, load_ensemble
 from syncbn.training.finite import StopAtNonFinite
 from syncbn.training.launchers import follow_launcher
 from syncbn.training.left_out import LeftOutImages
@@ -385,22 +386,26 @@ class SyncBNCLI(LightningCLI):
         if reason and self.trainer.is_global_zero:
             print(f"training ended early, after step {self.trainer.global_step:,}: {reason}", flush=True)
 
+    def before_validate(self) -> None:
+        """Say which images are taken."""
+        self._announce_images("val")
+
     def before_test(self) -> None:
         """Say which images are taken."""
-        self._name_images()
+        self._announce_images(self.datamodule.stage_of_test)
+        if self.datamodule.stage_of_test != "test":
+            self.config_init["test"]["verbose"] = False  # Lightning's table calls every figure a test's
 
     def before_predict(self) -> None:
         """Say which images are taken."""
-        self._name_images()
+        self._announce_images(self.datamodule.stage_of_test)
 
-    def _name_images(self) -> None:
-        sets = self.datamodule.sets
-        stage = self.datamodule.stage_of_test
-        origin = f" ({sets.origin(stage)})" if sets.origin(stage) else ""
-        missing = "" if stage == "test" else "; there are no test images: fit --data.test_images N holds some out"
+    def _announce_images(self, stage: Stage) -> None:
+        members = [member.hparams for member in getattr(self.model, "members", ())]
+        hparams = [hparams for hparams in (self.checkpoint_hparams, *members) if "training_images" in hparams]
+        images = announce_images(self.datamodule, stage, [each["training_images"] for each in hparams])
         if self.trainer.is_global_zero:
-            images = f"the {len(self.datamodule.test_images):,} {KINDS[stage]} images{origin}"
-            print(f"syncbn: takes {images}{missing}", file=sys.stderr, flush=True)
+            print(f"syncbn: takes {images}", file=sys.stderr, flush=True)
 
     def after_test(self) -> None:
         """Print the accuracy."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, SumMetric
@@ -17,9 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from syncbn.data.batches import ImageBatch
 from syncbn.data.sources import Stage
 from syncbn.models.weights.reading import first_not_finite
-
-KINDS: dict[Stage, str] = {"val": "validation", "test": "test"}
-"""The stages of an evaluation, in words."""
+from syncbn.training.evaluated_images import stage_of_test
 
 SAME_TASK = {
     "num_classes": "give it data of the same classes",
@@ -27,25 +25,6 @@ SAME_TASK = {
     "variant": "all of them, and the config, must be of one variant, whose input is prepared in its way",
 }
 """Hyperparameters that a checkpoint must have in common with the config, and what to do where it has not."""
-
-
-def stage_of_test(trainer: Trainer) -> Stage:
-    """What figures of ``Trainer.test`` are called: "val" where the data have no test images but those of validation."""
-    return getattr(trainer.datamodule, "stage_of_test", "test")  # type: ignore[attr-defined]
-
-
-def describe_images(trainer: Trainer, stage: Stage) -> str:
-    """How many images the trainer's last figures of a stage are of, and which these are, in words."""
-    count = f"{int(trainer.callback_metrics[f'{stage}_images']):,} images"
-    sets = getattr(trainer.datamodule, "sets", None)  # type: ignore[attr-defined]
-    if sets is None:
-        return count
-    remarks = [sets.origin(stage)] if sets.origin(stage) else []
-    if stage == "val" and sets.test is None:
-        remarks.append("there are no test images")
-    if stage == "test" and sets.validation_from == "test" and trainer.global_step:
-        remarks.append("this run was validated on them, too")
-    return f"{count} ({'; '.join(remarks)})" if remarks else count
 
 
 class Evaluated(LightningModule, ABC):

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from syncbn.distributed import gather_objects
-from syncbn.training.evaluation import KINDS, describe_images
+from syncbn.training.evaluated_images import KINDS, describe_images
 from syncbn.training.runs import describe_run, run_folder
 from syncbn.training.throughput import Throughput, Totals, peak_memory
 
