@@ -1,4 +1,4 @@
-"""Which images the figures of an evaluation are of. They are called by these, and not by the verb that asks for them."""
+"""Which images the figures of an evaluation are of: they are called by these, not by the verb that asks for them."""
 
 from collections.abc import Iterable
 
