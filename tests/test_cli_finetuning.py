@@ -1,6 +1,7 @@
 """``syncbn fit`` with the configs of configs/finetune, on made-up photos: new classes, a retrieval, mistakes."""
 
 import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -65,20 +66,35 @@ def fit(config: str, data: Path, weights: Path, *words: str) -> None:
 def test_new_classes(config, data, weights, capsys):
     fit(config, data, weights)
     lines = capsys.readouterr().out.strip().splitlines()
-    assert re.match(r"test accuracy \d+\.\d\d % .* on 8 images with best-", lines[-3])
-    folder = Path(lines[-1])
-    for stage in ("val", "test"):
-        with (folder / f"confusion_{stage}.csv").open(newline="") as rows:
-            table = list(csv.reader(rows))
-        assert table[0][1:] == ["bright", "dark"]
-        assert sum(int(field) for row in table[1:] for field in row[1:]) == 8
-        assert (folder / f"confusion_{stage}.png").is_file() and (folder / f"classes_{stage}.csv").is_file()
+    assert re.match(
+        r"validation accuracy \d+\.\d\d % .* on 8 images \(there are no test images\) with best-", lines[-3]
+    )
+    summary, folder = json.loads(lines[-2]), Path(lines[-1])
+    assert not [name for name in summary["metrics"] if name.startswith("test")] and "val_top1" in summary["metrics"]
+    assert re.match(r"8 images \(there are no test images\) with best-", summary["metrics_of"]["val"])
+    with (folder / "confusion_val.csv").open(newline="") as rows:
+        table = list(csv.reader(rows))
+    assert table[0][1:] == ["bright", "dark"]
+    assert sum(int(field) for row in table[1:] for field in row[1:]) == 8
+    assert (folder / "confusion_val.png").is_file() and (folder / "classes_val.csv").is_file()
+    assert not [file.name for file in folder.iterdir() if "_test" in file.name]
     weights.unlink()  # what was trained stands by itself
     checkpoint = folder / "checkpoints" / "last.ckpt"
     sys.argv[:] = ["syncbn"]
     main(["test", "--config", str(folder / "config.yaml"), "--ckpt_path", str(checkpoint)])
-    assert "with last.ckpt" in capsys.readouterr().out
-    assert Path("confusion_test.csv").is_file()
+    said, warned = capsys.readouterr()
+    assert re.match(r"validation accuracy .* on 8 images .* with last\.ckpt$", said.strip().splitlines()[-1])
+    assert "syncbn: takes the 8 validation images; there are no test images" in warned
+    assert Path("confusion_val.csv").is_file() and not Path("confusion_test.csv").exists()
+
+
+def test_images_are_held_out_for_the_test(data, capsys):
+    words = ["--data.test_images=4", "--data.validation_images=2", *SMALL]
+    main(["test", "--data", str(data / "train"), *words])
+    said, warned = capsys.readouterr()
+    assert "syncbn: takes the 4 test images (held out of the training images)\n" in warned
+    last = said.strip().splitlines()[-1]
+    assert re.match(r"test accuracy .* on 4 images \(held out of the training images\) with the weights as they", last)
 
 
 def test_retrieval_among_classes_never_trained_on(tmp_path, weights, capsys):
@@ -86,7 +102,8 @@ def test_retrieval_among_classes_never_trained_on(tmp_path, weights, capsys):
     photos(tmp_path / "animals", "val", {"medium": 120, "black": 5, "white": 250}, 4)
     fit("retrieval", tmp_path / "animals", weights, "--model.embedding_dimension=8")
     lines = capsys.readouterr().out.strip().splitlines()
-    assert re.match(r"test recall @1 \d+\.\d\d %, @2 .* on 12 images with best-epoch=0-recall=", lines[-3])
+    line = r"validation recall @1 \d+\.\d\d %, @2 .* on 12 images \(there are no test images\) with best-epoch=0-rec"
+    assert re.match(line, lines[-3])
     with (Path(lines[-1]) / "metrics.csv").open(newline="") as rows:
         recalls = [row["val_recall_at_1"] for row in csv.DictReader(rows) if row["val_recall_at_1"]]
     assert len(recalls) == 1 and (float(recalls[0]) * 12) % 1 == pytest.approx(0, abs=1e-4)

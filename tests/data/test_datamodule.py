@@ -78,6 +78,16 @@ def test_the_best_checkpoint_is_not_chosen_by_test_images():
         data.setup("fit")
 
 
+def test_images_held_out_for_the_test_are_given_by_its_loader():
+    data = ImageDataModule(8, validation_images=100, test_images=50)
+    assert (data.image_size, data.training_images, len(data.test_images)) == (28, 9850, 50)
+    assert data.stage_of_test == "test" and "not used" in data.describe()
+    indices = data.sets.test.indices
+    labels = torch.cat([batch.labels for batch in data.test_dataloader()])
+    assert labels.tolist() == data.sets.train.dataset.labels[indices].tolist()
+    assert not {*indices} & ({*data.sets.train.indices} | {*data.sets.validation.indices})
+
+
 def test_evaluation_on_classes_of_its_own(tmp_path):
     for split, names in {"train": "ab", "val": "bcd"}.items():
         for name in names:
@@ -86,5 +96,5 @@ def test_evaluation_on_classes_of_its_own(tmp_path):
     with pytest.raises(ValueError, match="holds the class 'c', which is no class of the training images"):
         ImageDataModule(2, root=str(tmp_path), image_size=8)
     data = ImageDataModule(2, root=str(tmp_path), image_size=8, own_evaluation_classes=True)
-    assert data.classes == ("a", "b")
+    assert data.classes == ("a", "b") and data.stage_of_test == "val"
     assert [data.sets.validation.label(index) for index in range(3)] == [0, 1, 2]

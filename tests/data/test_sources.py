@@ -220,8 +220,67 @@ def test_images_held_out_are_spread_and_in_one_part_only(tmp_path, count):
 @pytest.mark.parametrize("count", [12, 13, -1])
 def test_holding_out_too_many_is_refused(tmp_path, count):
     make_idx_folder(tmp_path)
-    with pytest.raises(ValueError, match=f"validation_images={count}"):
-        open_image_sets(str(tmp_path), validation_images=count)
+    for option in ("validation_images", "test_images"):
+        with pytest.raises(ValueError, match=f"^{option}={count} must"):
+            open_image_sets(str(tmp_path), validate_on_test=True, **{option: count})
+
+
+def make_class_folders(folder, *splits):
+    for split in splits:
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(6):
+                cv2.imwrite(str(folder / split / name / f"{number}.png"), np.zeros((4, 4, 3), np.uint8))
+
+
+def names_of(dataset):
+    return [dataset.name(index) for index in range(len(dataset))]
+
+
+def test_test_images_are_held_out_apart_from_those_for_validation(tmp_path):
+    make_class_folders(tmp_path, ".")
+    drawn = set()
+    for validation_images in (1, 4, 7):
+        sets = open_image_sets(str(tmp_path), validation_images, test_images=4)
+        assert (len(sets.train), len(sets.validation), len(sets.test)) == (8 - validation_images, validation_images, 4)
+        assert len({*names_of(sets.train), *names_of(sets.validation), *names_of(sets.test)}) == 12
+        assert [sets.test.label(index) for index in range(4)] == [0, 0, 1, 1]
+        drawn.add(tuple(names_of(sets.test)))
+    assert len(drawn) == 1, "whatever is held out for validation"
+    assert "1 training, 7 validation (held out of the training images), 4 test images (held out of" in sets.describe()
+    with pytest.raises(ValueError, match=r"validation_images=8 must lie between 1 and 7: .* 8 training images left"):
+        open_image_sets(str(tmp_path), 8, test_images=4)
+
+
+@pytest.mark.parametrize(
+    ("splits", "held_out", "validation", "test"),
+    [
+        (("train", "val", "test"), {}, "", ""),
+        (("train", "val"), {}, "", None),
+        (("train",), {"validation_images": 2}, "held out of the training images", None),
+        (("train", "val"), {"test_images": 2}, "", "held out of the training images"),
+        (("train", "test"), {"validation_images": 2}, "held out of the training images", ""),
+        (("train", "test"), {"validate_on_test": None}, "the test images", ""),
+        (
+            ("train", "val"),
+            {"validation_images": 2},
+            "held out of the training images",
+            "the data's validation set, by which nothing is chosen",
+        ),
+    ],
+)
+def test_it_is_said_where_the_images_come_from(tmp_path, splits, held_out, validation, test):
+    make_class_folders(tmp_path, *splits)
+    sets = open_image_sets(str(tmp_path), **held_out)
+    assert sets.origin("val") == validation
+    assert (sets.test is None) == (test is None) and sets.origin("test") == (test or "")
+
+
+def test_test_images_of_their_own_are_not_used_beside_those_held_out(tmp_path):
+    make_class_folders(tmp_path, "train", "val", "test")
+    sets = open_image_sets(str(tmp_path), test_images=2)
+    assert sets.remarks == ("the 12 test images of their own are not used",) and len(sets.test) == 2
+    assert len(sets.train) == 10 and sets.validation_from == "val"
 
 
 def test_links_that_go_round_are_followed_once(tmp_path):

@@ -1,6 +1,7 @@
 """The confusion matrix and the accuracy of every class: what is counted, written and drawn."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -82,7 +83,8 @@ def test_after_a_fit_and_in_a_test(tmp_path):
     model = ImageClassifier(32, 10, 1, 40, width_multiplier=0.125, stem="small", learning_rate_per_32_images=0.01)
     run = trainer(tmp_path, ClassReport(str(tmp_path / "report")))
     run.fit(model, data)
-    counts = np.array([row[1:] for row in rows_of(tmp_path / "report" / "confusion_val.csv")[1:]], dtype=int)
+    validation = tmp_path / "report" / "confusion_val.csv"
+    counts = np.array([row[1:] for row in rows_of(validation)[1:]], dtype=int)
     truth = np.zeros((10, 10), dtype=int)
     with torch.no_grad():
         for batch in data.val_dataloader():
@@ -94,6 +96,15 @@ def test_after_a_fit_and_in_a_test(tmp_path):
     assert counts.sum() == 96
     assert np.trace(counts) / 96 == pytest.approx(float(run.callback_metrics["test_top1"]))
     assert (tmp_path / "report" / "confusion_test.png").is_file()
+    validation.unlink()
+    (tmp_path / "report" / "confusion_test.csv").unlink()
+    data.sets = replace(data.sets, test=None, test_from=None)
+    assert run.test(model, data, verbose=False)[0].keys() == {
+        f"val_{name}" for name in ("images", "loss", "top1", "top5")
+    }
+    assert np.array_equal(truth, [[int(field) for field in row[1:]] for row in rows_of(validation)[1:]])
+    assert run.callback_metrics["val_top1"] == np.float32(np.trace(truth) / 50)
+    assert not (tmp_path / "report" / "confusion_test.csv").exists(), "no figure of validation images is called test"
 
 
 def test_an_embedding_has_no_classes(tmp_path):

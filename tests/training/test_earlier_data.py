@@ -11,7 +11,7 @@ from PIL import Image
 from syncbn.cli import main
 from syncbn.models.weights import CARD_KEY, ModelCard
 from syncbn.preprocessing import PREPROCESSING
-from syncbn.training.earlier_data import MEANT, OF_EVERY_RUN, OPEN, options_of_run, settle_data
+from syncbn.training.earlier_data import MEANT, NEVER, OF_EVERY_RUN, OPEN, options_of_run, settle_data
 from syncbn.training.resuming import check_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -41,13 +41,13 @@ def test_a_config_written_by_hand_decides_nothing(data):
 
 
 def test_the_config_of_a_run_decides(tmp_path):
-    assert options_of_run(EARLIER, "photos") == MEANT | {"validate_on_test": False}
+    assert options_of_run(EARLIER, "photos") == MEANT | NEVER | {"validate_on_test": False}
     assert options_of_run(EARLIER, "fashion-mnist")["validate_on_test"]
     for names, expected in ((("train", "test"), True), (("train", "test", "val"), False)):
         for name in names:
             (tmp_path / name).mkdir(exist_ok=True)
         assert options_of_run(EARLIER, str(tmp_path))["validate_on_test"] == expected
-    later = {"exif_orientation": True, "suffixes": None, "validate_on_test": False}
+    later = {"exif_orientation": True, "suffixes": None, "validate_on_test": False, "test_images": 3}
     assert options_of_run(EARLIER | later, "fashion-mnist") == later
 
 
@@ -64,9 +64,11 @@ def test_what_is_left_open_follows_the_run_and_what_is_said_stays(tmp_path):
         assert settled(tmp_path, **words) == MEANT | {"validate_on_test": False}
         assert settled(tmp_path, **words, data={"exif_orientation": True})["exif_orientation"] is True
     meant = EARLIER | MEANT | {"validate_on_test": False}
-    check_config(tmp_path, {"data": meant})
+    check_config(tmp_path, {"data": meant | {"test_images": 0}})
+    with pytest.raises(ValueError, match=r"data\.test_images=5, but the run .* began with 0"):
+        check_config(tmp_path, {"data": meant | {"test_images": 5}})
     with pytest.raises(ValueError, match=r"data\.exif_orientation=True, but the run .* began with False"):
-        check_config(tmp_path, {"data": meant | {"exif_orientation": True}})
+        check_config(tmp_path, {"data": meant | {"exif_orientation": True, "test_images": 0}})
 
 
 def test_checkpoints_of_different_pixels_are_refused(tmp_path):
@@ -97,7 +99,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_pixels(tmp_path, capsys):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["data"]["exif_orientation"] is True, "as it was, whatever the default will be"
     assert "10 training, 10 validation, 10 test images; EXIF orientation applied" in "".join(capsys.readouterr())
-    for name in OPEN:
+    for name in (*OPEN, *NEVER):
         del config["data"][name]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     main(["fit", *WORDS, f"--resume={run}", "--trainer.max_epochs=2"])

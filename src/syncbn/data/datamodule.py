@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 
 from syncbn.data.augmentation import Augmentation
 from syncbn.data.batches import BatchedImages, ImageBatch, OnReadError, keep_batch
-from syncbn.data.datasets import ImageDataset, class_counts
+from syncbn.data.datasets import ImageDataset, Selection, class_counts
 from syncbn.data.evaluation import EvaluationCrops
 from syncbn.data.order import EpochOrder, ShuffledOrder, WindowedOrder
 from syncbn.data.samplers import EvaluationBatchSampler, GlobalBatchSampler
-from syncbn.data.sources import EMBEDDED, hold_some_out, open_image_sets
+from syncbn.data.sources import EMBEDDED, Stage, hold_some_out, open_image_sets
 from syncbn.data.window_reader import WindowReader, bytes_held
 from syncbn.preprocessing import Preprocessing, find_preprocessing
 
@@ -85,6 +85,9 @@ class ImageDataModule(LightningDataModule):
         suffixes: Endings of the names of the files in folders that are images. Null takes those of all kinds that can
             be read.
         validate_on_test: Whether validation takes the test images, even where a checkpoint is chosen by them.
+        test_images: Training images held out for the test, apart from those for validation. 0 holds out none: the test
+            then takes the data's own test set; or, where there is none, the validation images, and its figures are
+            called validation.
 
     Raises:
         ValueError: The data are missing, broken or of unknown layout; or an argument is out of range.
@@ -110,6 +113,7 @@ class ImageDataModule(LightningDataModule):
         exif_orientation: bool | None = None,
         suffixes: list[str] | None = None,
         validate_on_test: bool = False,
+        test_images: int = 0,
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -131,6 +135,7 @@ class ImageDataModule(LightningDataModule):
             exif_orientation=exif_orientation,
             suffixes=suffixes,
             validate_on_test=validate_on_test or None,
+            test_images=test_images,
         )
         self.order = self._order()
         self._saved_division: dict[str, Any] | None = None
@@ -166,6 +171,11 @@ class ImageDataModule(LightningDataModule):
     def test_images(self) -> ImageDataset:
         """The test images; the validation images where there are no others."""
         return self.sets.validation if self.sets.test is None else self.sets.test
+
+    @property
+    def stage_of_test(self) -> Stage:
+        """What figures on the images of `test_dataloader` are called: "val" where there are no test images."""
+        return "val" if self.sets.test is None else "test"
 
     @property
     def channels(self) -> int:
@@ -366,7 +376,8 @@ class ImageDataModule(LightningDataModule):
         }
 
     def _native_size(self) -> int:
-        images = getattr(self.test_images, "images", None)
+        dataset = self.test_images
+        images = getattr(dataset.dataset if isinstance(dataset, Selection) else dataset, "images", None)
         if images is None or images.shape[1] != images.shape[2]:
             raise ValueError(f"image_size is needed for {self.root!r}: its images are not squares of one size")
         return int(images.shape[1])

@@ -283,15 +283,16 @@ def class_counts(dataset: ImageDataset) -> list[int]:
     return np.bincount(labels_of(dataset), minlength=len(dataset.classes)).tolist()
 
 
-def hold_out(dataset: ImageDataset, count: int) -> tuple[Selection, Selection]:
-    """Split a data set into what remains and ``count`` images held out for validation.
+def hold_out(dataset: ImageDataset, count: int, option: str = "validation_images") -> tuple[Selection, Selection]:
+    """Split a data set into what remains and ``count`` images held out, for validation or test.
 
     The images held out lie evenly spaced over the data set, so that a set sorted by class gives some of
     each class. The choice depends on nothing else: not on the seed, not on the number of ranks.
 
     Args:
-        dataset: The training images, N of them.
+        dataset: The training images, N of them; or what remains of them.
         count: How many to hold out, 0 < count < N.
+        option: What the user calls ``count``.
 
     Returns:
         The N - count images that remain, and the ``count`` held out.
@@ -301,9 +302,13 @@ def hold_out(dataset: ImageDataset, count: int) -> tuple[Selection, Selection]:
     """
     total = len(dataset)
     if not 0 < count < total:
+        left = " left" if isinstance(dataset, Selection) else ""
         raise ValueError(
-            f"validation_images={count} must lie between 1 and {total - 1}: there are {total} training images"
+            f"{option}={count} must lie between 1 and {total - 1}: there are {total} training images{left}"
         )
     held_out = np.arange(count, dtype=np.int64) * total // count
     kept = np.setdiff1d(np.arange(total, dtype=np.int64), held_out, assume_unique=True)
+    if isinstance(dataset, Selection):
+        whole, indices = dataset.dataset, dataset.indices
+        return Selection(whole, indices[kept]), Selection(whole, indices[held_out])
     return Selection(dataset, kept), Selection(dataset, held_out)

@@ -31,6 +31,9 @@ ACCEPTED = (
     " with train/<class>/ and val/<class>/ of images, or with <class>/ alone"
 )
 
+Stage = Literal["val", "test"]
+"""What a figure of an evaluation is called by."""
+
 NAMED = 5
 """Of the files and folders that are not used, at most."""
 
@@ -42,9 +45,11 @@ class ImageSets:
     Attributes:
         train: What is learned from.
         validation: What the best checkpoint is chosen by.
-        test: What the result is reported on; None where there are no images of which nothing was chosen.
+        test: What the result is reported on; None where there are no such images besides those of validation.
         validation_from: Where the validation images come from: "val", a set of their own; "train", held out of the
             training images; "test", they are the test images.
+        test_from: Where the test images come from: "test", a set of their own; "val", the data's validation set, where
+            other images are validated on; "train", held out of the training images; None where there are none.
         exif_orientation: Whether photos are turned as their EXIF says, or were as shards were made of them.
         remarks: What a user should know of the data, in words: what was left out and what is not used.
     """
@@ -53,14 +58,28 @@ class ImageSets:
     validation: ImageDataset
     test: ImageDataset | None
     validation_from: Literal["val", "train", "test"]
+    test_from: Literal["test", "val", "train"] | None
     exif_orientation: bool = False
     remarks: tuple[str, ...] = ()
 
+    def origin(self, stage: Stage) -> str:
+        """Where the images of validation or test come from, in words; "" where they are a set of their own."""
+        source = self.validation_from if stage == "val" else self.test_from
+        if source == stage or source is None:
+            return ""
+        return {
+            "train": "held out of the training images",
+            "test": "the test images",
+            "val": "the data's validation set, by which nothing is chosen",
+        }[source]
+
     def describe(self) -> str:
         """How many images of how many classes there are, and the remarks, in words, one line."""
-        source = {"val": "", "train": " (held out)", "test": " (the test images)"}[self.validation_from]
-        test = "no" if self.test is None else f"{len(self.test):,}"
-        counts = f"{len(self.train):,} training, {len(self.validation):,} validation{source}, {test} test images"
+        validation, test = (f" ({origin})" if origin else "" for origin in (self.origin("val"), self.origin("test")))
+        number = "no" if self.test is None else f"{len(self.test):,}"
+        counts = (
+            f"{len(self.train):,} training, {len(self.validation):,} validation{validation}, {number} test images{test}"
+        )
         turned = f"EXIF orientation {'' if self.exif_orientation else 'not '}applied"
         photos = [turned] if self.train.channels == 3 else []
         return "; ".join([f"{len(self.train.classes):,} classes: {counts}", *photos, *self.remarks])
@@ -123,6 +142,7 @@ def open_image_sets(
     exif_orientation: bool | None = None,
     suffixes: Sequence[str] | None = None,
     validate_on_test: bool | None = False,
+    test_images: int = 0,
 ) -> ImageSets:
     """Open the data that ``root`` names.
 
@@ -136,13 +156,16 @@ def open_image_sets(
         suffixes: As of `Reading`.
         validate_on_test: Whether validation takes the test images, where none are held out; None if there are no
             others. Nothing is then to be chosen by it: a result on images by which it was chosen is none.
+        test_images: How many training images to hold out for the test. 0 holds out none; the test then takes the
+            data's own test set, or their validation set where others are held out for validation.
 
     Raises:
         ValueError: There is no such folder, its layout is unknown, a part of it is missing or broken, there is but one
             class, or there are no images to validate on.
     """
-    if validation_images < 0:
-        raise ValueError(f"validation_images={validation_images} must not be negative")
+    for name, count in (("validation_images", validation_images), ("test_images", test_images)):
+        if count < 0:
+            raise ValueError(f"{name}={count} must not be negative")
     splits = _open_splits(root, Reading(own_classes, on_read_error, exif_orientation, suffixes))
     train, validation, test = (splits.of.get(split) for split in ("train", "val", "test"))
     assert train is not None
@@ -150,10 +173,16 @@ def open_image_sets(
         raise ValueError(f"{root} holds one class, {train.classes[0]!r}: two or more are needed to tell apart")
     remarks = list(splits.remarks)
     source: Literal["val", "train", "test"] = "val"
+    test_source: Literal["test", "val", "train"] | None = None if test is None else "test"
+    if test_images:  # first, so that they are the same whatever is held out besides
+        if test is not None:
+            remarks.append(f"the {len(test):,} test images of their own are not used")
+        (train, test), test_source = hold_out(train, test_images, "test_images"), "train"
     if validation_images:
         if validation is not None and test is not None:
             remarks.append(f"the {len(validation):,} validation images of their own are not used")
-        test = test or validation  # nothing is chosen by images of their own then: they are as good as a test set
+        elif validation is not None:  # nothing is chosen by it then: it is as good as a test set
+            test, test_source = validation, "val"
         (train, validation), source = hold_out(train, validation_images), "train"
     elif validate_on_test or validation is None:
         if test is None or validate_on_test is False:
@@ -163,7 +192,7 @@ def open_image_sets(
         validation, source = test, "test"
     if lacking := [name for name, count in zip(train.classes, class_counts(train), strict=True) if not count]:
         remarks.append(f"no training image of {len(lacking)} classes, such as {lacking[0]!r}")
-    return ImageSets(train, validation, test, source, splits.exif_orientation, tuple(remarks))
+    return ImageSets(train, validation, test, source, test_source, splits.exif_orientation, tuple(remarks))
 
 
 def _images_for(test: ImageDataset | None, validate_on_test: bool | None) -> str:

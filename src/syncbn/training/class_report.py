@@ -12,8 +12,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from syncbn.data.sources import Stage
 from syncbn.paths import open_text
 from syncbn.pictures import drawable_names, plain_text, unless_it_fails
+from syncbn.training.evaluated_images import KINDS, stage_of_test
 from syncbn.training.runs import run_folder
 
 NAMED_CLASSES = 40
@@ -29,7 +31,8 @@ WORST = 15
 class ClassReport(Callback):
     """Writes ``confusion_STAGE.csv``, ``classes_STAGE.csv`` and ``confusion_STAGE.png``; STAGE is val or test.
 
-    Counted over all ranks, each image once. In a fit, those of validation are of its last epoch.
+    Counted over all ranks, each image once. In a fit, those of validation are of its last epoch. Where there are no
+    test images, a test writes those of validation: at the end of ``syncbn fit`` they are of the best checkpoint.
 
     Args:
         folder: Where to write. Null takes the folder of the run; outside of a fit, the present one.
@@ -83,7 +86,7 @@ class ClassReport(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the ranks and write."""
-        self._write(trainer, "test", self._sum_over_ranks())
+        self._write(trainer, stage_of_test(trainer), self._sum_over_ranks())
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._metric = MulticlassConfusionMatrix(len(class_names(trainer)), validate_args=False).to(pl_module.device)
@@ -98,7 +101,7 @@ class ClassReport(Callback):
         assert metric is not None
         return metric.compute().cpu().numpy()
 
-    def _write(self, trainer: Trainer, stage: str, counts: np.ndarray) -> None:
+    def _write(self, trainer: Trainer, stage: Stage, counts: np.ndarray) -> None:
         if not trainer.is_global_zero:
             return
         folder = Path(self.folder) if self.folder else run_folder(trainer) or Path()
@@ -108,7 +111,7 @@ class ClassReport(Callback):
         write_classes(folder / f"classes_{stage}.csv", counts, classes)
         picture = folder / f"confusion_{stage}.png"
         with unless_it_fails(picture):
-            draw_confusion(picture, counts, classes)
+            draw_confusion(picture, counts, classes, KINDS[stage])
 
 
 def class_names(trainer: Trainer) -> Sequence[str]:
@@ -151,8 +154,15 @@ def write_classes(path: Path, counts: np.ndarray, classes: Sequence[str]) -> Non
             writer.writerow([name, images, recognised, share, classes[other] if times else "", times])
 
 
-def draw_confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
-    """Draw the matrix, each row in shares of the true class, and beside it the accuracies of the classes."""
+def draw_confusion(path: Path, counts: np.ndarray, classes: Sequence[str], kind: str = "") -> None:
+    """Draw the matrix, each row in shares of the true class, and beside it the accuracies of the classes.
+
+    Args:
+        path: The PNG file to write.
+        counts: Images of each true class that were taken for each class, shape (K, K).
+        classes: Their names.
+        kind: Of the images: "validation" or "test".
+    """
     # Not pyplot: it would choose a windowing system and keep every figure.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -164,7 +174,7 @@ def draw_confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> No
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2)
         _draw_matrix(left, counts, names)
-        _draw_accuracies(right, counts, names)
+        _draw_accuracies(right, counts, names, f"{kind} images".strip())
         figure.savefig(path, dpi=120, bbox_inches="tight")  # long names of classes included
 
 
@@ -194,13 +204,13 @@ def strongest(shares: np.ndarray) -> np.ndarray:
     return padded.reshape(blocks, step, blocks, step).max(axis=(1, 3))
 
 
-def _draw_accuracies(axes: Any, counts: np.ndarray, classes: Sequence[str]) -> None:
+def _draw_accuracies(axes: Any, counts: np.ndarray, classes: Sequence[str], images: str) -> None:
     from matplotlib import rcParams
 
     accuracy = accuracies(counts)
     order = [int(label) for label in np.argsort(accuracy) if not np.isnan(accuracy[label])]
     overall = np.trace(counts) / max(1, counts.sum())
-    axes.set(title=f"accuracy of each class ({overall:.1%} of {counts.sum():,} images)")
+    axes.set(title=f"accuracy of each class ({overall:.1%} of {counts.sum():,} {images})")
     if len(classes) <= NAMED_CLASSES:
         axes.barh(range(len(order)), accuracy[order[::-1]])
         axes.set_yticks(range(len(order)), [classes[label] for label in reversed(order)])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from syncbn.data.batches import ImageBatch
 from syncbn.data.datamodule import ImageDataModule
 from syncbn.data.samplers import batches_per_epoch, images_of_global_batch
+from syncbn.data.sources import Stage
 from syncbn.distributed import new_group, sum_over_world
 from syncbn.models import inception_bn
 from syncbn.models.embedding import embed, put_proxy_head
@@ -394,7 +395,7 @@ class ImageClassifier(Evaluated):
             )
         return super().predict_step(batch, batch_idx)
 
-    def _evaluate(self, stage: str, batch: ImageBatch) -> Tensor | None:
+    def _evaluate(self, stage: Stage, batch: ImageBatch) -> Tensor | None:
         """Of an embedding, keep this rank's embeddings: its classes may be others than those of the training."""
         if not self.recall:
             return super()._evaluate(stage, batch)
@@ -408,15 +409,17 @@ class ImageClassifier(Evaluated):
         self._metric(f"{stage}_images").update(len(images))
         return None
 
-    def _log_evaluation(self, stage: str) -> None:
+    def _log_evaluation(self, stage: Stage) -> None:
         if not self.recall:
             super()._log_evaluation(stage)
             return
         metric: Any = self.recall[stage]
-        self.log(f"{stage}_images", self._metric(f"{stage}_images"))
+        logger = self._to_loggers()
+        self.log(f"{stage}_images", self._metric(f"{stage}_images"), logger=logger)
         for neighbours, recall in metric.compute().items():
             # The same on all ranks; sync_dist says so to Lightning, which would warn.
-            self.log(f"{stage}_recall_at_{neighbours}", recall.float(), prog_bar=neighbours == 1, sync_dist=True)
+            name = f"{stage}_recall_at_{neighbours}"
+            self.log(name, recall.float(), prog_bar=neighbours == 1, sync_dist=True, logger=logger)
         metric.reset()
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from syncbn.data import ImageDataModule
 from syncbn.data.samplers import batches_per_epoch
+from syncbn.data.sources import Stage
 from syncbn.paths import expand_home
 from syncbn.training.checkpoint_files import AtomicCheckpointIO
 from syncbn.training.checkpointing import BestCheckpoint, Checkpointing, LastCheckpoint, RandomByStep
@@ -30,6 +31,7 @@ from syncbn.training.config_checks import (
 )
 from syncbn.training.curves import CurvesPlot
 from syncbn.training.earlier_data import settle_data
+from syncbn.training.evaluated_images import KINDS, announce_images, describe_images
 from syncbn.training.evaluation import check_same_task, load_ensemble
 from syncbn.training.finite import StopAtNonFinite
 from syncbn.training.launchers import follow_launcher
@@ -146,7 +148,7 @@ class SyncBNCLI(LightningCLI):
             "--test_after_fit",
             type=bool,
             default=True,
-            help="Whether fit ends with the test of the best checkpoint.",
+            help="Whether fit ends with the test of the best checkpoint; without test images, with its validation.",
         )
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Checkpointing, "checkpointing")
@@ -354,7 +356,10 @@ class SyncBNCLI(LightningCLI):
             raise
 
     def after_fit(self) -> None:
-        """Test the best checkpoint; print the accuracy, the summary and, last, the run folder."""
+        """Test the best checkpoint; print the accuracy, the summary and, last, the run folder.
+
+        Where there are no test images the accuracy is the best checkpoint's on those of validation.
+        """
         self._explain_early_end()
         if (folder := run_folder(self.trainer)) and self.trainer.is_global_zero:
             record_end(folder, self.trainer.global_step)
@@ -364,8 +369,12 @@ class SyncBNCLI(LightningCLI):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):  # which would bring back the weights that were not averaged
                     callback._average_model = None
+            # Of validation, the logs hold a curve, in which the best checkpoint has its place.
+            self.model.logs_tests = self.datamodule.stage_of_test == "test"
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-            self._print_accuracy("test", [best] if best else [])
+            weights = self._name_weights([best] if best else [])
+            self.run_summary.evaluated = weights
+            self._print_accuracy(self.datamodule.stage_of_test, weights)
         wait_for_other_ranks(self.trainer.strategy.launcher)
         if self.run_summary in self.trainer.callbacks:  # type: ignore[attr-defined]  # not in a fast_dev_run
             self.run_summary.finish(self.trainer)
@@ -377,13 +386,34 @@ class SyncBNCLI(LightningCLI):
         if reason and self.trainer.is_global_zero:
             print(f"training ended early, after step {self.trainer.global_step:,}: {reason}", flush=True)
 
+    def before_validate(self) -> None:
+        """Say which images are taken."""
+        self._announce_images("val")
+
+    def before_test(self) -> None:
+        """Say which images are taken."""
+        self._announce_images(self.datamodule.stage_of_test)
+        if self.datamodule.stage_of_test != "test":
+            self.config_init["test"]["verbose"] = False  # Lightning's table calls every figure a test's
+
+    def before_predict(self) -> None:
+        """Say which images are taken."""
+        self._announce_images(self.datamodule.stage_of_test)
+
+    def _announce_images(self, stage: Stage) -> None:
+        members = [member.hparams for member in getattr(self.model, "members", ())]
+        hparams = [hparams for hparams in (self.checkpoint_hparams, *members) if "training_images" in hparams]
+        images = announce_images(self.datamodule, stage, [each["training_images"] for each in hparams])
+        if self.trainer.is_global_zero:
+            print(f"syncbn: takes {images}", file=sys.stderr, flush=True)
+
     def after_test(self) -> None:
         """Print the accuracy."""
-        self._print_accuracy("test", self._checkpoints())
+        self._print_accuracy(self.datamodule.stage_of_test, self._name_weights(self._checkpoints()))
 
     def after_validate(self) -> None:
         """Print the accuracy."""
-        self._print_accuracy("val", self._checkpoints())
+        self._print_accuracy("val", self._name_weights(self._checkpoints()))
 
     def after_predict(self) -> None:
         """Name the file written."""
@@ -394,22 +424,24 @@ class SyncBNCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         return [path] if path else self._get(self.config, "checkpoints")
 
-    def _print_accuracy(self, prefix: str, checkpoints: list[str]) -> None:
-        if not self.trainer.is_global_zero:
-            return
-        metrics = self.trainer.callback_metrics
+    def _name_weights(self, checkpoints: list[str]) -> str:
         weights = " + ".join(Path(path).name for path in checkpoints) or "the weights as they are"
         crops = self.datamodule.crops.count
-        weights += f", {crops} crops" if crops > 1 else ""
-        kind = {"test": "test", "val": "validation"}[prefix]
-        if f"{prefix}_top1" in metrics:
-            top1, top5 = (100 * float(metrics[f"{prefix}_{name}"]) for name in ("top1", "top5"))
-            images = int(metrics[f"{prefix}_images"])
-            print(f"{kind} accuracy {top1:.2f} % (top-5 {top5:.2f} %) on {images:,} images with {weights}")
-        elif f"{prefix}_recall_at_1" in metrics:
-            images = int(metrics[f"{prefix}_images"])
-            recalls = (f"@{k} {100 * float(metrics[f'{prefix}_recall_at_{k}']):.2f} %" for k in NEIGHBOURS)
-            print(f"{kind} recall {', '.join(recalls)} on {images:,} images with {weights}")
+        return f"{weights}, {crops} crops" if crops > 1 else weights
+
+    def _print_accuracy(self, stage: Stage, weights: str) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        metrics, kind = self.trainer.callback_metrics, KINDS[stage]
+        if f"{stage}_top1" in metrics:
+            top1, top5 = (100 * float(metrics[f"{stage}_{name}"]) for name in ("top1", "top5"))
+            figures = f"accuracy {top1:.2f} % (top-5 {top5:.2f} %)"
+        elif f"{stage}_recall_at_1" in metrics:
+            recalls = (f"@{k} {100 * float(metrics[f'{stage}_recall_at_{k}']):.2f} %" for k in NEIGHBOURS)
+            figures = f"recall {', '.join(recalls)}"
+        else:
+            return
+        print(f"{kind} {figures} on {describe_images(self.trainer, stage)} with {weights}")
 
     def _print_run_folder(self) -> None:
         folder = run_folder(self.trainer)

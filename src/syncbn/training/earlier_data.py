@@ -26,6 +26,9 @@ OF_EVERY_RUN = frozenset(
 MEANT = {"exif_orientation": False, "suffixes": [".bmp", ".jpeg", ".jpg", ".png", ".webp"]}
 """What was done before there were these options, which the config of such a run lacks."""
 
+NEVER = {"test_images": 0}
+"""What no run did before there were these options: what they are now is what was said."""
+
 OPEN = {"exif_orientation": None, "suffixes": None, "validate_on_test": False}
 """The options as they are where nobody has said anything."""
 
@@ -38,12 +41,12 @@ def options_of_run(data: Any, root: str) -> dict[str, Any]:
         root: Of the data that are read.
 
     Returns:
-        The options of `OPEN` that are decided; none of a config that was written by hand.
+        The options of `OPEN` and `NEVER` that are decided; none of a config that was written by hand.
     """
     if not isinstance(data, Mapping) or not set(data) >= OF_EVERY_RUN:
         return {}
-    meant = MEANT | {"validate_on_test": _validated_on_test(root)}
-    return {name: data.get(name, meant[name]) for name in OPEN}
+    meant = MEANT | NEVER | {"validate_on_test": _validated_on_test(root)}
+    return {name: data.get(name, value) for name, value in meant.items()}
 
 
 def _validated_on_test(root: str) -> bool:

@@ -15,7 +15,9 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from syncbn.data.batches import ImageBatch
+from syncbn.data.sources import Stage
 from syncbn.models.weights.reading import first_not_finite
+from syncbn.training.evaluated_images import stage_of_test
 
 SAME_TASK = {
     "num_classes": "give it data of the same classes",
@@ -30,10 +32,14 @@ class Evaluated(LightningModule, ABC):
 
     Args:
         num_classes: Classes to tell apart.
+
+    Attributes:
+        logs_tests: Whether ``Trainer.test`` writes to the loggers, too.
     """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
+        self.logs_tests = True
         self.metrics = accuracy_metrics(num_classes)
 
     @abstractmethod
@@ -70,15 +76,15 @@ class Evaluated(LightningModule, ABC):
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
         """Count this rank's hits; returns the logarithms of the class probabilities, for callbacks."""
-        return self._evaluate("test", batch)
+        return self._evaluate(stage_of_test(self.trainer), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and accuracies over all validation images."""
         self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log loss and accuracies over all test images."""
-        self._log_evaluation("test")
+        """Log loss and accuracies over all test images; as of validation, where there are no others."""
+        self._log_evaluation(stage_of_test(self.trainer))
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """Class probabilities.
@@ -94,7 +100,7 @@ class Evaluated(LightningModule, ABC):
         """Whether the strategy gathers weights, which every rank has to take part in."""
         return getattr(self.trainer.strategy, "gathers_weights", False)
 
-    def _evaluate(self, stage: str, batch: ImageBatch) -> Tensor | None:
+    def _evaluate(self, stage: Stage, batch: ImageBatch) -> Tensor | None:
         images = len(batch.images)
         if images == 0:  # this rank's share of the last batch may be empty; BN sends no message in evaluation
             if self._takes_part_without_images():
@@ -107,10 +113,14 @@ class Evaluated(LightningModule, ABC):
         self._metric(f"{stage}_top5").update(log_probabilities, batch.labels)
         return log_probabilities
 
-    def _log_evaluation(self, stage: str) -> None:
+    def _log_evaluation(self, stage: Stage) -> None:
         # Here, and not in the step: every rank has to take part in adding up, also one without an image.
         for name in (f"{stage}_images", f"{stage}_loss", f"{stage}_top1", f"{stage}_top5"):
-            self.log(name, self._metric(name), prog_bar=name.endswith("top1"))
+            self.log(name, self._metric(name), prog_bar=name.endswith("top1"), logger=self._to_loggers())
+
+    def _to_loggers(self) -> bool | None:
+        """What `log` takes as ``logger``; None for loggers if there are any."""
+        return None if self.logs_tests or self.trainer.state.fn != TrainerFn.TESTING else False
 
     def _metric(self, name: str) -> Any:
         return self.metrics[name]

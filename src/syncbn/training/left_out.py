@@ -5,8 +5,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from syncbn.distributed import gather_objects
+from syncbn.training.evaluated_images import KINDS, stage_of_test
 
-STAGES = {"train": "training", "val": "validation", "test": "test", "predict": "predicted"}
+STAGES: dict[str, str] = {"train": "training", "predict": "predicted"} | {stage: KINDS[stage] for stage in KINDS}
 
 
 class LeftOutImages(Callback):
@@ -36,7 +37,7 @@ class LeftOutImages(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *places: int
     ) -> None:
         """Count those of a test batch."""
-        self._add("test", batch)
+        self._add(stage_of_test(trainer), batch)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *places: int
@@ -54,7 +55,7 @@ class LeftOutImages(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report those of the test images."""
-        self._report("test", trainer, pl_module)
+        self._report(stage_of_test(trainer), trainer, pl_module)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report those of the predicted images."""

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from syncbn.distributed import gather_objects
+from syncbn.training.evaluated_images import KINDS, describe_images
 from syncbn.training.runs import describe_run, run_folder
 from syncbn.training.throughput import Throughput, Totals, peak_memory
 
@@ -23,10 +24,12 @@ class RunSummary(Callback):
 
     Attributes:
         ended_early: Why it took fewer steps than it might have; None where it did not.
+        evaluated: The weights that the metrics are of, where they are not those of the last validation.
     """
 
     def __init__(self) -> None:
         self.ended_early: str | None = None
+        self.evaluated: str | None = None
         self._speed: dict[str, Any] = {}
         self._description: dict[str, Any] = {}
 
@@ -72,6 +75,11 @@ class RunSummary(Callback):
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+            "metrics_of": {
+                stage: f"{describe_images(trainer, stage)} with {self.evaluated or 'the weights as they then were'}"
+                for stage in KINDS
+                if f"{stage}_images" in metrics
+            },
             **self._speed,
             **self._description,
         }
