@@ -121,6 +121,8 @@ class Reduction:
         channel.wait(self.work, number, description)
         if observer is not None:
             observer.end()
+        if self.message.is_cpu and has_memory(self.message):
+            self.message = _taken_from(self.message)
         if not channel.adds_up:
             return self.message, None
         id_sum, square_sum = (channel.size * part for part in self.ticket.signature)
@@ -131,6 +133,13 @@ class Reduction:
             channel.agreement.fail(number, description)
         channel.agreement.arrived(number, description)
         return self.message, None
+
+
+def _taken_from(message: Tensor) -> Tensor:
+    """The sums, and no memory left in `message`, which the works hold that the channel keeps."""
+    sums = message.detach()
+    message.set_()  # type: ignore[call-overload]
+    return sums
 
 
 class WaitObserver(Protocol):
@@ -198,7 +207,7 @@ def wait_traced(reduced: Tensor) -> Tensor:
 
 
 def nan_where_ranks_disagree(totals: Tensor, group: dist.ProcessGroup, id: int) -> Tensor:
-    """The sum of messages that end with id and its square; NaN where the ranks were in different layers."""
+    """The sum of messages that end with id and its square; NaN where the ranks were in layers of other ids."""
     if dist.get_backend(group) == "fake":  # which adds nothing up
         return totals
     agree = (totals[-2] == group.size() * id) & (totals[-1] == group.size() * id**2)
@@ -208,7 +217,7 @@ def nan_where_ranks_disagree(totals: Tensor, group: dist.ProcessGroup, id: int) 
 def all_reduce_differentiable(message: Tensor, group: dist.ProcessGroup, id: int) -> Tensor:
     """`message`, which ends with id and its square, summed over the group: traceable, differentiable at any order.
 
-    NaN where the ranks were in different layers.
+    NaN where the ranks were in layers of other ids.
 
     Raises:
         ValueError: the group sums nothing where the message is.

@@ -176,6 +176,18 @@ def test_what_is_kept(P):
     assert found == dict.fromkeys(found, 0)
 
 
+def kept_of_messages(rank):
+    layer, x = SyncBatchNorm(C), batch()
+    before = bytes_alive()
+    for _ in range(3):
+        without_gradients(layer, x)
+    return bytes_alive() - before
+
+
+def test_nothing_is_kept_of_a_message_that_has_come():
+    assert max(run_ranks(kept_of_messages, 2)) < 8 * C  # half of one
+
+
 def test_more_unseen_forwards_than_are_kept_are_told():
     step = in_a_checkpoint_unseen(SyncBatchNorm(C))
     with warnings.catch_warnings():

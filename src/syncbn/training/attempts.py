@@ -13,8 +13,8 @@ def join_attempt(strategy: DDPStrategy | ModelParallelStrategy, timeout: timedel
     """Form the process group under keys of this attempt of torchrun; Lightning then finds it.
 
     The store of torchrun's agent may outlive a worker (torch 2.13, with ``--standalone`` or ``--master-port``), and
-    with it the addresses of ranks that are dead: ranks of the next attempt would connect to these. Other launchers start
-    a store with each attempt, and nothing is done here.
+    with it the addresses of ranks that are dead: ranks of the next attempt would connect to these. Other launchers
+    start a store with each attempt, and nothing is done here.
 
     Args:
         strategy: Whose backend and devices they are; before it has set up the process group itself.
