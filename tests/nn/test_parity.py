@@ -22,6 +22,8 @@ from syncbn import SyncBatchNorm, convert_sync_batchnorm
 
 with warnings.catch_warnings(action="ignore"):  # of what else they can be used with
     from torch.testing._internal.common_modules import module_db
+# The import forbids the whole process to set the flags of backends; other tests do.
+torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 C = 4
 MODULES = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}

@@ -73,6 +73,7 @@ def test_the_weights_bring_their_network_and_their_preprocessing(photos, capsys,
         preprocessing=PREPROCESSING["cadene"],
         image_size=32,
         resize=None,
+        exif_orientation=True,  # as of any folder of photos
     )
     before, after = read_weights("cadene.pth").tensors, last.tensors
     assert torch.equal(before["inception_5b.branch_1x1.conv.weight"], after["inception_5b.branch_1x1.conv.weight"])

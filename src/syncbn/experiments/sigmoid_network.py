@@ -137,7 +137,7 @@ def load_digits(folder: Path, threshold: int) -> tuple[Digits, Digits]:
     """
     if not 0 <= threshold < 255:
         raise ValueError(f"threshold={threshold} must lie in 0..254: pixels above it become 1")
-    sets = open_image_sets(str(folder))
+    sets = open_image_sets(str(folder), validate_on_test=None)  # nothing is chosen by them
 
     def digits(data: Any) -> Digits:
         assert isinstance(data, ArrayDataset)

@@ -260,7 +260,7 @@ def test_numbers_that_are_none_are_refused(tmp_path, name, value):
     network = inception_bn(3, width_multiplier=0.125)
     network.inception_3a.branch_3x3.reduce.bn.state_dict()[name][0] = value
     torch.save(network.state_dict(), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=rf"inception_3a.branch_3x3.reduce.bn.{name} holds"):
+    with pytest.raises(ValueError, match=rf"inception_3a.branch_3x3.reduce.bn.{name} (holds|are not finite)"):
         load_network(tmp_path / "a.pth")
 
 
