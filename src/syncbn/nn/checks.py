@@ -143,7 +143,7 @@ def _tensor_and_advice(x: Any) -> str:
         return f"{_type_name(x)}: {_advice_on_other(x)}"
     if is_lazy(x):
         return "an uninitialized parameter: run the lazy module that it belongs to first"
-    return f"{_tensor_name(x)}: {_advice_on_tensor(x)}"
+    return _about_tensor(x)
 
 
 def _advice_on_other(x: Any) -> str:
@@ -154,28 +154,22 @@ def _advice_on_other(x: Any) -> str:
     return "give a torch.Tensor"
 
 
-def _tensor_name(x: Tensor) -> str:
+def _about_tensor(x: Tensor) -> str:
     if torch.masked.is_masked_tensor(x):
-        return "a masked tensor"
+        return "a masked tensor: fill what is masked with .to_tensor(value), or select the rows that are not"
     if x.is_nested:
-        return "a nested tensor"
+        return "a nested tensor: normalise the values of its parts (n, C, ...) as one batch, torch.cat(x.unbind())"
     if x.layout is not torch.strided:
-        return f"a {'sparse ' if 'sparse' in str(x.layout) else ''}tensor ({x.layout}) of {x.dtype}"
-    kind = "complex " if x.is_complex() else "quantized " if x.is_quantized else ""
-    return f"a {kind}tensor of {x.dtype}"
-
-
-def _advice_on_tensor(x: Tensor) -> str:
-    if torch.masked.is_masked_tensor(x):
-        return "fill what is masked with .to_tensor(value), or select the rows that are not"
-    if x.is_nested:
-        return "normalise the values of its parts (n, C, ...) as one batch, torch.cat(x.unbind())"
-    if x.layout is not torch.strided:
-        return "convert it with .to_dense()"
+        kind = "sparse " if "sparse" in str(x.layout) else ""
+        return f"a {kind}tensor ({x.layout}) of {x.dtype}: convert it with .to_dense()"
     if x.is_complex():
-        return "normalise its parts, x.real and x.imag, by a layer each"
+        return f"a complex tensor of {x.dtype}: normalise its parts, x.real and x.imag, by a layer each"
     if x.is_quantized:
-        return "convert it with .dequantize()"
+        return f"a quantized tensor of {x.dtype}: convert it with .dequantize()"
+    return f"a tensor of {x.dtype}: {_advice_on_dtype(x)}"
+
+
+def _advice_on_dtype(x: Tensor) -> str:
     if x.dtype in _INTEGERS:
         return "convert it with .float()"
     if x.is_floating_point():
