@@ -61,7 +61,7 @@ def make_contenders(network: InceptionBN, images: Tensor, folder: Path) -> dict[
                 continue
             path = folder / format
             if not path.exists():
-                GRAPHS[format].write(folded, images[:1].expand(2, -1, -1, -1).contiguous(), path)
+                GRAPHS[format].write(folded, images[:1].expand(2, -1, -1, -1).contiguous(), path, "logits", {})
             contenders[name] = partial(GRAPHS[format].load(path), images)
     return contenders
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,14 +47,7 @@ class Graph(ABC):
     """One format of graphs."""
 
     @abstractmethod
-    def write(
-        self,
-        network: nn.Module,
-        images: Tensor,
-        path: Path,
-        output: str = "logits",
-        notes: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+    def write(self, network: nn.Module, images: Tensor, path: Path, output: str, notes: Mapping[str, str]) -> None:
         """Write a network.
 
         Args:
@@ -115,14 +107,7 @@ class Onnx(Graph):
         runs = (release for release, (opset, ir) in RUNTIMES.items() if self.opset <= opset and self.ir <= ir)
         return f"ONNX opset {self.opset}, IR version {self.ir}: runs under onnxruntime {next(runs)} and later"
 
-    def write(
-        self,
-        network: nn.Module,
-        images: Tensor,
-        path: Path,
-        output: str = "logits",
-        notes: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+    def write(self, network: nn.Module, images: Tensor, path: Path, output: str, notes: Mapping[str, str]) -> None:
         """Write by torch.onnx: input ``images``, dimension ``batch`` free; the notes are the model's metadata."""
         require_packages("onnx", "onnxscript", "onnxruntime")
         import onnx_ir.passes.common
@@ -159,14 +144,7 @@ class Onnx(Graph):
 class TorchScript(Graph):
     """TorchScript, for libtorch and old servers: torch itself recommends torch.export."""
 
-    def write(
-        self,
-        network: nn.Module,
-        images: Tensor,
-        path: Path,
-        output: str = "logits",
-        notes: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+    def write(self, network: nn.Module, images: Tensor, path: Path, output: str, notes: Mapping[str, str]) -> None:
         """Trace and freeze."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecation, and checks of the input's shape that become constants
@@ -183,14 +161,7 @@ class TorchScript(Graph):
 class Exported(Graph):
     """torch.export's program, for torch.export.load, AOTInductor and ExecuTorch."""
 
-    def write(
-        self,
-        network: nn.Module,
-        images: Tensor,
-        path: Path,
-        output: str = "logits",
-        notes: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+    def write(self, network: nn.Module, images: Tensor, path: Path, output: str, notes: Mapping[str, str]) -> None:
         """Export with dimension ``batch`` free."""
         program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         with path.open("wb") as file:  # by its name it would insist on a suffix
