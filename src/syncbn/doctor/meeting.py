@@ -7,6 +7,7 @@ import time
 import torch.distributed as dist
 
 from syncbn.doctor.facts import Placement
+from syncbn.training.launchers import agent_keeps_store, attempt_of
 
 POLL_SECONDS = 0.05
 
@@ -26,8 +27,7 @@ class Meeting:
     def __init__(self, placement: Placement, seconds: float, keeps_store: bool = True) -> None:
         self.rank, self.world_size = placement.rank, placement.world_size
         self.deadline = time.monotonic() + seconds
-        agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        keeps_store = keeps_store and placement.rank == 0 and not agent_keeps_store
+        keeps_store = keeps_store and placement.rank == 0 and not agent_keeps_store(os.environ)
         try:
             self.tcp_store = dist.TCPStore(
                 placement.address,
@@ -43,8 +43,7 @@ class Meeting:
                 f"rank {placement.rank} on {placement.host} {does} at {placement.address}:{placement.port}"
                 f" (MASTER_ADDR, MASTER_PORT): {reason}"
             ) from error
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives its workers
-        self.store = dist.PrefixStore(f"syncbn/doctor/{attempt}", self.tcp_store)
+        self.store = dist.PrefixStore(f"syncbn/doctor/{attempt_of(os.environ)}", self.tcp_store)
 
     @property
     def seconds_left(self) -> float:

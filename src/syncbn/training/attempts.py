@@ -8,6 +8,8 @@ import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
+from syncbn.training.launchers import agent_keeps_store, attempt_of
+
 
 def join_attempt(strategy: DDPStrategy | ModelParallelStrategy, timeout: timedelta | None) -> None:
     """Form the process group under keys of this attempt of torchrun; Lightning then finds it.
@@ -20,7 +22,7 @@ def join_attempt(strategy: DDPStrategy | ModelParallelStrategy, timeout: timedel
         strategy: Whose backend and devices they are; before it has set up the process group itself.
         timeout: Of a collective.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+    if not agent_keeps_store(os.environ) or dist.is_initialized():
         return
     environment = strategy.cluster_environment
     assert environment is not None
@@ -29,7 +31,7 @@ def join_attempt(strategy: DDPStrategy | ModelParallelStrategy, timeout: timedel
     backend = strategy._get_process_group_backend()
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", agent),
+        store=dist.PrefixStore(f"attempt_{attempt_of(os.environ)}", agent),
         rank=environment.global_rank(),
         world_size=environment.world_size(),
         device_id=None if strategy.root_device.type == "cpu" else strategy.root_device,

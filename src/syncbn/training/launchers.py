@@ -2,8 +2,21 @@
 
 from collections.abc import Mapping, MutableMapping, Sequence
 
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
+"""Environment variable: how often torchrun has started the ranks again."""
+
 INTERACTIVE_JOBS = ("bash", "interactive")
 """Names of SLURM jobs within which Lightning, too, starts the processes itself."""
+
+
+def agent_keeps_store(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent keeps the key-value store of the ranks, and no rank does."""
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def attempt_of(environment: Mapping[str, str]) -> str:
+    """The number of this attempt of torchrun, whose store may outlive its workers; "0" under other launchers."""
+    return environment.get(ATTEMPT, "0")
 
 
 def launched_processes(environment: MutableMapping[str, str]) -> dict[str, int]:

@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, Namespace, SaveConfig
 from syncbn.data.sources import EMBEDDED
 from syncbn.training.checkpoint_files import atomic_file, fault_of, newest_whole, step_of
 from syncbn.training.earlier_data import options_of_run
+from syncbn.training.launchers import ATTEMPT
 from syncbn.training.runs import run_folder
 
 STARTS = "starts.jsonl"
@@ -64,7 +65,7 @@ class RestartedJob(NamedTuple):
 
     def find_folder(self, parent: Path, environment: Mapping[str, str]) -> Path | None:
         """The newest run folder in which a start of this same job is recorded, if this is a restart."""
-        restarted = [count_of(environment, name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")]
+        restarted = [count_of(environment, name) for name in ("SLURM_RESTART_COUNT", ATTEMPT)]
         known = {"agent": self.agent}
         if any(restarted):
             known |= {"run_id": self.run_id, "slurm_job": self.slurm_job}
