@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 
 from syncbn.data import ImageDataModule
@@ -18,6 +17,7 @@ from syncbn.experiments.provenance import UNKNOWN, provenance, revisions_of
 from syncbn.experiments.scale import Scale, notes_beside, scale_in_words
 from syncbn.models.weights import ModelCard, read_weights
 from syncbn.training import ImageClassifier
+from syncbn.training.checkpoint_files import read_without_tensors
 from syncbn.training.command import TRAINER_DEFAULTS, quieten
 from syncbn.training.evaluation import Evaluated, check_same_task, load_ensemble, load_member
 
@@ -199,7 +199,7 @@ def revision_of_checkpoint(path: Path) -> str:
 
 def steps_of_checkpoint(path: str) -> int:
     """The optimiser steps after which it was written."""
-    return int(torch.load(path, map_location="meta", weights_only=True, mmap=True)["global_step"])
+    return int(read_without_tensors(path)["global_step"])
 
 
 def markdown(

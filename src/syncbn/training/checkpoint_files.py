@@ -51,6 +51,11 @@ def publish(partial: Path, path: Path) -> None:
         os.close(folder)
 
 
+def read_without_tensors(path: str | Path) -> Any:
+    """What a checkpoint holds, its tensors with sizes and dtypes alone: quick, however large the file is."""
+    return torch.load(path, map_location="meta", weights_only=True, mmap=True)
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a folder and what is in it."""
     if path.is_dir():
@@ -167,7 +172,7 @@ def fault_of(path: Path, step: int | None = None) -> str:
             damaged = archive.testzip()
         if damaged:
             return f"the checksum of {damaged} in it is wrong"
-        checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        checkpoint = read_without_tensors(path)
     except Exception as error:  # whatever unpickling junk may raise
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     missing = [name for name in NEEDED if name not in checkpoint]

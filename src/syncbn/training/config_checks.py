@@ -6,12 +6,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from syncbn.data import Augmentation
 from syncbn.models.weights.files import WHERE_FROM
+from syncbn.training.checkpoint_files import read_without_tensors
 from syncbn.training.lightning_support import as_list, class_of, is_subclass
 from syncbn.training.unfreezing import GradualUnfreezing
 
@@ -155,7 +155,7 @@ def read_hyperparameters(path: str | None) -> Mapping[str, Any]:
     if not path or not Path(path).is_file():
         return {}
     try:
-        checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        checkpoint = read_without_tensors(path)
     except Exception as error:  # whatever unpickling junk may raise
         raise ValueError(f"--ckpt_path {path} is not a checkpoint of tensors only: {type(error).__name__}") from error
     return checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from syncbn.data.idx import find_idx_folder
@@ -16,6 +15,7 @@ from syncbn.data.parquet import find_parquet_files
 from syncbn.data.shards import INDEX_NAME
 from syncbn.data.sources import EMBEDDED
 from syncbn.models.weights import CARD_KEY
+from syncbn.training.checkpoint_files import read_without_tensors
 
 OF_EVERY_RUN = frozenset(
     {"augmentation", "decoder", "drop_last", "evaluation_crops", "image_size", "num_workers", "on_read_error"}
@@ -105,7 +105,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _options_of_checkpoint(path: str) -> dict[str, Any]:
     """Options that a checkpoint decides; none of what is no checkpoint, which is reported elsewhere."""
     try:
-        checkpoint = torch.load(Path(path).expanduser(), map_location="meta", weights_only=True, mmap=True)
+        checkpoint = read_without_tensors(Path(path).expanduser())
         card = json.loads(checkpoint[CARD_KEY]) if CARD_KEY in checkpoint else {}
         return {"exif_orientation": card["exif_orientation"]} if "exif_orientation" in card else dict(MEANT)
     except Exception:  # whatever unpickling junk may raise

@@ -18,6 +18,7 @@ from syncbn.models.weights import HeadPolicy, ModelCard, Weights, WeightsError, 
 from syncbn.models.weights.heads import EMBEDDING
 from syncbn.models.weights.reading import STORED_OPTIONS
 from syncbn.preprocessing import Preprocessing, find_preprocessing
+from syncbn.training.checkpoint_files import read_without_tensors
 
 logger = logging.getLogger("syncbn.weights")
 
@@ -178,7 +179,7 @@ def words_without_weights(words: Sequence[str]) -> list[str]:
 
 def _holds_hyperparameters(path: Path) -> bool:
     try:
-        checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        checkpoint = read_without_tensors(path)
     except Exception:  # no checkpoint, which is reported where it is used
         return False
     return isinstance(checkpoint, dict) and "weights" in checkpoint.get("hyper_parameters", {})
