@@ -165,17 +165,6 @@ class Called(nn.Module):
         return torch.func.functional_call(self.inner, {"weight": self.weight}, (x,))
 
 
-MADE: list[Callable] = [
-    meta,
-    of_default_dtype,
-    skipped,
-    parametrized,
-    pruned,
-    lazy,
-    in_functional_call,
-]
-
-
 def deepcopied(norm):
     return copy.deepcopy(norm(C).double())
 
@@ -185,7 +174,7 @@ def pickled(norm):
 
 
 def negative_momentum(norm):
-    return norm(C, momentum=-0.1).double() if norm is nn.BatchNorm1d else _set(norm(C).double(), momentum=-0.1)
+    return _set(norm(C).double(), momentum=-0.1)
 
 
 def running_mean_of_other_memory(norm):
@@ -205,7 +194,20 @@ def _set(layer, **attributes):
     return layer
 
 
-MADE += [deepcopied, pickled, negative_momentum, running_mean_of_other_memory, no_statistics]
+MADE: list[Callable] = [
+    meta,
+    of_default_dtype,
+    skipped,
+    parametrized,
+    pruned,
+    lazy,
+    in_functional_call,
+    deepcopied,
+    pickled,
+    negative_momentum,
+    running_mean_of_other_memory,
+    no_statistics,
+]
 
 
 # --- tensors
@@ -356,7 +358,7 @@ def step_of_done(do, norm):
 def batched_gradients(norm):
     """Of several outputs' gradients at once."""
     x = batch() if norm is nn.BatchNorm1d else mine(batch())
-    y, layer = None, norm(C).double()
+    layer = norm(C).double()
     y = layer(x)
     dys = torch.eye(C, dtype=torch.float64)[:, None].expand(C, *y.shape).contiguous() * y.detach().sin()
     dx, dweight = torch.autograd.grad(y, [x, layer.weight], dys, is_grads_batched=True)

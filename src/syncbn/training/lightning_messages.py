@@ -64,12 +64,8 @@ class Unasked(logging.Filter):
 
 def quieten() -> None:
     """Leave out what Lightning says at every start, and warnings that do not apply here."""
-    for name in (
-        "lightning.pytorch",
-        "lightning.fabric",
-        "lightning",
-        "",
-    ):  # "": the root, where a program has set it up
+    root = ""  # where a program has set it up
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", root):
         logger = logging.getLogger(name)
         if "." in name:
             logger.setLevel(logging.INFO)
