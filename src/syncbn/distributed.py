@@ -135,10 +135,13 @@ class Reduction:
         return self.message, None
 
 
+_NOTHING = torch.empty(0, dtype=torch.float64)
+
+
 def _taken_from(message: Tensor) -> Tensor:
     """The sums, and no memory left in `message`, which the works hold that the channel keeps."""
     sums = message.detach()
-    message.set_()  # type: ignore[call-overload]
+    message.data = _NOTHING
     return sums
 
 
