@@ -260,6 +260,8 @@ def update_running(running: Running, mean: Tensor, var: Tensor, M: float | Tenso
 
 def _passes_update(running: Running) -> bool:
     """Whether moving averages lie in memory as compiled code takes them."""
+    if torch.compiler.is_compiling():  # nothing has memory yet
+        return False
     mean, var, steps, _ = running
     if not have_memory((var, steps)) or mean.dtype != var.dtype:
         return False

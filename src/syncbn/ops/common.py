@@ -224,8 +224,6 @@ def _dispatches(kind: Any) -> bool:
 
 def as_stored(t: Tensor) -> bool:
     """Whether the elements of t lie in memory as they are: not to be negated yet, nor zeros that take no memory."""
-    if torch.compiler.is_compiling():  # a graph holds values
-        return True
     return not (t.is_neg() or t._is_zerotensor())
 
 

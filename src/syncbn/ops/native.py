@@ -139,7 +139,7 @@ def _layout(x: Tensor) -> _Layout:
 
 def _plain(affine: Affine) -> Affine:
     """The map as C++ reads it: weight and bias of one dtype, the elements of all one after the other."""
-    mean, var = stored(affine.mean.double()), stored(affine.var.double())
+    mean, var = stored(affine.mean), stored(affine.var)
     weight, bias = stored(affine.weight), stored(affine.bias)
     dtypes = {v.dtype for v in (weight, bias) if v is not None}
     if len(dtypes) > 1 or not dtypes <= _KNOWN:
