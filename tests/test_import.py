@@ -13,6 +13,8 @@ PACKAGE = Path(syncbn.__file__).parent
 HEAVY = ["triton", "lightning", "deepspeed", "matplotlib", "torchmetrics", "cv2", "tensorboard", "jsonargparse", "rich"]
 HEAVY_TORCH = ["torch._dynamo", "torch._inductor", "torch.fx.experimental", "torch.testing", "torch.utils.tensorboard"]
 ORDER = [
+    "files",
+    "random_streams",
     "paths",
     "pictures",
     "ops",

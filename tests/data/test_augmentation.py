@@ -16,10 +16,11 @@ from syncbn.data import (
     SampleKey,
     fashion_mnist,
 )
-from syncbn.data.augmentation import AUGMENTATION_STREAM, draw, random_stream
+from syncbn.data.augmentation import draw
 from syncbn.data.batches import keep_batch
 from syncbn.data.cropping import fit_square
 from syncbn.data.datasets import Selection
+from syncbn.random_streams import AUGMENTATION_STREAM, random_stream
 
 STRONG = Augmentation(max_shift=4, mirror_probability=0.5)
 EVERYTHING = Augmentation(crop=RandomCrop(), photometric=PhotometricDistortion())

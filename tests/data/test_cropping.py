@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from photos import ImagesInMemory, encode, noise, originals, smooth
 
-from syncbn.data.augmentation import AUGMENTATION_STREAM, draw, random_stream
+from syncbn.data.augmentation import draw
 from syncbn.data.cropping import ATTEMPTS, RandomCrop, Window, cut_and_resize, reduction_for
+from syncbn.random_streams import AUGMENTATION_STREAM, random_stream
 
 DRAWS = 8000
 KS_BOUND = 1.95 / DRAWS**0.5

@@ -1,9 +1,7 @@
 """From an image to what the network sees in training: randomly cropped or shifted, mirrored, recoloured.
 
-Every random number is a function of (seed, epoch, index) alone, never of the rank, the worker or the order
-of calls: the same image looks the same in an epoch on any number of ranks. The generator is Philox, which
-is made for this (J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the seed and
-the epoch are its key, the index is a part of its counter, and so no two streams overlap.
+Every random number is a function of (seed, epoch, index) alone, see `syncbn.random_streams`: the same image looks the
+same in an epoch on any number of ranks.
 """
 
 from dataclasses import dataclass
@@ -15,26 +13,6 @@ import numpy as np
 from syncbn.data.cropping import ATTEMPTS, RandomCrop, Window, cut_and_resize, fit_square
 from syncbn.data.photo import Photo
 from syncbn.data.photometric import ColourMap, PhotometricDistortion
-
-ORDER_STREAM, AUGMENTATION_STREAM = 0, 1
-"""The highest word of Philox's counter tells what the random numbers are for."""
-
-
-def random_stream(seed: int, epoch: int, index: int, purpose: int) -> np.random.Generator:
-    """The random numbers of one sample in one epoch.
-
-    Args:
-        seed: Of the run, in 0..2**64 - 1.
-        epoch: Number of the epoch, from 0.
-        index: Number of the sample in its data set, from 0.
-        purpose: `ORDER_STREAM` or `AUGMENTATION_STREAM`.
-
-    Returns:
-        A generator that depends on the four arguments and on nothing else.
-    """
-    key = np.array([seed, epoch], dtype=np.uint64)
-    counter = np.array([0, 0, index, purpose], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 class Draws(NamedTuple):

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from syncbn.data.augmentation import AUGMENTATION_STREAM, Augmentation, random_stream
+from syncbn.data.augmentation import Augmentation
 from syncbn.data.datasets import ImageDataset, ReadError
 from syncbn.data.evaluation import EvaluationCrops
 from syncbn.data.photo import Photo
 from syncbn.data.samplers import SampleKey
 from syncbn.data.window_reader import WindowReader
 from syncbn.preprocessing import Preprocessing, find_preprocessing
+from syncbn.random_streams import AUGMENTATION_STREAM, random_stream
 
 OnReadError = Literal["stop", "skip"]
 """What an image that cannot be read or decoded does: end the run, or be left out of its batch and counted."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncbn.data.augmentation import AUGMENTATION_STREAM, Augmentation, Plan, draw, random_stream
+from syncbn.data.augmentation import Augmentation, Plan, draw
 from syncbn.data.batches import ImageBatch, Normalisation
 from syncbn.data.cropping import Window
 from syncbn.data.datasets import ImageDataset, ReadError
@@ -24,6 +24,7 @@ from syncbn.data.photo import Photo
 from syncbn.data.samplers import GlobalBatchSampler, SampleKey
 from syncbn.data.window_reader import WindowReader
 from syncbn.preprocessing import Preprocessing
+from syncbn.random_streams import AUGMENTATION_STREAM, random_stream
 
 BATCHES_AHEAD = 2
 """Batches that DALI works on while the network trains on an earlier one."""

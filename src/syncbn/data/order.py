@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from syncbn.data.augmentation import ORDER_STREAM, random_stream
 from syncbn.data.datasets import ShardLayout
+from syncbn.random_streams import ORDER_STREAM, random_stream
 
 
 class EpochOrder(Protocol):

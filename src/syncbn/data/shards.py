@@ -10,19 +10,18 @@ Images are JPEG. Their pixels are to be taken as stored: an EXIF orientation is 
 the shards were made is noted in the index; where that says nothing, it was not.
 """
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import tarfile
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+
+from syncbn.files import atomic_file
 
 INDEX_FORMAT = 1
 INDEX_NAME = "index.json"
@@ -177,22 +176,6 @@ def records_path(folder: Path, split: str) -> Path:
 
 
 # ---- writing -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when it is complete and on disk, whatever happens before."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            yield file  # type: ignore[misc]
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink()
-            raise
-    temporary.chmod(0o644)  # NamedTemporaryFile grants it to its owner alone
-    temporary.replace(path)
 
 
 def write_index(index: ShardIndex) -> None:

@@ -23,6 +23,7 @@ from syncbn.data.samplers import batches_per_epoch, part_of_range, split_global_
 from syncbn.data.sources import open_image_sets
 from syncbn.distributed import sum_over_world
 from syncbn.experiments.provenance import UNKNOWN
+from syncbn.files import atomic_file
 from syncbn.nn import SyncBatchNorm
 from syncbn.training.covariate_shift import InputRecorder, distribution
 from syncbn.training.runs import source_revision
@@ -287,12 +288,11 @@ class Training:
         if self.rank != 0:
             return
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.checkpoint.with_suffix(".unfinished")
         state = {
             "step": self.step,
             "curves": vars(self.curves),
             "network": self.network.state_dict(),
             "revision": source_revision(),
         }
-        torch.save(state, unfinished)
-        unfinished.replace(self.checkpoint)
+        with atomic_file(self.checkpoint) as file:
+            torch.save(state, file)

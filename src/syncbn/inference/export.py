@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from syncbn.data.fashion_mnist import fashion_mnist
 from syncbn.data.samplers import SampleKey
+from syncbn.files import publish
 from syncbn.inference.graphs import GRAPHS, Graph, Onnx, PixelInput, Runner
 from syncbn.inference.images import find_images, prepare_images
 from syncbn.models.weights import (
@@ -344,9 +345,9 @@ def with_temporary(output: Path, write: Callable[[Path], None]) -> None:
     temporary = output.with_name(f".{os.getpid()}.{output.name}")
     try:
         write(temporary)
-        temporary.replace(output)
+        publish(temporary, output)
         if card_path(temporary).exists():
-            card_path(temporary).replace(card_path(output))
+            publish(card_path(temporary), card_path(output))
     finally:
         temporary.unlink(missing_ok=True)
         card_path(temporary).unlink(missing_ok=True)

@@ -1,67 +1,25 @@
 """Checkpoint files that are whole or not there: how they are written, verified and chosen."""
 
 import errno
-import os
 import shutil
-import socket
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-PARTIAL = ".partial"
-"""How the names of files end that are being written; what a kill leaves of them is removed at the next start."""
+from syncbn.files import PARTIAL, atomic_file, remove
 
 NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step")
 """What training cannot go on without."""
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into that takes the place of ``path`` in one step, when all of it is on the disk.
-
-    Raises:
-        OSError: It cannot be written; ``path`` is what it was.
-    """
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        publish(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def publish(partial: Path, path: Path) -> None:
-    """Give a file or folder its final name, and make sure that a power cut does not take it back."""
-    if path.is_dir():  # which cannot be replaced in one step
-        remove(path)
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def read_without_tensors(path: str | Path) -> Any:
     """What a checkpoint holds, its tensors with sizes and dtypes alone: quick, however large the file is."""
     return torch.load(path, map_location="meta", weights_only=True, mmap=True)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, or a folder and what is in it."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -14,17 +14,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from syncbn.data.augmentation import random_stream
 from syncbn.distributed import sum_over_world
-from syncbn.training.checkpoint_files import PARTIAL, by_step, publish, remove
+from syncbn.files import PARTIAL, publish, remove
+from syncbn.random_streams import DROPOUT_STREAM, random_stream
+from syncbn.training.checkpoint_files import by_step
 from syncbn.training.runs import run_folder
 from syncbn.training.stopping import StopSignals, exit_status, requeue_job, requeue_signal
 
 AGREEMENT_SECONDS = 1.0
 """About so often the ranks ask each other whether one of them was told to stop."""
-
-DROPOUT_STREAM = 2
-"""Of `random_stream`, beside those of the augmentation and the order."""
 
 
 class Agreement(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from syncbn.data import ImageBatch, ImageDataModule
 from syncbn.data.samplers import batches_per_epoch
+from syncbn.files import atomic_file
 from syncbn.nn import estimate_population_statistics
 from syncbn.training.classifier import ImageClassifier
 
@@ -138,9 +139,5 @@ def write_with_statistics(
         if name.endswith(("running_mean", "running_var")):
             state[name] = value.to("cpu", state[name].dtype)
     checkpoint["population_statistics"] = {"num_batches": num_batches, "estimator": estimator}
-    partial = output.with_name(f".{output.name}.part")
-    try:
-        torch.save(checkpoint, partial)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(output) as file:
+        torch.save(checkpoint, file)

@@ -18,7 +18,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, Namespace, SaveConfigCallback
 
 from syncbn.data.sources import EMBEDDED
-from syncbn.training.checkpoint_files import atomic_file, fault_of, newest_whole, step_of
+from syncbn.files import atomic_file
+from syncbn.training.checkpoint_files import fault_of, newest_whole, step_of
 from syncbn.training.earlier_data import options_of_run
 from syncbn.training.launchers import ATTEMPT
 from syncbn.training.runs import run_folder

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
-from syncbn.training.checkpoint_files import atomic_file
+from syncbn.files import atomic_file
 
 
 def run_loggers(folder: Path, from_step: int | None = None) -> list[Logger]:

@@ -42,6 +42,8 @@ from syncbn.data.shards import (
 
 JOB_NAME = "job.json"
 REPORT_NAME = "report.json"
+UNFINISHED = ".*.part*"
+"""Files that an interrupted job leaves: those of `atomic_file`, here and in earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def opened_destination(destination: Path, description: dict[str, Any]) -> Iterat
         ValueError: Another process is writing there, the shards there are made in another way, or there are
             other files.
     """
-    entries = {path.name for path in destination.glob("*") if not path.match(".*.part")} - {WORK_FOLDER}
+    entries = {path.name for path in destination.glob("*") if not path.match(UNFINISHED)} - {WORK_FOLDER}
     if entries and JOB_NAME not in entries:
         raise ValueError(f"{destination} holds other files ({min(entries)}): name a new folder")
     (destination / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
@@ -98,7 +100,7 @@ def opened_destination(destination: Path, description: dict[str, Any]) -> Iterat
         except BlockingIOError as error:
             raise ValueError(f"another `syncbn prepare` is writing to {destination}") from error
         require_agreement(destination / JOB_NAME, description)
-        for leaving in destination.rglob(".*.part"):
+        for leaving in destination.rglob(UNFINISHED):
             leaving.unlink()
         yield
 

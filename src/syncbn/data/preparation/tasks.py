@@ -11,7 +11,8 @@ import numpy as np
 
 from syncbn.data.preparation.conversion import UnusableImage, convert_image
 from syncbn.data.preparation.plan import Finding, SourceImage
-from syncbn.data.shards import Shard, atomic_file, file_sha256, shard_name, write_shard
+from syncbn.data.shards import Shard, file_sha256, shard_name, write_shard
+from syncbn.files import atomic_file
 
 WORK_FOLDER = ".prepare"
 """In the destination, until the job is finished."""
