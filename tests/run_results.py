@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from syncbn.training.run_logs import read_log
+from syncbn.training.run.logs import read_log
 
 OF_SPEED = ("_seconds", "_second", "_per_device", "memory_gib")
 """How the names of columns end that no two runs agree on."""

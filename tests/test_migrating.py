@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from ranks import run_ranks
-from syncbn.training.strategies import BUFFER_OPTION
+from syncbn.training.strategies.ddp import BUFFER_OPTION
 
 PAGE = Path(__file__).parents[1] / "docs" / "migrating.md"
 C = 3

@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from syncbn.pictures import drawable_names, plain_text, say_numbers, unless_it_fails
-from syncbn.training.class_report import draw_confusion
+from syncbn.training.run.class_report import draw_confusion
 
 
 def drawn(text, **properties):

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from run_results import learned, same
-from syncbn.training.checkpoint_files import by_step
-from syncbn.training.stopping import STOPPED
+from syncbn.training.checkpoints.files import by_step
+from syncbn.training.launch.stopping import STOPPED
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(7200)]
 KILLS, MAX_RESTARTS = 20, 3

@@ -5,8 +5,8 @@ from torch import nn
 
 from syncbn import SyncBatchNorm
 from syncbn.training import BatchArithmetic
-from syncbn.training.parameter_groups import parameter_groups
-from syncbn.training.schedules import exponential_schedule
+from syncbn.training.optimization.parameter_groups import parameter_groups
+from syncbn.training.optimization.schedules import exponential_schedule
 
 
 def test_everything_follows_from_the_global_batch():

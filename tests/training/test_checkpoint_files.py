@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from syncbn.training.checkpoint_files import NEEDED, AtomicCheckpointIO, fault_of, newest_whole
+from syncbn.training.checkpoints.files import NEEDED, AtomicCheckpointIO, fault_of, newest_whole
 
 WHOLE = dict.fromkeys(NEEDED, 0) | {"state_dict": {"weight": torch.arange(100_000.0)}}
 
@@ -62,7 +62,7 @@ def test_a_kill_while_writing_leaves_the_previous_one(tmp_path):
     code = f"""
 import os, signal, sys, torch
 from pathlib import Path
-from syncbn.training.checkpoint_files import AtomicCheckpointIO, atomic_file
+from syncbn.training.checkpoints.files import AtomicCheckpointIO, atomic_file
 path = Path({str(tmp_path)!r}, "step=1.ckpt")
 with atomic_file(path) as file:
     file.write(b"half")

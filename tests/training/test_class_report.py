@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from syncbn.data import ImageDataModule
 from syncbn.training import ClassReport, ImageClassifier
-from syncbn.training.class_report import accuracies, commonest_confusions, draw_confusion, strongest, write_classes
+from syncbn.training.run.class_report import accuracies, commonest_confusions, draw_confusion, strongest, write_classes
 
 COUNTS = np.array([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
 CLASSES = ["cat", "dog", "eel"]

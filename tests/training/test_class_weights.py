@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from syncbn.data import ImageDataModule
 from syncbn.training import ImageClassifier
-from syncbn.training.class_weights import balanced_weights, given_weights
+from syncbn.training.optimization.class_weights import balanced_weights, given_weights
 
 
 def test_balanced_weights_give_every_class_the_same_say():

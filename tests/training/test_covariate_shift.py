@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ranks import run_ranks
 from syncbn.cli import main
 from syncbn.training import CovariateShift
-from syncbn.training.covariate_shift import distribution, find_modules
+from syncbn.training.monitoring.covariate_shift import distribution, find_modules
 
 
 class Small(LightningModule):

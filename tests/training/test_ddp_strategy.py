@@ -5,7 +5,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import Strategy
 
 from syncbn.training import SynchronisedDDPStrategy
-from syncbn.training.strategies import BUFFER_OPTION
+from syncbn.training.strategies.ddp import BUFFER_OPTION
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning"

@@ -11,8 +11,8 @@ from PIL import Image
 from syncbn.cli import main
 from syncbn.models.weights import CARD_KEY, ModelCard
 from syncbn.preprocessing import PREPROCESSING
-from syncbn.training.earlier_data import MEANT, NEVER, OF_EVERY_RUN, OPEN, options_of_run, settle_data
-from syncbn.training.resuming import check_config
+from syncbn.training.checkpoints.earlier_data import MEANT, NEVER, OF_EVERY_RUN, OPEN, options_of_run, settle_data
+from syncbn.training.checkpoints.resuming import check_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 

@@ -11,11 +11,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from run_results import same
 from syncbn.data import Augmentation, ImageDataModule
-from syncbn.training import ImageClassifier, PolyakAveraging, checkpointing
-from syncbn.training.checkpoint_files import AtomicCheckpointIO, by_step, newest_whole
-from syncbn.training.checkpointing import Checkpointing, RandomByStep
-from syncbn.training.run_logs import read_log, run_loggers
-from syncbn.training.stopping import INTERRUPTED, STOPPED
+from syncbn.training import ImageClassifier, PolyakAveraging
+from syncbn.training.checkpoints import callback as checkpointing
+from syncbn.training.checkpoints.callback import Checkpointing
+from syncbn.training.checkpoints.files import AtomicCheckpointIO, by_step, newest_whole
+from syncbn.training.launch.stopping import INTERRUPTED, STOPPED
+from syncbn.training.optimization.dropout import RandomByStep
+from syncbn.training.run.logs import read_log, run_loggers
 
 NOT_EMPTY = "ignore:Checkpoint directory .* exists and is not empty:UserWarning"
 pytestmark = pytest.mark.filterwarnings(NOT_EMPTY)

@@ -16,7 +16,7 @@ from syncbn.data.order import ShuffledOrder
 from syncbn.models import inception_bn
 from syncbn.nn import estimate_population_statistics
 from syncbn.training import GradualUnfreezing, ImageClassifier
-from syncbn.training.freezing import freeze_network
+from syncbn.training.finetuning.freezing import freeze_network
 
 
 def make(**options: Any) -> tuple[ImageClassifier, ImageDataModule]:

@@ -6,9 +6,9 @@ from torch import nn
 
 from syncbn import SyncBatchNorm
 from syncbn.models import inception_bn
-from syncbn.training.freezing import freeze_network
-from syncbn.training.parameter_groups import parameter_groups, scale_groups
-from syncbn.training.selection import is_selected, select_parameters
+from syncbn.training.finetuning.freezing import freeze_network
+from syncbn.training.finetuning.selection import is_selected, select_parameters
+from syncbn.training.optimization.parameter_groups import parameter_groups, scale_groups
 
 
 def network(**options) -> nn.Module:

@@ -7,7 +7,7 @@ from torch import nn
 
 from syncbn.training import ImageClassifier
 from syncbn.training.evaluation import accuracy_metrics
-from syncbn.training.polyak import PolyakAveraging
+from syncbn.training.optimization.polyak import PolyakAveraging
 
 CASTS = {
     "to": lambda module: module.to(torch.bfloat16),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from syncbn.training.launchers import follow_launcher
+from syncbn.training.launch.launchers import follow_launcher
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0"}

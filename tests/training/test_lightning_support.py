@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer, callbacks
 
 from syncbn.cli import main
-from syncbn.training.lightning_support import CALLBACKS, TRAINER_OPTIONS, markdown_tables, refuse_options
+from syncbn.training.configuration.lightning_support import CALLBACKS, TRAINER_OPTIONS, markdown_tables, refuse_options
 
 ROOT = Path(__file__).parents[2]
 FASHION_MNIST = ROOT / "configs" / "fashion_mnist.yaml"

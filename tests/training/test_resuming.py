@@ -11,8 +11,8 @@ import yaml
 
 from run_results import learned
 from syncbn.cli import main
-from syncbn.training.checkpoint_files import AtomicCheckpointIO
-from syncbn.training.resuming import (
+from syncbn.training.checkpoints.files import AtomicCheckpointIO
+from syncbn.training.checkpoints.resuming import (
     RestartedJob,
     ResumePoint,
     check_config,

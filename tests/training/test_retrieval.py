@@ -7,7 +7,8 @@ from torchmetrics.retrieval import RetrievalHitRate
 
 from syncbn.models import inception_bn
 from syncbn.models.embedding import embed, put_proxy_head
-from syncbn.training import ImageClassifier, RecallAtK, retrieval
+from syncbn.training import ImageClassifier, RecallAtK
+from syncbn.training.finetuning import retrieval
 
 
 def random_set(images: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:

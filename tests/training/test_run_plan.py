@@ -6,8 +6,13 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
-from syncbn.training.checkpointing import BestCheckpoint
-from syncbn.training.run_plan import RunPlan, check_monitors, check_names_of_checkpoints, reason_of_early_end
+from syncbn.training.checkpoints.callback import BestCheckpoint
+from syncbn.training.configuration.run_plan import (
+    RunPlan,
+    check_monitors,
+    check_names_of_checkpoints,
+    reason_of_early_end,
+)
 
 LOGGED = ["train_loss", "val_loss", "val_top1"]
 

@@ -7,9 +7,9 @@ from importlib.metadata import distribution
 import cv2
 import pytest
 
-from syncbn.training import runs
-from syncbn.training.curves import plot_curves, read_series
-from syncbn.training.runs import claim_run_folder, git_revision, source_revision
+from syncbn.training.run import folder as runs
+from syncbn.training.run.curves import plot_curves, read_series
+from syncbn.training.run.folder import claim_run_folder, git_revision, source_revision
 
 
 def test_every_run_gets_a_folder_of_its_own(tmp_path):

@@ -15,7 +15,7 @@ from syncbn.training import (
     PolyakAveraging,
     SynchronisedDeepSpeedStrategy,
 )
-from syncbn.training.sharding import make_contiguous
+from syncbn.training.strategies.sharding import make_contiguous
 from training.sharded_checks import check_file, check_gone_on_with, check_same, run_cases
 from training.sharded_runs import Case
 

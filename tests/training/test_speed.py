@@ -12,7 +12,7 @@ from torch import nn
 from syncbn.data import ImageDataModule
 from syncbn.models import InceptionBN
 from syncbn.training import ImageClassifier
-from syncbn.training.speed import (
+from syncbn.training.optimization.speed import (
     compile_network,
     default_benchmark,
     default_precision,

@@ -18,7 +18,7 @@ from syncbn.cli import main
 from syncbn.data import Augmentation, ImageDataModule
 from syncbn.models.blocks import ConvNorm
 from syncbn.training import ImageClassifier, PolyakAveraging, SynchronisedDDPStrategy
-from syncbn.training.population import StatisticsTrainer
+from syncbn.training.statistics import StatisticsTrainer
 from training.conftest import IGNORED
 
 BATCH_SIZE, BATCHES = 16, 3

@@ -16,9 +16,9 @@ from syncbn import SyncBatchNorm
 from syncbn.data import ImageDataModule
 from syncbn.distributed import observe_waits
 from syncbn.training import ImageClassifier, RunSummary, Throughput
-from syncbn.training.run_summary import over_ranks, speed_of_run
-from syncbn.training.step_clock import PARTS, DeviceMarks, HostMarks, StepClock, StepTime
-from syncbn.training.throughput import WARM_UP_STEPS, Totals, WaitTimer
+from syncbn.training.monitoring.step_clock import PARTS, DeviceMarks, HostMarks, StepClock, StepTime
+from syncbn.training.monitoring.throughput import WARM_UP_STEPS, Totals, WaitTimer
+from syncbn.training.run.summary import over_ranks, speed_of_run
 
 SLOW = {"data_wait": 0.05, "forward": 0.08, "backward": 0.11, "optimizer": 0.14}
 """Seconds that the test adds to each part of a pass, and to the optimiser of a step."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from syncbn.training.watchdog import Watch, Watchdog
+from syncbn.training.monitoring.watchdog import Watch, Watchdog
 
 TIMEOUT = 2.0
 LAYER = "BatchNorm layer entered last: forward of 'network.stem.bn'"

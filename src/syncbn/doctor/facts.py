@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from syncbn.training.runs import source_revision
+from syncbn.training.run.folder import source_revision
 
 PREFIXES = ("SLURM_", "TORCHELASTIC_", "NCCL_", "GLOO_", "OMPI_COMM_WORLD_")
 NAMES = (

@@ -7,7 +7,7 @@ import time
 import torch.distributed as dist
 
 from syncbn.doctor.facts import Placement
-from syncbn.training.launchers import agent_keeps_store, attempt_of
+from syncbn.training.launch.launchers import agent_keeps_store, attempt_of
 
 POLL_SECONDS = 0.05
 

@@ -14,7 +14,7 @@ from syncbn.experiments.figure1_plot import plot_figure1
 from syncbn.experiments.markdown import markdown_table
 from syncbn.experiments.provenance import provenance
 from syncbn.experiments.sigmoid_network import Curves, Run
-from syncbn.training.covariate_shift import PERCENTILES
+from syncbn.training.monitoring.covariate_shift import PERCENTILES
 
 STEPS_IN_TABLE = (1_000, 10_000, 50_000)
 DIVERGED = "diverged"

@@ -10,7 +10,7 @@ from syncbn.experiments.figure2_models import MODELS, NEGATIVES, Model
 from syncbn.experiments.figure2_report import Result, write_report
 from syncbn.experiments.recipe_runs import claimed_folder, seconds_trained, train, validation_curve
 from syncbn.experiments.scale import Scale
-from syncbn.training.resuming import flatten
+from syncbn.training.checkpoints.resuming import flatten
 
 
 def figure2(

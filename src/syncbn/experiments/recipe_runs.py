@@ -16,8 +16,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from syncbn.training.curves import read_series
-from syncbn.training.resuming import find_resume_point, version_of
+from syncbn.training.checkpoints.resuming import find_resume_point, version_of
+from syncbn.training.run.curves import read_series
 
 RUNS = "seed_*/*/version_*"
 """Where the run folders are in the folder of an experiment's runs."""

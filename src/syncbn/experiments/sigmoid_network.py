@@ -25,9 +25,9 @@ from syncbn.distributed import sum_over_world
 from syncbn.experiments.provenance import UNKNOWN
 from syncbn.files import atomic_file
 from syncbn.nn import SyncBatchNorm
-from syncbn.training.covariate_shift import InputRecorder, distribution
-from syncbn.training.runs import source_revision
-from syncbn.training.strategies import BUFFER_OPTION
+from syncbn.training.monitoring.covariate_shift import InputRecorder, distribution
+from syncbn.training.run.folder import source_revision
+from syncbn.training.strategies.ddp import BUFFER_OPTION
 
 HIDDEN_LAYERS, HIDDEN_UNITS, CLASSES = 3, 100, 10
 STEPS_BETWEEN_CHECKPOINTS = 5_000

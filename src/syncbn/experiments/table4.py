@@ -17,7 +17,7 @@ from syncbn.experiments.provenance import UNKNOWN, provenance, revisions_of
 from syncbn.experiments.scale import Scale, notes_beside, scale_in_words
 from syncbn.models.weights import ModelCard, read_weights
 from syncbn.training import ImageClassifier
-from syncbn.training.checkpoint_files import read_without_tensors
+from syncbn.training.checkpoints.files import read_without_tensors
 from syncbn.training.command import TRAINER_DEFAULTS, quieten
 from syncbn.training.evaluation import Evaluated, check_same_task, load_ensemble, load_member
 

@@ -9,46 +9,46 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from syncbn.training.batch_arithmetic import BatchArithmetic
-    from syncbn.training.class_report import ClassReport
     from syncbn.training.classifier import ImageClassifier
-    from syncbn.training.covariate_shift import CovariateShift
-    from syncbn.training.curves import CurvesPlot
-    from syncbn.training.deepspeed_strategy import SynchronisedDeepSpeedStrategy
     from syncbn.training.evaluation import Ensemble
-    from syncbn.training.finite import StopAtNonFinite
-    from syncbn.training.fsdp_strategy import SynchronisedFSDP2Strategy
-    from syncbn.training.left_out import LeftOutImages
+    from syncbn.training.finetuning.retrieval import RecallAtK
+    from syncbn.training.finetuning.unfreezing import GradualUnfreezing
+    from syncbn.training.monitoring.covariate_shift import CovariateShift
+    from syncbn.training.monitoring.finite import StopAtNonFinite
+    from syncbn.training.monitoring.left_out import LeftOutImages
+    from syncbn.training.monitoring.throughput import Throughput
+    from syncbn.training.optimization.polyak import PolyakAveraging
     from syncbn.training.plugins import SyncBatchNormPlugin, SynchroniseBatchNorm
-    from syncbn.training.polyak import PolyakAveraging
-    from syncbn.training.predictions import PredictionTable
-    from syncbn.training.retrieval import RecallAtK
-    from syncbn.training.run_summary import RunSummary
-    from syncbn.training.runs import RunRecord
-    from syncbn.training.strategies import SynchronisedDDPStrategy
-    from syncbn.training.throughput import Throughput
-    from syncbn.training.unfreezing import GradualUnfreezing
+    from syncbn.training.run.class_report import ClassReport
+    from syncbn.training.run.curves import CurvesPlot
+    from syncbn.training.run.folder import RunRecord
+    from syncbn.training.run.predictions import PredictionTable
+    from syncbn.training.run.summary import RunSummary
+    from syncbn.training.strategies.ddp import SynchronisedDDPStrategy
+    from syncbn.training.strategies.deepspeed import SynchronisedDeepSpeedStrategy
+    from syncbn.training.strategies.fsdp import SynchronisedFSDP2Strategy
 
 MODULES = {
     "BatchArithmetic": "batch_arithmetic",
-    "ClassReport": "class_report",
-    "CovariateShift": "covariate_shift",
-    "CurvesPlot": "curves",
+    "ClassReport": "run.class_report",
+    "CovariateShift": "monitoring.covariate_shift",
+    "CurvesPlot": "run.curves",
     "Ensemble": "evaluation",
-    "GradualUnfreezing": "unfreezing",
+    "GradualUnfreezing": "finetuning.unfreezing",
     "ImageClassifier": "classifier",
-    "LeftOutImages": "left_out",
-    "PolyakAveraging": "polyak",
-    "PredictionTable": "predictions",
-    "RecallAtK": "retrieval",
-    "RunRecord": "runs",
-    "RunSummary": "run_summary",
-    "StopAtNonFinite": "finite",
+    "LeftOutImages": "monitoring.left_out",
+    "PolyakAveraging": "optimization.polyak",
+    "PredictionTable": "run.predictions",
+    "RecallAtK": "finetuning.retrieval",
+    "RunRecord": "run.folder",
+    "RunSummary": "run.summary",
+    "StopAtNonFinite": "monitoring.finite",
     "SyncBatchNormPlugin": "plugins",
     "SynchroniseBatchNorm": "plugins",
-    "SynchronisedDDPStrategy": "strategies",
-    "SynchronisedDeepSpeedStrategy": "deepspeed_strategy",
-    "SynchronisedFSDP2Strategy": "fsdp_strategy",
-    "Throughput": "throughput",
+    "SynchronisedDDPStrategy": "strategies.ddp",
+    "SynchronisedDeepSpeedStrategy": "strategies.deepspeed",
+    "SynchronisedFSDP2Strategy": "strategies.fsdp",
+    "Throughput": "monitoring.throughput",
 }
 
 __all__ = [

@@ -21,10 +21,11 @@ from syncbn.models.weights.card import CARD_KEY
 from syncbn.nn import SyncBatchNorm, estimate_population_statistics
 from syncbn.ops import as_statistic
 from syncbn.training.batch_arithmetic import BatchArithmetic, scale_learning_rate
-from syncbn.training.class_weights import balanced_weights, given_weights
+from syncbn.training.checkpoints.rank_state import add_rank_state, take_rank_state
 from syncbn.training.evaluation import Evaluated, log_of_mean
-from syncbn.training.freezing import BatchNormPolicy, freeze_network
-from syncbn.training.model_card import (
+from syncbn.training.finetuning.freezing import BatchNormPolicy, freeze_network
+from syncbn.training.finetuning.retrieval import NEIGHBOURS, RecallAtK
+from syncbn.training.finetuning.starting_weights import (
     checked_variant_options,
     forget_weights,
     make_card,
@@ -32,11 +33,10 @@ from syncbn.training.model_card import (
     take_embedding,
     weights_to_start_from,
 )
-from syncbn.training.parameter_groups import parameter_groups, scale_groups
-from syncbn.training.rank_state import add_rank_state, take_rank_state
-from syncbn.training.retrieval import NEIGHBOURS, RecallAtK
-from syncbn.training.schedules import exponential_schedule
-from syncbn.training.speed import CompileMode, compile_network, use_fused_optimizer, use_recomputation
+from syncbn.training.optimization.class_weights import balanced_weights, given_weights
+from syncbn.training.optimization.parameter_groups import parameter_groups, scale_groups
+from syncbn.training.optimization.schedules import exponential_schedule
+from syncbn.training.optimization.speed import CompileMode, compile_network, use_fused_optimizer, use_recomputation
 
 
 class ImageClassifier(Evaluated):

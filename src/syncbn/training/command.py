@@ -17,10 +17,21 @@ from syncbn.data import ImageDataModule
 from syncbn.data.samplers import batches_per_epoch
 from syncbn.data.sources import Stage
 from syncbn.paths import expand_home
-from syncbn.training.checkpoint_files import AtomicCheckpointIO
-from syncbn.training.checkpointing import BestCheckpoint, Checkpointing, LastCheckpoint, RandomByStep
+from syncbn.training.checkpoints.callback import BestCheckpoint, Checkpointing, LastCheckpoint
+from syncbn.training.checkpoints.earlier_data import settle_data
+from syncbn.training.checkpoints.files import CHECKPOINT_DEFAULTS, with_atomic_checkpoints
+from syncbn.training.checkpoints.resuming import (
+    RestartedJob,
+    ResumePoint,
+    check_config,
+    point_by_hand,
+    point_of_restart,
+    record_end,
+    record_start,
+    tell_ranks,
+)
 from syncbn.training.classifier import ImageClassifier
-from syncbn.training.config_checks import (
+from syncbn.training.configuration.checks import (
     MAY_BE_OFF,
     read_hyperparameters,
     refuse_dropped,
@@ -29,61 +40,41 @@ from syncbn.training.config_checks import (
     refuse_random_layers,
     split_off,
 )
-from syncbn.training.curves import CurvesPlot
-from syncbn.training.earlier_data import settle_data
-from syncbn.training.evaluated_images import KINDS, announce_images, describe_images
-from syncbn.training.evaluation import check_same_task, load_ensemble
-from syncbn.training.finite import StopAtNonFinite
-from syncbn.training.launchers import follow_launcher
-from syncbn.training.left_out import LeftOutImages
-from syncbn.training.lightning_messages import quieten
-from syncbn.training.lightning_support import make_writable, refuse_options
-from syncbn.training.model_card import choose_preprocessing, words_without_weights
-from syncbn.training.population import StatisticsTrainer
-from syncbn.training.predictions import PredictionTable
-from syncbn.training.processes import stop_other_ranks, wait_for_other_ranks
-from syncbn.training.resuming import (
-    KeptConfig,
-    RestartedJob,
-    ResumePoint,
-    check_config,
-    dump_config,
-    point_by_hand,
-    point_of_restart,
-    record_end,
-    record_start,
-    tell_ranks,
-)
-from syncbn.training.retrieval import NEIGHBOURS
-from syncbn.training.run_logs import run_loggers
-from syncbn.training.run_plan import (
+from syncbn.training.configuration.lightning_support import make_writable, refuse_options
+from syncbn.training.configuration.run_plan import (
     RunPlan,
     check_monitors,
     check_names_of_checkpoints,
     describe_plan,
     reason_of_early_end,
 )
-from syncbn.training.run_summary import RunSummary
-from syncbn.training.runs import RunRecord, claim_run_folder, run_folder
-from syncbn.training.speed import default_benchmark, default_precision
-from syncbn.training.stopping import INTERRUPTED, STOPPED, describe_lost_rank
-from syncbn.training.strategies import SynchronisedDDPStrategy
-from syncbn.training.throughput import Throughput
-from syncbn.training.watchdog import Watchdog
+from syncbn.training.evaluated_images import KINDS, announce_images, describe_images
+from syncbn.training.evaluation import check_same_task, load_ensemble
+from syncbn.training.finetuning.retrieval import NEIGHBOURS
+from syncbn.training.finetuning.starting_weights import choose_preprocessing, words_without_weights
+from syncbn.training.launch.launchers import follow_launcher
+from syncbn.training.launch.processes import stop_other_ranks, wait_for_other_ranks
+from syncbn.training.launch.stopping import INTERRUPTED, STOPPED, describe_lost_rank
+from syncbn.training.monitoring.finite import StopAtNonFinite
+from syncbn.training.monitoring.left_out import LeftOutImages
+from syncbn.training.monitoring.throughput import Throughput
+from syncbn.training.monitoring.watchdog import Watchdog
+from syncbn.training.optimization.dropout import RandomByStep
+from syncbn.training.optimization.speed import default_benchmark, default_precision
+from syncbn.training.run.curves import CurvesPlot
+from syncbn.training.run.folder import KeptConfig, RunRecord, claim_run_folder, dump_config, run_folder
+from syncbn.training.run.lightning_messages import quieten
+from syncbn.training.run.logs import run_loggers
+from syncbn.training.run.predictions import PredictionTable
+from syncbn.training.run.summary import RunSummary
+from syncbn.training.statistics import StatisticsTrainer
+from syncbn.training.strategies.ddp import SynchronisedDDPStrategy
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the DataModule divides batches itself
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
     "log_every_n_steps": 10,
-}
-
-CHECKPOINT_DEFAULTS: dict[str, Any] = {
-    "monitor": "val_top1",
-    "mode": "max",
-    "filename": "best-epoch={epoch}-val_top1={val_top1:.4f}",
-    "auto_insert_metric_name": False,
-    "enable_version_counter": False,  # going on from before the best, it is written anew, under its name
 }
 
 
@@ -447,12 +438,6 @@ class SyncBNCLI(LightningCLI):
         folder = run_folder(self.trainer)
         if self.trainer.is_global_zero and folder:
             print(folder, flush=True)
-
-
-def with_atomic_checkpoints(plugins: Any) -> list[Any]:
-    """A trainer's plugins, and the one that writes checkpoints atomically."""
-    given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
-    return [*given, AtomicCheckpointIO()]
 
 
 def expand_data_shorthand(words: list[str]) -> list[str]:

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Callback
 
 from syncbn.distributed import gather_objects
 from syncbn.training.evaluated_images import KINDS, describe_images
-from syncbn.training.runs import describe_run, run_folder
-from syncbn.training.throughput import Throughput, Totals, peak_memory
+from syncbn.training.monitoring.throughput import Throughput, Totals, peak_memory
+from syncbn.training.run.folder import describe_run, run_folder
 
 FILE = "summary.json"
 

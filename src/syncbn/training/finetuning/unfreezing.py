@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim import Optimizer
 
-from syncbn.training.selection import select_parameters
+from syncbn.training.finetuning.selection import select_parameters
 
 
 class GradualUnfreezing(Callback):
@@ -23,7 +23,7 @@ class GradualUnfreezing(Callback):
 
     Args:
         schedule: From an epoch (from 1; the first epoch is 0) to the patterns of what is trained from then on, see
-            `syncbn.training.selection`. What no pattern matches is trained from the start.
+            `syncbn.training.finetuning.selection`. What no pattern matches is trained from the start.
 
     Raises:
         ValueError: An epoch is not positive; in a fit, a pattern matches nothing, or what is frozen for good or held

@@ -11,8 +11,11 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, Namespace, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+from syncbn.files import atomic_file
 
 
 def claim_run_folder(parent: Path) -> Path:
@@ -47,7 +50,7 @@ def git_revision(folder: Path) -> str:
     return described.stdout.strip() or "unknown"
 
 
-def source_revision(package: Path = Path(__file__).parents[1]) -> str:
+def source_revision(package: Path = Path(__file__).parents[2]) -> str:
     """Revision of this package's code: of the git checkout that it lies in, or was installed from; or "unknown"."""
     # Installed into the checkout of something else, it is not that one's.
     tracked = ["git", "-C", str(package), "ls-files", "--error-unmatch", "__init__.py"]
@@ -92,3 +95,21 @@ class RunRecord(Callback):
         if folder is None:
             return
         (folder / "provenance.yaml").write_text(yaml.safe_dump(describe_run(trainer), sort_keys=False))
+
+
+class KeptConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run folder when the run begins; a run that goes on keeps it."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write, on rank 0."""
+        folder = run_folder(trainer)
+        if folder and not (folder / "config.yaml").is_file():
+            with atomic_file(folder / "config.yaml") as file:
+                file.write(dump_config(self.parser, self.config).encode())
+
+
+def dump_config(parser: LightningArgumentParser, config: Namespace) -> str:
+    """The config of a run as YAML, without what is of one start alone: ``syncbn test`` takes it, too."""
+    of_run = config.clone()
+    of_run.pop("resume", None)
+    return parser.dump(of_run, skip_none=False)

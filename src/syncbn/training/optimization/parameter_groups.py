@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from syncbn.training.selection import is_selected, select_parameters
+from syncbn.training.finetuning.selection import is_selected, select_parameters
 
 NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 
@@ -54,8 +54,8 @@ def scale_groups(
     Args:
         groups: From `parameter_groups` of the module.
         module: The network.
-        factors: From a pattern (see `syncbn.training.selection`) to a factor on the learning rate. Of several patterns
-            that match a parameter, the last counts; what none matches has 1.
+        factors: From a pattern (see `syncbn.training.finetuning.selection`) to a factor on the learning rate. Of
+            several patterns that match a parameter, the last counts; what none matches has 1.
         learning_rate: What the factors are of.
 
     Returns:

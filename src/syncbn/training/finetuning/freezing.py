@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.models.inception_bn import InceptionModule
-from syncbn.training.selection import is_selected, select_parameters
+from syncbn.training.finetuning.selection import is_selected, select_parameters
 
 BatchNormPolicy = Literal["train", "freeze", "partial", "estimate"]
 """What is done with the BatchNorm layers:
@@ -25,7 +25,8 @@ def freeze_network(network: nn.Module, patterns: Sequence[str], batch_norm: Batc
 
     Args:
         network: The network; its parameters' ``requires_grad`` is set.
-        patterns: What is frozen, see `syncbn.training.selection`. A BatchNorm layer within it keeps its statistics.
+        patterns: What is frozen, see `syncbn.training.finetuning.selection`.
+            A BatchNorm layer within it keeps its statistics.
         batch_norm: What is done with the other BatchNorm layers.
 
     Returns:

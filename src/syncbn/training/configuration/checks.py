@@ -11,9 +11,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from syncbn.data import Augmentation
 from syncbn.models.weights.files import WHERE_FROM
-from syncbn.training.checkpoint_files import read_without_tensors
-from syncbn.training.lightning_support import as_list, class_of, is_subclass
-from syncbn.training.unfreezing import GradualUnfreezing
+from syncbn.training.checkpoints.files import read_without_tensors
+from syncbn.training.configuration.lightning_support import as_list, class_of, is_subclass
+from syncbn.training.finetuning.unfreezing import GradualUnfreezing
 
 MAY_BE_OFF = ("checkpoint", "checkpointing", "watchdog")
 """Parts of a run that null leaves out."""

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from syncbn.pictures import plain_text, unless_it_fails
-from syncbn.training.runs import run_folder
+from syncbn.training.run.folder import run_folder
 
 PANELS = (
     ("cross-entropy loss", {"train_loss": "training (one global batch)", "val_loss": "validation"}),

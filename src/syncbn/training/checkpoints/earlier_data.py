@@ -15,7 +15,7 @@ from syncbn.data.parquet import find_parquet_files
 from syncbn.data.shards import INDEX_NAME
 from syncbn.data.sources import EMBEDDED
 from syncbn.models.weights import CARD_KEY
-from syncbn.training.checkpoint_files import read_without_tensors
+from syncbn.training.checkpoints.files import read_without_tensors
 
 OF_EVERY_RUN = frozenset(
     {"augmentation", "decoder", "drop_last", "evaluation_crops", "image_size", "num_workers", "on_read_error"}

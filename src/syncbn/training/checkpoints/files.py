@@ -167,3 +167,18 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
         path.replace(aside)
         say(f"{path} is broken and left out ({fault}); it is now {aside.name}")
     return None
+
+
+CHECKPOINT_DEFAULTS: dict[str, Any] = {
+    "monitor": "val_top1",
+    "mode": "max",
+    "filename": "best-epoch={epoch}-val_top1={val_top1:.4f}",
+    "auto_insert_metric_name": False,
+    "enable_version_counter": False,  # going on from before the best, it is written anew, under its name
+}
+
+
+def with_atomic_checkpoints(plugins: Any) -> list[Any]:
+    """A trainer's plugins, and the one that writes checkpoints atomically."""
+    given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
+    return [*given, AtomicCheckpointIO()]

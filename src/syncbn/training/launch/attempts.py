@@ -8,7 +8,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from syncbn.training.launchers import agent_keeps_store, attempt_of
+from syncbn.training.launch.launchers import agent_keeps_store, attempt_of
 
 
 def join_attempt(strategy: DDPStrategy | ModelParallelStrategy, timeout: timedelta | None) -> None:

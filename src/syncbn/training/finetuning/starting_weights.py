@@ -18,7 +18,7 @@ from syncbn.models.weights import HeadPolicy, ModelCard, Weights, WeightsError, 
 from syncbn.models.weights.heads import EMBEDDING
 from syncbn.models.weights.reading import STORED_OPTIONS
 from syncbn.preprocessing import Preprocessing, find_preprocessing
-from syncbn.training.checkpoint_files import read_without_tensors
+from syncbn.training.checkpoints.files import read_without_tensors
 
 logger = logging.getLogger("syncbn.weights")
 

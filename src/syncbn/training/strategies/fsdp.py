@@ -16,14 +16,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from syncbn.training.attempts import join_attempt
-from syncbn.training.sharding import (
+from syncbn.training.launch.attempts import join_attempt
+from syncbn.training.strategies.ddp import TIMEOUT_SECONDS
+from syncbn.training.strategies.sharding import (
     leave_at_exit,
     make_contiguous,
     refuse_callbacks,
     refuse_where_weights_are_divided,
 )
-from syncbn.training.strategies import TIMEOUT_SECONDS
 
 
 class SynchronisedFSDP2Strategy(ModelParallelStrategy):

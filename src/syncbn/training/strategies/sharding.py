@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 
-from syncbn.training.unfreezing import GradualUnfreezing
+from syncbn.training.finetuning.unfreezing import GradualUnfreezing
 
 
 def make_contiguous(module: nn.Module) -> None:

@@ -16,10 +16,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from syncbn.distributed import sum_over_world
 from syncbn.files import PARTIAL, publish, remove
-from syncbn.random_streams import DROPOUT_STREAM, random_stream
-from syncbn.training.checkpoint_files import by_step
-from syncbn.training.runs import run_folder
-from syncbn.training.stopping import StopSignals, exit_status, requeue_job, requeue_signal
+from syncbn.training.checkpoints.files import by_step
+from syncbn.training.launch.stopping import StopSignals, exit_status, requeue_job, requeue_signal
+from syncbn.training.run.folder import run_folder
 
 AGREEMENT_SECONDS = 1.0
 """About so often the ranks ask each other whether one of them was told to stop."""
@@ -242,21 +241,3 @@ def move_paths(state: dict[str, Any], folder: str) -> None:
         state[name] = moved(state.get(name, ""))
     state["best_k_models"] = {moved(path): score for path, score in state.get("best_k_models", {}).items()}
     state["dirpath"] = folder
-
-
-class RandomByStep(Callback):
-    """Makes what is drawn in a training step (dropout) a function of the seed, the step and the rank.
-
-    So there are no states of generators to keep, one for each rank and device, and none is lost in a restart.
-
-    Args:
-        seed: Of the run.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seed torch's generators."""
-        stream = random_stream(self.seed, trainer.fit_loop.total_batch_idx, trainer.global_rank, DROPOUT_STREAM)
-        torch.manual_seed(int(stream.integers(2**63)))

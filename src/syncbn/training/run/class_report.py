@@ -16,7 +16,7 @@ from syncbn.data.sources import Stage
 from syncbn.paths import open_text
 from syncbn.pictures import drawable_names, plain_text, unless_it_fails
 from syncbn.training.evaluated_images import KINDS, stage_of_test
-from syncbn.training.runs import run_folder
+from syncbn.training.run.folder import run_folder
 
 NAMED_CLASSES = 40
 """Up to so many classes have their names on the axes of the picture ..."""

@@ -15,15 +15,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from syncbn.training import deepspeed_state
-from syncbn.training.attempts import join_attempt
-from syncbn.training.sharding import (
+from syncbn.training.launch.attempts import join_attempt
+from syncbn.training.strategies import deepspeed_state
+from syncbn.training.strategies.ddp import TIMEOUT_SECONDS
+from syncbn.training.strategies.sharding import (
     leave_at_exit,
     make_contiguous,
     refuse_callbacks,
     refuse_where_weights_are_divided,
 )
-from syncbn.training.strategies import TIMEOUT_SECONDS
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 """DeepSpeed's collectives among the CPUs of one machine. Compiling them takes a minute; gloo does without."""

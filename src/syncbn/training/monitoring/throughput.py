@@ -13,7 +13,7 @@ from lightning.pytorch.profilers.profiler import Profiler
 
 from syncbn.data.samplers import images_of_global_batch
 from syncbn.distributed import observe_waits
-from syncbn.training.step_clock import PARTS, DeviceMarks, HostMarks, StepClock, StepTime
+from syncbn.training.monitoring.step_clock import PARTS, DeviceMarks, HostMarks, StepClock, StepTime
 
 WARM_UP_STEPS = 5
 """Left out of a run's totals where it has more: memory is allocated, kernels are chosen, layers are compared."""

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.training.attempts import join_attempt
+from syncbn.training.launch.attempts import join_attempt
 
 TIMEOUT_SECONDS = 1800.0
 

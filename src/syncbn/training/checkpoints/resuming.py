@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, Namespace, SaveConfigCallback
+from lightning.pytorch import Trainer
 
 from syncbn.data.sources import EMBEDDED
-from syncbn.files import atomic_file
-from syncbn.training.checkpoint_files import fault_of, newest_whole, step_of
-from syncbn.training.earlier_data import options_of_run
-from syncbn.training.launchers import ATTEMPT
-from syncbn.training.runs import run_folder
+from syncbn.training.checkpoints.earlier_data import options_of_run
+from syncbn.training.checkpoints.files import fault_of, newest_whole, step_of
+from syncbn.training.launch.launchers import ATTEMPT
 
 STARTS = "starts.jsonl"
 """In a run folder: a line for every start of the run, and one for its end."""
@@ -220,24 +217,6 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
                 f"{'.'.join(name)}={now.get(name)}, but the run {folder} began with {before.get(name)}: go on with that"
                 f" value (--config {folder / 'config.yaml'}), or start a run of its own"
             )
-
-
-class KeptConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run folder when the run begins; a run that goes on keeps it."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write, on rank 0."""
-        folder = run_folder(trainer)
-        if folder and not (folder / "config.yaml").is_file():
-            with atomic_file(folder / "config.yaml") as file:
-                file.write(dump_config(self.parser, self.config).encode())
-
-
-def dump_config(parser: LightningArgumentParser, config: Namespace) -> str:
-    """The config of a run as YAML, without what is of one start alone: ``syncbn test`` takes it, too."""
-    of_run = config.clone()
-    of_run.pop("resume", None)
-    return parser.dump(of_run, skip_none=False)
 
 
 def flatten(config: Any, path: tuple[str, ...]) -> Any:

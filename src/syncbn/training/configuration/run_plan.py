@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
 
-from syncbn.training.checkpointing import OwnCheckpoint, is_named_as_own
-from syncbn.training.lightning_support import are_of_lightning
+from syncbn.training.checkpoints.callback import OwnCheckpoint, is_named_as_own
+from syncbn.training.configuration.lightning_support import are_of_lightning
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What an invocation of ``syncbn fit`` asks for, checked before it trains."""
