@@ -9,7 +9,7 @@ The original idx files are in Debian's package ``dataset-fashion-mnist``, among 
     dpkg -x dataset-fashion-mnist_*.deb fashion-mnist
     python scripts/make_embedded_fashion_mnist.py fashion-mnist/usr/share/datasets/fashion-mnist
 
-The script prints the SHA-256 of what it wrote; ``syncbn.data.fashion_mnist`` records it.
+The script prints the SHA-256 of what it wrote; ``syncbn.data.datasets.fashion_mnist`` records it.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from syncbn.data.fashion_mnist import ASSET
-from syncbn.data.idx import find_idx_file, read_idx
+from syncbn.data.datasets.fashion_mnist import ASSET
+from syncbn.data.datasets.idx import find_idx_file, read_idx
 
 IMAGES_PER_CLASS = {"train": 1000, "test": 200}
 ASSETS = Path(__file__).parents[1] / "src" / "syncbn" / "data" / "assets"

@@ -8,8 +8,8 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from syncbn.data import Augmentation, BatchedImages, GlobalBatchSampler, ImageBatch, ShardDataset, WindowedOrder
-from syncbn.data.batches import OnReadError, keep_batch
-from syncbn.data.shards import (
+from syncbn.data.datasets.base import OnReadError
+from syncbn.data.datasets.shard_files import (
     SAMPLE_DTYPE,
     Shard,
     ShardIndex,
@@ -21,7 +21,8 @@ from syncbn.data.shards import (
     write_index,
     write_shard,
 )
-from syncbn.data.window_reader import WindowReader
+from syncbn.data.loading.batches import keep_batch
+from syncbn.data.loading.window_reader import WindowReader
 
 CLASSES = ("ant", "bee", "cat")
 TRAIN_SHARDS = (9, 8, 9, 0, 8, 9)  # 43 samples: prime, and a shard without any

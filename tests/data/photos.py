@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 
 from real_data import real_data
-from syncbn.data.datasets import IMAGENET_MEAN, IMAGENET_STD, ReadError
-from syncbn.data.photo import Photo
+from syncbn.data.datasets.base import IMAGENET_MEAN, IMAGENET_STD, ReadError
+from syncbn.data.transforms.photo import Photo
 
 
 class ImagesInMemory:

@@ -7,19 +7,12 @@ import torch
 from photos import ImagesInMemory, noise
 from torch.utils.data import DataLoader
 
-from syncbn.data import (
-    Augmentation,
-    BatchedImages,
-    GlobalBatchSampler,
-    PhotometricDistortion,
-    RandomCrop,
-    SampleKey,
-    fashion_mnist,
-)
-from syncbn.data.augmentation import draw
-from syncbn.data.batches import keep_batch
-from syncbn.data.cropping import fit_square
-from syncbn.data.datasets import Selection
+from syncbn.data import Augmentation, BatchedImages, GlobalBatchSampler, PhotometricDistortion, RandomCrop, SampleKey
+from syncbn.data.datasets import fashion_mnist
+from syncbn.data.datasets.selection import Selection
+from syncbn.data.loading.batches import keep_batch
+from syncbn.data.transforms.augmentation import draw
+from syncbn.data.transforms.cropping import fit_square
 from syncbn.random_streams import AUGMENTATION_STREAM, random_stream
 
 STRONG = Augmentation(max_shift=4, mirror_probability=0.5)

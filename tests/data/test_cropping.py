@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from photos import ImagesInMemory, encode, noise, originals, smooth
 
-from syncbn.data.augmentation import draw
-from syncbn.data.cropping import ATTEMPTS, RandomCrop, Window, cut_and_resize, reduction_for
+from syncbn.data.transforms.augmentation import draw
+from syncbn.data.transforms.cropping import ATTEMPTS, RandomCrop, Window, cut_and_resize, reduction_for
 from syncbn.random_streams import AUGMENTATION_STREAM, random_stream
 
 DRAWS = 8000

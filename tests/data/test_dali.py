@@ -18,10 +18,10 @@ from syncbn.data import (
     ShardLayout,
     WindowedOrder,
     WindowReader,
-    dali,
 )
-from syncbn.data.dali import DaliLoader
-from syncbn.data.datasets import ArrayDataset
+from syncbn.data.datasets.array import ArrayDataset
+from syncbn.data.loading import dali
+from syncbn.data.loading.dali import DaliLoader
 
 EVERYTHING = Augmentation(crop=RandomCrop(), photometric=PhotometricDistortion())
 needs_dali = pytest.mark.skipif(

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from photos import ImagesInMemory, encode, noise, originals, smooth
 
-from syncbn.data.decoding import DecodingError, decode
-from syncbn.data.jpeg import jpeg_size
+from syncbn.data.datasets.decoding import DecodingError, decode
+from syncbn.data.datasets.jpeg import jpeg_size
 
 THUMBNAIL_AND_ORIENTATION = (
     b"\xff\xe1"

@@ -7,7 +7,7 @@ import torch
 from photos import ImagesInMemory, encode, noise, originals, smooth
 
 from syncbn.data import BatchedImages, EvaluationCrops, ImageDataModule, SampleKey
-from syncbn.data.cropping import fit_square
+from syncbn.data.transforms.cropping import fit_square
 
 
 def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:

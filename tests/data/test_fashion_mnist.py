@@ -6,7 +6,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from syncbn.data.fashion_mnist import ASSET, ASSET_SHA256, MEAN, STD, fashion_mnist
+from syncbn.data.datasets.fashion_mnist import ASSET, ASSET_SHA256, MEAN, STD, fashion_mnist
 
 ASSETS = files("syncbn.data") / "assets"
 

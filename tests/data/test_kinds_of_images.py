@@ -10,7 +10,7 @@ from photos import ImagesInMemory, smooth
 from PIL import Image
 
 from syncbn.data import ImageFolderDataset
-from syncbn.data.decoding import DarkPixelsWarning, DecodingError, decode
+from syncbn.data.datasets.decoding import DarkPixelsWarning, DecodingError, decode
 from syncbn.data.preparation.conversion import UnusableImage, convert_image
 
 PHOTO = Image.fromarray(smooth(32, 48))  # red rises to the right, green downwards

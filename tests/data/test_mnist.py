@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from syncbn.data import mnist
-from syncbn.data.idx import IDX_FILES, read_idx
+from syncbn.data.datasets import mnist
+from syncbn.data.datasets.idx import IDX_FILES, read_idx
 
 DATA = Path(os.environ.get("SYNCBN_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "mnist"
 

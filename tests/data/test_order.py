@@ -5,7 +5,7 @@ import pytest
 
 from shard_cases import TRAIN_SHARDS
 from syncbn.data import GlobalBatchSampler, ShardLayout, ShuffledOrder, WindowedOrder
-from syncbn.data import order as order_module
+from syncbn.data.loading import order as order_module
 
 
 def layout(sizes: tuple[int, ...]) -> ShardLayout:

@@ -8,7 +8,7 @@ import pytest
 
 from shard_cases import digest_of, encoded_photo, train_loader
 from syncbn.data import ParquetDataset, ReadError, open_image_sets
-from syncbn.data import parquet as parquet_module
+from syncbn.data.datasets import parquet as parquet_module
 
 pa = pytest.importorskip("pyarrow", reason="the extra syncbn[huggingface] is not installed")
 pq = pytest.importorskip("pyarrow.parquet")

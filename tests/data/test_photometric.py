@@ -7,7 +7,7 @@ import pytest
 from photos import noise, smooth
 
 from syncbn.data import PhotometricDistortion
-from syncbn.data.photometric import LIGHTING_AXES
+from syncbn.data.transforms.photometric import LIGHTING_AXES
 
 GREY = np.array([0.299, 0.587, 0.114])
 FACTORS = (0.9, 0.2, 0.75)

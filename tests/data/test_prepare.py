@@ -21,11 +21,11 @@ from imagenet_archives import encode, make_images, photo, tar, write_archives, w
 from real_data import real_data
 from syncbn.cli import main
 from syncbn.data import open_image_sets
+from syncbn.data.datasets.shard_files import read_index
 from syncbn.data.preparation.command import check, folder, imagenet
 from syncbn.data.preparation.imagenet import read_devkit
 from syncbn.data.preparation.plan import SourceImage
 from syncbn.data.preparation.tasks import read_bytes
-from syncbn.data.shards import read_index
 
 WNIDS = ("n01440764", "n02102040", "n03000684")
 

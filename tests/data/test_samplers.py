@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from syncbn.data import EvaluationBatchSampler, GlobalBatchSampler, split_global_batch
-from syncbn.data.order import epoch_order
+from syncbn.data.loading.order import epoch_order
 
 
 def global_batches(num_ranks: int, *, epoch: int, accumulate: int = 1, seed: int = 3) -> list[list[tuple[int, int]]]:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from imagenet_archives import encode, photo
-from syncbn.data.shards import (
+from syncbn.data.datasets.shard_files import (
     SAMPLE_DTYPE,
     Shard,
     ShardIndex,

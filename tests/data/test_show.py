@@ -8,8 +8,8 @@ import pytest
 from photos import encode, smooth
 
 from syncbn.cli import main
-from syncbn.data.evaluation import EvaluationCrops
 from syncbn.data.show import DOTS_PER_INCH, WIDTH
+from syncbn.data.transforms.evaluation_crops import EvaluationCrops
 
 
 @pytest.fixture

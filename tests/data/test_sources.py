@@ -11,10 +11,10 @@ import pytest
 from real_data import real_data
 from shard_cases import make_shards
 from syncbn.data import ImageFolderDataset, open_image_sets
-from syncbn.data.datasets import hold_out
-from syncbn.data.idx import IDX_FILES, read_idx
-from syncbn.data.image_folder import images_and_others
-from syncbn.data.sources import open_training_set
+from syncbn.data.datasets.formats import open_training_set
+from syncbn.data.datasets.idx import IDX_FILES, read_idx
+from syncbn.data.datasets.image_folder import images_and_others
+from syncbn.data.datasets.selection import hold_out
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

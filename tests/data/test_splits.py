@@ -6,8 +6,8 @@ import pytest
 from photos import encode, noise
 
 from syncbn.data import open_image_sets
-from syncbn.data.image_folder import images_and_others
-from syncbn.data.splits import find_splits, split_of
+from syncbn.data.datasets.image_folder import images_and_others
+from syncbn.data.datasets.splits import find_splits, split_of
 
 PICTURE = encode(noise(8, 8), ".png")
 

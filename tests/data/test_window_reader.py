@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from shard_cases import GLOBAL_BATCH_SIZE, digest_of, make_shards, train_loader, train_set
 from syncbn.data import WindowedOrder
-from syncbn.data import window_reader as reader_module
-from syncbn.data.window_reader import bytes_held
+from syncbn.data.loading import window_reader as reader_module
+from syncbn.data.loading.window_reader import bytes_held
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*suggested max number of worker:UserWarning")
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import syncbn
 from syncbn.cli import main
-from syncbn.data.order import epoch_order
+from syncbn.data.loading.order import epoch_order
 from syncbn.experiments import sigmoid_network as module
 from syncbn.experiments.figure1_plot import _lowest_accuracy
 from syncbn.experiments.figure1_report import typical_unit, unsteadiness

@@ -14,7 +14,7 @@ from invariance_worker import LossCurve
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from syncbn.data import Augmentation, ImageDataModule
-from syncbn.data.order import ShuffledOrder
+from syncbn.data.loading.order import ShuffledOrder
 from syncbn.training import ClassReport, GradualUnfreezing, ImageClassifier, SynchronisedDDPStrategy
 
 GLOBAL_BATCH_SIZE = 32

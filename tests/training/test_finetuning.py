@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks import run_ranks
 from syncbn import channel
 from syncbn.data import ImageDataModule
-from syncbn.data.order import ShuffledOrder
+from syncbn.data.loading.order import ShuffledOrder
 from syncbn.models import inception_bn
 from syncbn.nn import estimate_population_statistics
 from syncbn.training import GradualUnfreezing, ImageClassifier

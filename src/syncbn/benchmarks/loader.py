@@ -49,9 +49,9 @@ from syncbn.data import (
     WindowedOrder,
     WindowReader,
 )
-from syncbn.data.batches import keep_batch
-from syncbn.data.datasets import Selection
-from syncbn.data.shards import SAMPLE_DTYPE, Shard, ShardIndex, make_split, shard_name, write_shard
+from syncbn.data.datasets.selection import Selection
+from syncbn.data.datasets.shard_files import SAMPLE_DTYPE, Shard, ShardIndex, make_split, shard_name, write_shard
+from syncbn.data.loading.batches import keep_batch
 
 PIXELS = 224
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)

@@ -6,20 +6,21 @@ The DataModule is imported when it is first used: `syncbn prepare` need not wait
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from syncbn.data.augmentation import Augmentation
-from syncbn.data.batches import BatchedImages, ImageBatch
-from syncbn.data.cropping import RandomCrop
-from syncbn.data.datasets import ArrayDataset, ImageDataset, ReadError, ShardLayout
-from syncbn.data.evaluation import EvaluationCrops
-from syncbn.data.fashion_mnist import fashion_mnist
-from syncbn.data.image_folder import ImageFolderDataset
-from syncbn.data.order import ShuffledOrder, WindowedOrder
-from syncbn.data.parquet import ParquetDataset
-from syncbn.data.photometric import PhotometricDistortion
-from syncbn.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, SampleKey, split_global_batch
-from syncbn.data.shard_dataset import ShardDataset
-from syncbn.data.sources import ImageSets, open_image_sets
-from syncbn.data.window_reader import WindowReader
+from syncbn.data.datasets.array import ArrayDataset
+from syncbn.data.datasets.base import ImageDataset, ReadError, ShardLayout
+from syncbn.data.datasets.fashion_mnist import fashion_mnist
+from syncbn.data.datasets.formats import ImageSets, open_image_sets
+from syncbn.data.datasets.image_folder import ImageFolderDataset
+from syncbn.data.datasets.parquet import ParquetDataset
+from syncbn.data.datasets.shards import ShardDataset
+from syncbn.data.loading.batches import BatchedImages, ImageBatch
+from syncbn.data.loading.order import ShuffledOrder, WindowedOrder
+from syncbn.data.loading.samplers import EvaluationBatchSampler, GlobalBatchSampler, SampleKey, split_global_batch
+from syncbn.data.loading.window_reader import WindowReader
+from syncbn.data.transforms.augmentation import Augmentation
+from syncbn.data.transforms.cropping import RandomCrop
+from syncbn.data.transforms.evaluation_crops import EvaluationCrops
+from syncbn.data.transforms.photometric import PhotometricDistortion
 
 if TYPE_CHECKING:
     from syncbn.data.datamodule import ImageDataModule

@@ -8,18 +8,19 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from syncbn.data.augmentation import Augmentation
-from syncbn.data.batches import BatchedImages, ImageBatch, OnReadError, keep_batch
-from syncbn.data.datasets import ImageDataset, Selection, class_counts
-from syncbn.data.evaluation import EvaluationCrops
-from syncbn.data.order import EpochOrder, ShuffledOrder, WindowedOrder
-from syncbn.data.samplers import EvaluationBatchSampler, GlobalBatchSampler
-from syncbn.data.sources import EMBEDDED, Stage, hold_some_out, open_image_sets
-from syncbn.data.window_reader import WindowReader, bytes_held
+from syncbn.data.datasets.base import ImageDataset, OnReadError
+from syncbn.data.datasets.formats import EMBEDDED, Stage, hold_some_out, open_image_sets
+from syncbn.data.datasets.selection import Selection, class_counts
+from syncbn.data.loading.batches import BatchedImages, ImageBatch, keep_batch
+from syncbn.data.loading.order import EpochOrder, ShuffledOrder, WindowedOrder
+from syncbn.data.loading.samplers import EvaluationBatchSampler, GlobalBatchSampler
+from syncbn.data.loading.window_reader import WindowReader, bytes_held
+from syncbn.data.transforms.augmentation import Augmentation
+from syncbn.data.transforms.evaluation_crops import EvaluationCrops
 from syncbn.preprocessing import Preprocessing, find_preprocessing
 
 if TYPE_CHECKING:
-    from syncbn.data.dali import DaliLoader
+    from syncbn.data.loading.dali import DaliLoader
 
 
 def use_one_thread(worker: int) -> None:
@@ -284,14 +285,14 @@ class ImageDataModule(LightningDataModule):
         return self.test_dataloader()
 
     def _require_dali(self) -> None:
-        from syncbn.data.dali import require_decodable
+        from syncbn.data.loading.dali import require_decodable
 
         if self.on_read_error != "stop":
             raise ValueError(f"on_read_error={self.on_read_error} needs decoder=opencv: DALI stops at a broken image")
         require_decodable(self.sets.train, self.augmentation)
 
     def _dali_loader(self, sampler: GlobalBatchSampler, reader: WindowReader | None) -> "DaliLoader":
-        from syncbn.data.dali import DaliLoader
+        from syncbn.data.loading.dali import DaliLoader
 
         if not self.drop_last and self.trainer and self.trainer.accumulate_grad_batches > 1:
             raise ValueError(

@@ -9,14 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
-from syncbn.data.augmentation import Augmentation
-from syncbn.data.batches import BatchedImages
-from syncbn.data.cropping import RandomCrop, fit_square
-from syncbn.data.datasets import ImageDataset
-from syncbn.data.evaluation import EvaluationCrops, View
-from syncbn.data.photometric import PhotometricDistortion
-from syncbn.data.samplers import SampleKey
-from syncbn.data.sources import EMBEDDED, open_training_set
+from syncbn.data.datasets.base import ImageDataset
+from syncbn.data.datasets.formats import EMBEDDED, open_training_set
+from syncbn.data.loading.batches import BatchedImages
+from syncbn.data.loading.samplers import SampleKey
+from syncbn.data.transforms.augmentation import Augmentation
+from syncbn.data.transforms.cropping import RandomCrop, fit_square
+from syncbn.data.transforms.evaluation_crops import EvaluationCrops, View
+from syncbn.data.transforms.photometric import PhotometricDistortion
 from syncbn.pictures import drawable_names, plain_text
 
 WIDTH, DOTS_PER_INCH = 13.0, 100

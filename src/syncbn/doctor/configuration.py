@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from syncbn.data import ImageDataModule
-from syncbn.data.datasets import ImageDataset
+from syncbn.data.datasets.base import ImageDataset
 from syncbn.doctor.facts import Configuration
 from syncbn.training.command import SyncBNCLI
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from syncbn.data.sources import EMBEDDED, open_training_set
+from syncbn.data.datasets.formats import EMBEDDED, open_training_set
 from syncbn.experiments.ablations_report import Outcome, write_report
 from syncbn.experiments.recipe_runs import claimed_folder, train, validation_curve
 from syncbn.training.command import expand_data_shorthand

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from syncbn.data.mnist import default_folder, fetch_mnist
-from syncbn.data.samplers import split_global_batch
+from syncbn.data.datasets.mnist import default_folder, fetch_mnist
+from syncbn.data.loading.samplers import split_global_batch
 from syncbn.experiments.figure1_report import write_report
 from syncbn.experiments.rank_processes import run_on_ranks
 from syncbn.experiments.recipe_runs import claimed_folder

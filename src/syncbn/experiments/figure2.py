@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from syncbn.data.sources import open_training_set
+from syncbn.data.datasets.formats import open_training_set
 from syncbn.experiments.figure2_models import MODELS, NEGATIVES, Model
 from syncbn.experiments.figure2_report import Result, write_report
 from syncbn.experiments.recipe_runs import claimed_folder, seconds_trained, train, validation_curve

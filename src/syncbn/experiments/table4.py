@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from syncbn.data import ImageDataModule
-from syncbn.data.datasets import hold_out
-from syncbn.data.sources import ImageSets
+from syncbn.data.datasets.formats import ImageSets
+from syncbn.data.datasets.selection import hold_out
 from syncbn.experiments.markdown import markdown_table
 from syncbn.experiments.provenance import UNKNOWN, provenance, revisions_of
 from syncbn.experiments.scale import Scale, notes_beside, scale_in_words

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from syncbn.data.fashion_mnist import fashion_mnist
-from syncbn.data.samplers import SampleKey
+from syncbn.data.datasets.fashion_mnist import fashion_mnist
+from syncbn.data.loading.samplers import SampleKey
 from syncbn.files import publish
 from syncbn.inference.graphs import GRAPHS, Graph, Onnx, PixelInput, Runner
 from syncbn.inference.images import find_images, prepare_images

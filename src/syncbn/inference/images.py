@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from syncbn.data.batches import BatchedImages
-from syncbn.data.datasets import EncodedDataset, ReadError
-from syncbn.data.decoding import SUFFIXES
-from syncbn.data.evaluation import EvaluationCrops
-from syncbn.data.image_folder import counts_by_suffix, images_and_others, in_words
+from syncbn.data.datasets.base import EncodedDataset, ReadError
+from syncbn.data.datasets.decoding import SUFFIXES
+from syncbn.data.datasets.image_folder import counts_by_suffix, images_and_others, in_words
+from syncbn.data.loading.batches import BatchedImages
+from syncbn.data.transforms.evaluation_crops import EvaluationCrops
 from syncbn.models.weights import ModelCard
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from syncbn.data.batches import BatchedImages, ImageBatch, keep_batch
 from syncbn.data.datamodule import use_one_thread
-from syncbn.data.image_folder import in_words
-from syncbn.data.samplers import SampleKey
+from syncbn.data.datasets.image_folder import in_words
+from syncbn.data.loading.batches import BatchedImages, ImageBatch, keep_batch
+from syncbn.data.loading.samplers import SampleKey
 from syncbn.inference.images import prepare_images, search_images
 from syncbn.inference.writers import Embedding, Format, Prediction, choose_writer, opened_writer
 from syncbn.models.weights import ModelCard, build_network, check_input, read_weights, require_folder

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from syncbn.data.samplers import split_global_batch
+from syncbn.data.loading.samplers import split_global_batch
 
 REFERENCE_BATCH_SIZE = 32
 """The mini-batch of the paper (section 4.2), for which learning rates are given."""

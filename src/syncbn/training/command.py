@@ -14,8 +14,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_only
 
 from syncbn.data import ImageDataModule
-from syncbn.data.samplers import batches_per_epoch
-from syncbn.data.sources import Stage
+from syncbn.data.datasets.formats import Stage
+from syncbn.data.loading.samplers import batches_per_epoch
 from syncbn.paths import expand_home
 from syncbn.training.checkpoints.callback import BestCheckpoint, Checkpointing, LastCheckpoint
 from syncbn.training.checkpoints.earlier_data import settle_data

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from lightning.pytorch import Trainer
 
 from syncbn.data.datamodule import ImageDataModule
-from syncbn.data.sources import Stage
+from syncbn.data.datasets.formats import Stage
 
 KINDS: dict[Stage, str] = {"val": "validation", "test": "test"}
 """The stages of an evaluation, in words."""

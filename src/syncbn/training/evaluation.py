@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from syncbn.data.batches import ImageBatch
-from syncbn.data.sources import Stage
+from syncbn.data.datasets.formats import Stage
+from syncbn.data.loading.batches import ImageBatch
 from syncbn.models.weights.reading import first_not_finite
 from syncbn.training.evaluated_images import stage_of_test
 

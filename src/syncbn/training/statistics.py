@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from syncbn.data import ImageBatch, ImageDataModule
-from syncbn.data.samplers import batches_per_epoch
+from syncbn.data.loading.samplers import batches_per_epoch
 from syncbn.files import atomic_file
 from syncbn.nn import estimate_population_statistics
 from syncbn.training.classifier import ImageClassifier

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from syncbn.data.datasets.shard_files import Shard, ShardIndex, file_sha256
 from syncbn.data.preparation.workers import finished, progress_bar
-from syncbn.data.shards import Shard, ShardIndex, file_sha256
 
 
 def check_shards(index: ShardIndex, pool: ProcessPoolExecutor) -> list[str]:

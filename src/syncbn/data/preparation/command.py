@@ -9,7 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from syncbn.data.image_folder import class_names, is_imagenet
+from syncbn.data.datasets.image_folder import class_names, is_imagenet
+from syncbn.data.datasets.shard_files import read_index
+from syncbn.data.datasets.splits import find_splits
 from syncbn.data.preparation.checking import check_shards
 from syncbn.data.preparation.folder import plan_folder
 from syncbn.data.preparation.imagenet import plan_imagenet
@@ -30,8 +32,6 @@ from syncbn.data.preparation.plan import Plan
 from syncbn.data.preparation.summary import print_findings, print_summary
 from syncbn.data.preparation.tasks import Options, write_json
 from syncbn.data.preparation.workers import worker_pool
-from syncbn.data.shards import read_index
-from syncbn.data.splits import find_splits
 
 
 def imagenet(

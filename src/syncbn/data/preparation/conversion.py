@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from syncbn.data.decoding import (
+from syncbn.data.datasets.decoding import (
     DarkPixelsWarning,
     DecodingError,
     decode,
@@ -20,7 +20,7 @@ from syncbn.data.decoding import (
     orientation_of,
     read_orientation,
 )
-from syncbn.data.jpeg import find_frame, is_cut_short, without_exif
+from syncbn.data.datasets.jpeg import find_frame, is_cut_short, without_exif
 
 
 class UnusableImage(Exception):

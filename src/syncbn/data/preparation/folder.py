@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from syncbn.data.image_folder import class_names, images_and_others, no_image_of
+from syncbn.data.datasets.image_folder import class_names, images_and_others, no_image_of
+from syncbn.data.datasets.shard_files import sample_key
+from syncbn.data.datasets.splits import find_splits
 from syncbn.data.preparation.plan import NO_IMAGE, ORDER_SEED, Finding, Plan, SourceImage, shuffled, with_unique_keys
-from syncbn.data.shards import sample_key
-from syncbn.data.splits import find_splits
 
 DEFAULT_VALIDATION_FRACTION = 0.1
 

@@ -9,10 +9,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from syncbn.data.datasets.shard_files import sample_key
 from syncbn.data.preparation.archives import Member, scan_archive
 from syncbn.data.preparation.plan import Finding, Plan, SourceImage, shuffled, with_unique_keys
 from syncbn.data.preparation.workers import finished, progress_bar
-from syncbn.data.shards import sample_key
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"

@@ -16,7 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from syncbn.data.datasets import IMAGENET_MEAN, IMAGENET_STD
+from syncbn.data.datasets.base import IMAGENET_MEAN, IMAGENET_STD
+from syncbn.data.datasets.shard_files import (
+    INDEX_NAME,
+    SAMPLE_DTYPE,
+    Shard,
+    ShardIndex,
+    damaged_shards,
+    make_split,
+    read_index,
+    write_index,
+)
 from syncbn.data.preparation.plan import Finding, Plan
 from syncbn.data.preparation.tasks import (
     WORK_FOLDER,
@@ -29,16 +39,6 @@ from syncbn.data.preparation.tasks import (
     write_json,
 )
 from syncbn.data.preparation.workers import finished, progress_bar
-from syncbn.data.shards import (
-    INDEX_NAME,
-    SAMPLE_DTYPE,
-    Shard,
-    ShardIndex,
-    damaged_shards,
-    make_split,
-    read_index,
-    write_index,
-)
 
 JOB_NAME = "job.json"
 REPORT_NAME = "report.json"

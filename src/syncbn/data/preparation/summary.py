@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from syncbn.data.image_folder import counts_by_suffix, in_words
+from syncbn.data.datasets.image_folder import counts_by_suffix, in_words
+from syncbn.data.datasets.shard_files import ShardIndex
 from syncbn.data.preparation.job import REPORT_NAME, Report
 from syncbn.data.preparation.plan import NO_IMAGE, Finding
-from syncbn.data.shards import ShardIndex
 
 SHOWN_FINDINGS = 20
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from syncbn.data.datasets.shard_files import Shard, file_sha256, shard_name, write_shard
 from syncbn.data.preparation.conversion import UnusableImage, convert_image
 from syncbn.data.preparation.plan import Finding, SourceImage
-from syncbn.data.shards import Shard, file_sha256, shard_name, write_shard
 from syncbn.files import atomic_file
 
 WORK_FOLDER = ".prepare"

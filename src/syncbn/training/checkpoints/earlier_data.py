@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from syncbn.data.idx import find_idx_folder
-from syncbn.data.parquet import find_parquet_files
-from syncbn.data.shards import INDEX_NAME
-from syncbn.data.sources import EMBEDDED
+from syncbn.data.datasets.formats import EMBEDDED
+from syncbn.data.datasets.idx import find_idx_folder
+from syncbn.data.datasets.parquet import find_parquet_files
+from syncbn.data.datasets.shard_files import INDEX_NAME
 from syncbn.models.weights import CARD_KEY
 from syncbn.training.checkpoints.files import read_without_tensors
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 from lightning.pytorch import Trainer
 
-from syncbn.data.sources import EMBEDDED
+from syncbn.data.datasets.formats import EMBEDDED
 from syncbn.training.checkpoints.earlier_data import options_of_run
 from syncbn.training.checkpoints.files import fault_of, newest_whole, step_of
 from syncbn.training.launch.launchers import ATTEMPT

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from syncbn.data.sources import Stage
+from syncbn.data.datasets.formats import Stage
 from syncbn.paths import open_text
 from syncbn.pictures import drawable_names, plain_text, unless_it_fails
 from syncbn.training.evaluated_images import KINDS, stage_of_test

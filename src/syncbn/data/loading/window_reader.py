@@ -16,9 +16,9 @@ from itertools import chain
 import numpy as np
 from torch.utils.data import get_worker_info
 
-from syncbn.data.datasets import ImageDataset, ReadError
-from syncbn.data.order import WindowedOrder
-from syncbn.data.samplers import GlobalBatchSampler, SampleKey
+from syncbn.data.datasets.base import ImageDataset, ReadError
+from syncbn.data.loading.order import WindowedOrder
+from syncbn.data.loading.samplers import GlobalBatchSampler, SampleKey
 
 
 class _Share:

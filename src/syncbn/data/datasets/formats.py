@@ -11,16 +11,17 @@ from typing import Literal
 import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from syncbn.data.batches import OnReadError
-from syncbn.data.datasets import ArrayDataset, ImageDataset, class_counts, hold_out
-from syncbn.data.decoding import SUFFIXES
-from syncbn.data.fashion_mnist import fashion_mnist
-from syncbn.data.idx import IDX_FILES, find_idx_file, find_idx_folder, read_idx
-from syncbn.data.image_folder import ImageFolderDataset, class_names, in_words, is_imagenet
-from syncbn.data.parquet import ParquetDataset, find_parquet_files, is_unlabelled, unused_parquet_files
-from syncbn.data.shard_dataset import ShardDataset
-from syncbn.data.shards import INDEX_NAME, damaged_shards, read_index
-from syncbn.data.splits import find_splits, visible_folders
+from syncbn.data.datasets.array import ArrayDataset
+from syncbn.data.datasets.base import ImageDataset, OnReadError
+from syncbn.data.datasets.decoding import SUFFIXES
+from syncbn.data.datasets.fashion_mnist import fashion_mnist
+from syncbn.data.datasets.idx import IDX_FILES, find_idx_file, find_idx_folder, read_idx
+from syncbn.data.datasets.image_folder import ImageFolderDataset, class_names, in_words, is_imagenet
+from syncbn.data.datasets.parquet import ParquetDataset, find_parquet_files, is_unlabelled, unused_parquet_files
+from syncbn.data.datasets.selection import class_counts, hold_out
+from syncbn.data.datasets.shard_files import INDEX_NAME, damaged_shards, read_index
+from syncbn.data.datasets.shards import ShardDataset
+from syncbn.data.datasets.splits import find_splits, visible_folders
 
 EMBEDDED = "fashion-mnist"
 """Name of the images that come with the package."""

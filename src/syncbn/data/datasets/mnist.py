@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from syncbn.data.idx import IDX_FILES, find_idx_file
+from syncbn.data.datasets.idx import IDX_FILES, find_idx_file
 
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist",

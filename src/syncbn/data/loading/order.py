@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from syncbn.data.datasets import ShardLayout
+from syncbn.data.datasets.base import ShardLayout
 from syncbn.random_streams import ORDER_STREAM, random_stream
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch.utils.data import Sampler
 
-from syncbn.data.order import EpochOrder, ShuffledOrder
+from syncbn.data.loading.order import EpochOrder, ShuffledOrder
 
 
 class SampleKey(NamedTuple):

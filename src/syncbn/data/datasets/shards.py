@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from syncbn.data.datasets import EncodedDataset, ReadError, ShardLayout
-from syncbn.data.shards import ShardIndex
+from syncbn.data.datasets.base import EncodedDataset, ReadError, ShardLayout
+from syncbn.data.datasets.shard_files import ShardIndex
 
 
 class ShardDataset(EncodedDataset):

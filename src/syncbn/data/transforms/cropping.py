@@ -8,7 +8,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from syncbn.data.photo import Photo
+from syncbn.data.transforms.photo import Photo
 
 ATTEMPTS = 10
 """Crops that are tried before the central one is taken."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from syncbn.data.datasets import EncodedDataset, ReadError
-from syncbn.data.decoding import SUFFIXES
-from syncbn.data.splits import is_visible, visible_folders
+from syncbn.data.datasets.base import EncodedDataset, ReadError
+from syncbn.data.datasets.decoding import SUFFIXES
+from syncbn.data.datasets.splits import is_visible, visible_folders
 
 WNID = re.compile(r"n\d{8}")
 

@@ -1,23 +1,20 @@
 """From sample keys to a batch of tensors."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from syncbn.data.augmentation import Augmentation
-from syncbn.data.datasets import ImageDataset, ReadError
-from syncbn.data.evaluation import EvaluationCrops
-from syncbn.data.photo import Photo
-from syncbn.data.samplers import SampleKey
-from syncbn.data.window_reader import WindowReader
+from syncbn.data.datasets.base import ImageDataset, OnReadError, ReadError
+from syncbn.data.loading.samplers import SampleKey
+from syncbn.data.loading.window_reader import WindowReader
+from syncbn.data.transforms.augmentation import Augmentation
+from syncbn.data.transforms.evaluation_crops import EvaluationCrops
+from syncbn.data.transforms.photo import Photo
 from syncbn.preprocessing import Preprocessing, find_preprocessing
 from syncbn.random_streams import AUGMENTATION_STREAM, random_stream
-
-OnReadError = Literal["stop", "skip"]
-"""What an image that cannot be read or decoded does: end the run, or be left out of its batch and counted."""
 
 
 class ImageBatch(NamedTuple):

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from syncbn.data.datasets import ImageDataset, ReadError, applies_orientation, decode_image
-from syncbn.data.decoding import REDUCTIONS, SIDEWAYS, orientation_of
-from syncbn.data.jpeg import find_frame
+from syncbn.data.datasets.base import ImageDataset, ReadError, applies_orientation, decode_image
+from syncbn.data.datasets.decoding import REDUCTIONS, SIDEWAYS, orientation_of
+from syncbn.data.datasets.jpeg import find_frame
 
 
 class Photo:

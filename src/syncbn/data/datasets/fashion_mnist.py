@@ -9,7 +9,7 @@ from importlib.resources import as_file, files
 
 import numpy as np
 
-from syncbn.data.datasets import ArrayDataset
+from syncbn.data.datasets.array import ArrayDataset
 
 CLASSES = (
     "T-shirt/top",

@@ -3,7 +3,7 @@
 The samplers and the random numbers are those of the OpenCV path: DALI decodes the windows they name, resizes and
 mirrors them. The order of the samples, the crops and the colours are therefore the same; pixels differ by what
 two decoders and two ways of shrinking differ by. DALI decodes JPEG that is upright and not CMYK. Of all else it is
-given the pixels that `syncbn.data.decoding` makes, so that the picture is the same.
+given the pixels that `syncbn.data.datasets.decoding` makes, so that the picture is the same.
 """
 
 from collections import deque
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncbn.data.augmentation import Augmentation, Plan, draw
-from syncbn.data.batches import ImageBatch, Normalisation
-from syncbn.data.cropping import Window
-from syncbn.data.datasets import ImageDataset, ReadError
-from syncbn.data.photo import Photo
-from syncbn.data.samplers import GlobalBatchSampler, SampleKey
-from syncbn.data.window_reader import WindowReader
+from syncbn.data.datasets.base import ImageDataset, ReadError
+from syncbn.data.loading.batches import ImageBatch, Normalisation
+from syncbn.data.loading.samplers import GlobalBatchSampler, SampleKey
+from syncbn.data.loading.window_reader import WindowReader
+from syncbn.data.transforms.augmentation import Augmentation, Plan, draw
+from syncbn.data.transforms.cropping import Window
+from syncbn.data.transforms.photo import Photo
 from syncbn.preprocessing import Preprocessing
 from syncbn.random_streams import AUGMENTATION_STREAM, random_stream
 

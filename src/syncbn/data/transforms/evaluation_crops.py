@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from syncbn.data.cropping import resize, resize_shorter_side, resized_shape
+from syncbn.data.transforms.cropping import resize, resize_shorter_side, resized_shape
 
 CROP_COUNTS = (1, 10, 144)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from syncbn.data.datasets import EncodedDataset, ReadError, ShardLayout
-from syncbn.data.splits import split_of, visible_folders
+from syncbn.data.datasets.base import EncodedDataset, ReadError, ShardLayout
+from syncbn.data.datasets.splits import split_of, visible_folders
 
 SHARD_BYTES = 100_000_000
 """Consecutive row groups of a file are shuffled as one shard of at least this size, which ``syncbn prepare`` uses."""

@@ -30,7 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from syncbn.data.jpeg import EXIF, exif_of, find_frame, is_cut_short
+from syncbn.data.datasets.jpeg import EXIF, exif_of, find_frame, is_cut_short
 
 SUFFIXES_OF_KIND = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),

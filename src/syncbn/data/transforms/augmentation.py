@@ -10,9 +10,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from syncbn.data.cropping import ATTEMPTS, RandomCrop, Window, cut_and_resize, fit_square
-from syncbn.data.photo import Photo
-from syncbn.data.photometric import ColourMap, PhotometricDistortion
+from syncbn.data.transforms.cropping import ATTEMPTS, RandomCrop, Window, cut_and_resize, fit_square
+from syncbn.data.transforms.photo import Photo
+from syncbn.data.transforms.photometric import ColourMap, PhotometricDistortion
 
 
 class Draws(NamedTuple):
