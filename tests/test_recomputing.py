@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from ranks import run_ranks
 from syncbn import recomputing
-from syncbn.benchmarks.gpu_layer import CUDNN
-from syncbn.benchmarks.gpu_step import KEPT, StepSetting
-from syncbn.benchmarks.live_tensors import live_bytes
-from syncbn.benchmarks.measure import OURS
+from syncbn.benchmarks.gpu.layer import CUDNN
+from syncbn.benchmarks.gpu.step import KEPT, StepSetting
+from syncbn.benchmarks.harness.live_tensors import live_bytes
+from syncbn.benchmarks.harness.measure import OURS
 from syncbn.benchmarks.memory import measure_courses
 from syncbn.models import inception_bn
 from syncbn.models.blocks import max_pool_halving

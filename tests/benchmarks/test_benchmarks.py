@@ -8,7 +8,8 @@ import pytest
 from torch import nn
 
 from real_data import real_data
-from syncbn.benchmarks import layer, measure, peers, world
+from syncbn.benchmarks import layer
+from syncbn.benchmarks.harness import measure, peers, world
 
 
 def benchmark(section, output, *arguments):

@@ -8,8 +8,8 @@ import pytest
 
 from syncbn.benchmarks import collectives
 from syncbn.benchmarks.collectives import ALGORITHMS, GATHERED, GROUPED, PER_LAYER, Constants
-from syncbn.benchmarks.messages import ALL_REDUCE, Message
-from syncbn.benchmarks.peers import ALL_GATHER
+from syncbn.benchmarks.harness.messages import ALL_REDUCE, Message
+from syncbn.benchmarks.harness.peers import ALL_GATHER
 
 CHANNELS, LAYERS = 10_016, 69  # of Inception-BN's norms, all together
 

@@ -12,11 +12,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from syncbn.benchmarks import gpu, gpu_layer, gpu_pool, gpu_targets, measure
-from syncbn.benchmarks.gpu_step import GRAPH, StepSetting, TrainingStep, build, verify
-from syncbn.benchmarks.gpu_timing import Replay, captured
-from syncbn.benchmarks.measure import Row
-from syncbn.benchmarks.peers import stock_inception
+from syncbn.benchmarks.gpu import command as gpu_command
+from syncbn.benchmarks.gpu import layer as gpu_layer
+from syncbn.benchmarks.gpu import pool as gpu_pool
+from syncbn.benchmarks.gpu import targets as gpu_targets
+from syncbn.benchmarks.gpu.step import GRAPH, StepSetting, TrainingStep, build, verify
+from syncbn.benchmarks.gpu.timing import Replay, captured
+from syncbn.benchmarks.harness import measure, report
+from syncbn.benchmarks.harness.measure import Row
+from syncbn.benchmarks.harness.peers import stock_inception
 from syncbn.models import inception_bn
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -112,7 +116,7 @@ def test_a_failure_costs_no_other_figure(tmp_path):
         raise RuntimeError("out of luck")
 
     row = Row("step", "step, 2 x 32 px", "channels_last", 1, "syncbn", 1.0, 1.0, 1.0, 1.0)
-    session = gpu.Session(tmp_path / "partial.csv", 60, measure.console())
+    session = gpu_command.Session(tmp_path / "partial.csv", 60, report.console())
     session.measure("first", lambda: [row])
     session.measure("second", fails)
     session.measure("third", lambda: [row])
@@ -143,7 +147,7 @@ def test_every_target_is_found_in_the_results():
 
 @pytest.fixture
 def group_of_one():
-    with gpu.group_of_one("cuda" if torch.cuda.is_available() else "cpu"):
+    with gpu_command.group_of_one("cuda" if torch.cuda.is_available() else "cpu"):
         yield dist.group.WORLD
 
 
@@ -153,7 +157,7 @@ def test_the_networks_are_verified(group_of_one, monkeypatch):
     network = setting.network()
     network.stem.conv2.bn.eps = 0.1
     monkeypatch.setattr(
-        "syncbn.benchmarks.gpu_step.makers", lambda setting: {"syncbn": lambda: network.requires_grad_()}
+        "syncbn.benchmarks.gpu.step.makers", lambda setting: {"syncbn": lambda: network.requires_grad_()}
     )
     with pytest.raises(measure.WrongContender, match="'syncbn' is off the float64 oracle"):
         verify(setting)
@@ -201,7 +205,7 @@ def test_the_forward_of_a_backward_to_be_captured_runs_where_graphs_are_captured
     backward_of = gpu_layer.backward_of
     monkeypatch.setattr(gpu_layer, "on_capture_stream", recorded)
     monkeypatch.setattr(gpu_layer, "backward_of", lambda *args: forwards.append(list(entered)) or backward_of(*args))
-    with gpu.group_of_one("cpu"):
+    with gpu_command.group_of_one("cpu"):
         for graphs in (False, True):
             forwards.clear()
             options = gpu_layer.Options("cpu", torch.float32, graphs, rounds=1, warmup=0, bandwidth=1e9)

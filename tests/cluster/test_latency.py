@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncbn.benchmarks import cable, latency
+from syncbn.benchmarks import latency
+from syncbn.benchmarks.harness import cable
+from syncbn.benchmarks.harness.world import run_ranks
 from syncbn.benchmarks.latency import TimedReduction, WaitingReduction, Watched
-from syncbn.benchmarks.world import run_ranks
 
 pytestmark = [
     pytest.mark.cluster,

@@ -38,12 +38,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from syncbn.benchmarks import measure
-from syncbn.benchmarks.measure import Row
-from syncbn.benchmarks.messages import ALL_REDUCE, Message, recorded
-from syncbn.benchmarks.peers import ALL_GATHER
+from syncbn.benchmarks.harness import measure, report
+from syncbn.benchmarks.harness.measure import Row
+from syncbn.benchmarks.harness.messages import ALL_REDUCE, Message, recorded
+from syncbn.benchmarks.harness.peers import ALL_GATHER
+from syncbn.benchmarks.harness.world import run_ranks
 from syncbn.benchmarks.step import CONTENDERS, Setting
-from syncbn.benchmarks.world import run_ranks
 
 KEEP_MEMORY = False
 SIZES = [4**k for k in range(3, 12)]  # 64 bytes to 4 MiB
@@ -208,7 +208,7 @@ def show(rows: Sequence[Row], constants: dict[str, Constants], P: int, console: 
             console.print(f"{row.contender} on {P} ranks: model {row.median:.1f} ms, sent {sent[row.contender]:.1f} ms")
     projected = [row for row in rows if row.section == "projected"]
     units = list(dict.fromkeys(row.unit for row in projected))
-    title = measure.titled("One training step's synchronisation of Inception-BN, each rank", quick)
+    title = report.titled("One training step's synchronisation of Inception-BN, each rank", quick)
     table = Table("P", "scheme", title=title)
     for unit in units:
         table.add_column(unit, justify="right")
@@ -265,8 +265,8 @@ def run(
     sizes = SIZES
     if quick:
         sizes, projected, rounds, warmup = SIZES[::3], projected[-1:], 2, 0
-    console = measure.console()
-    with measure.progress(console) as bar:
+    console = report.console()
+    with report.progress(console) as bar:
         worlds = [P, *(p for p in projected if p != P)]
         task = bar.add_task("messages counted", total=len(worlds))
         counts = {}
@@ -288,12 +288,12 @@ def run(
 
 def publish(rows: Sequence[Row], output: Path, P: int, console: Console, quick: bool) -> None:
     """Write the CSV and the figure."""
-    from syncbn.benchmarks.plot import plot_projection
+    from syncbn.benchmarks.harness.plot import plot_projection
 
     threads = torch.get_num_threads() if launched() else 1
     path = output / f"{measure.environment(threads)['date']}-collectives.csv"
-    measure.write_csv(rows, path, threads)
+    report.write_csv(rows, path, threads)
     backend = "NCCL" if launched() and torch.cuda.is_available() else "gloo"
     title = f"A step's synchronisation of Inception-BN, from constants of {backend} on {P} ranks"
-    plot_projection(rows, path.with_suffix(".png"), measure.titled(title, quick))
+    plot_projection(rows, path.with_suffix(".png"), report.titled(title, quick))
     console.print(f"{path} and its .png", soft_wrap=True)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from syncbn.benchmarks import collectives, gpu, inference, latency, layer, loader, measure, memory, step
-from syncbn.benchmarks.cable import may_exist
+from syncbn.benchmarks import collectives, inference, latency, layer, loader, memory, step
+from syncbn.benchmarks.gpu import command as gpu_command
+from syncbn.benchmarks.harness import measure
+from syncbn.benchmarks.harness.cable import may_exist
 from syncbn.paths import ExpandingParser
 
 SECTIONS: dict[str, Any] = {
@@ -22,7 +24,7 @@ SECTIONS: dict[str, Any] = {
     "loader": loader,
     "inference": inference,
     "memory": memory,
-    "gpu": gpu,
+    "gpu": gpu_command,
 }
 """Each module has a function `run`, whose parameters are options, and KEEP_MEMORY (see `measure`)."""
 

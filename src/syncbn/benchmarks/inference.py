@@ -14,7 +14,6 @@ Contenders are the same network on the same images; each is compared with it in 
 
 import copy
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -23,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from syncbn.benchmarks import measure
-from syncbn.benchmarks.measure import FORMATS, OURS, Row
+from syncbn.benchmarks.harness import measure, report
+from syncbn.benchmarks.harness.measure import FORMATS, OURS, Row
 from syncbn.inference.graphs import GRAPHS
 from syncbn.models import InceptionBN, inception_bn
 from syncbn.models.weights import load_network
@@ -78,7 +77,7 @@ def measure_network(network: InceptionBN, pixels: int, batch: int, rounds: int, 
             contenders = make_contenders(laid_out, given, folder)
             for contender, run in contenders.items():
                 measure.verify(contender, {"logits": measure.relative_error(run(), expected)}, TOLERANCE)
-            times = measure.time_in_turns(contenders, rounds, clock=time.process_time)
+            times = measure.time_in_turns(contenders, rounds, timer=measure.cpu_time)
             rows += measure.rows_of("inference", f"{batch} x {pixels} px", name, 1, times)
     return rows
 
@@ -107,9 +106,9 @@ def run(
     if quick:
         pixels, batch, width, rounds = [32], [2], 0.125, 2
     network = network_of_noise(width) if weights is None else load_network(weights)
-    console = measure.console()
+    console = report.console()
     rows: list[Row] = []
-    with measure.progress(console) as progress, tempfile.TemporaryDirectory() as name:
+    with report.progress(console) as progress, tempfile.TemporaryDirectory() as name:
         task = progress.add_task("", total=None)
         for side in pixels or [224]:
             folder = Path(name) / str(side)
@@ -117,8 +116,8 @@ def run(
             for count in batch or [1, 16]:
                 progress.update(task, description=f"{count} x {side} px")
                 rows += measure_network(network, side, count, rounds, folder)
-    title = measure.titled("Inference: CPU time of a batch, folded (syncbn) and not", quick)
-    measure.publish(rows, output, "inference", title, 1, console)
+    title = report.titled("Inference: CPU time of a batch, folded (syncbn) and not", quick)
+    report.publish(rows, output, "inference", title, 1, console)
     for row in rows:
         images = int(row.shape.partition(" ")[0])
         console.print(f"{row.contender}, {row.shape}, {row.memory_format}: {1000 * images / row.median:.1f} images/s")

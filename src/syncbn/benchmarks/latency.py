@@ -27,11 +27,11 @@ from rich.console import Console
 from torch import Tensor
 
 from syncbn import exchange
-from syncbn.benchmarks import measure
-from syncbn.benchmarks.cable import delayed_cable
-from syncbn.benchmarks.measure import OURS, Row
+from syncbn.benchmarks.harness import measure, report
+from syncbn.benchmarks.harness.cable import delayed_cable
+from syncbn.benchmarks.harness.measure import OURS, Row
+from syncbn.benchmarks.harness.world import run_ranks
 from syncbn.benchmarks.step import CONTENDERS, Setting, Trainer, verify
-from syncbn.benchmarks.world import run_ranks
 from syncbn.channel import Ticket
 from syncbn.distributed import Reduction
 from syncbn.models.blocks import UnitSpec
@@ -197,16 +197,16 @@ def run(
     Raises:
         ValueError: this machine or user cannot make two network namespaces, or there is no such module.
     """
-    console = measure.console()
+    console = report.console()
     if quick:
         delay_ms, batch, module_batch, rounds, warmup = 1.0, 2, 1, 1, 0
     settings = Setting(pixels, batch, width), ModuleSetting(module, module_batch)
     rows: list[Row] = []
-    with delayed_cable(delay_ms) as hosts, measure.progress(console) as bar:
+    with delayed_cable(delay_ms) as hosts, report.progress(console) as bar:
         task = bar.add_task(f"two hosts, {delay_ms:g} ms each way", total=3)
         for more in run_ranks(measure_on_rank, RANKS, *settings, rounds, warmup, hosts=hosts):
             rows += more
             bar.update(task, advance=1)
     title = f"Inception-BN on two hosts, {delay_ms:g} ms each way, one thread each, float32"
-    measure.publish(rows, output, "latency", measure.titled(title, quick), 1, console)
+    report.publish(rows, output, "latency", report.titled(title, quick), 1, console)
     show_hidden(rows, console)

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.benchmarks import measure
-from syncbn.benchmarks.measure import FORMATS, OURS, Row
-from syncbn.benchmarks.peers import ARITHMETIC, EXCHANGE, PeerBatchNorm
-from syncbn.benchmarks.world import run_ranks
+from syncbn.benchmarks.harness import measure, report
+from syncbn.benchmarks.harness.measure import FORMATS, OURS, Row
+from syncbn.benchmarks.harness.peers import ARITHMETIC, EXCHANGE, PeerBatchNorm
+from syncbn.benchmarks.harness.world import run_ranks
 from syncbn.models.inception_bn import STEM_CONV1, STEM_CONV2, STEM_REDUCE, TABLE
 from syncbn.nn import SyncBatchNorm
 from syncbn.ops import reference
@@ -230,7 +230,7 @@ def run(
     Raises:
         ValueError: `batch` does not divide among the ranks.
     """
-    console = measure.console()
+    console = report.console()
     layers = layer_shapes()
     if quick:
         layers, batch, rounds, warmup = QUICK_SHAPES, min(batch, 8), 2, 0
@@ -243,7 +243,7 @@ def run(
     for name in ("alone", "ranks") if part == "both" else (part,):
         rows: list[Row] = []
         processes = [1] if name == "alone" else ranks
-        with measure.progress(console) as bar:
+        with report.progress(console) as bar:
             task = bar.add_task(name, total=len(shapes) * len(formats) * len(processes))
             for P in processes:
                 arguments = (shapes, list(formats), activation, rounds, warmup)
@@ -261,8 +261,8 @@ def run(
                     bar.update(task, advance=1, description=last)
         used = torch.get_num_threads() if name == "alone" else 1
         title = f'One layer, part "{name}": forward and backward, float32, {used} thread(s) a rank'
-        measure.publish(
-            rows, output, f"layer-{name}" + ("-relu" if activation else ""), measure.titled(title, quick), used, console
+        report.publish(
+            rows, output, f"layer-{name}" + ("-relu" if activation else ""), report.titled(title, quick), used, console
         )
         for line in over_the_network(rows, layers):
             console.print(line, soft_wrap=True)

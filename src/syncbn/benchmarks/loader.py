@@ -34,8 +34,8 @@ from PIL import Image
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from syncbn.benchmarks import measure
-from syncbn.benchmarks.measure import OURS, Row
+from syncbn.benchmarks.harness import measure, report
+from syncbn.benchmarks.harness.measure import OURS, Row
 from syncbn.data import (
     Augmentation,
     BatchedImages,
@@ -180,7 +180,7 @@ def measure_decoding(dataset: ImageFolderDataset, augmentation: Augmentation, ro
         "Pillow": partial(loop, pillow),
         "torchvision style": partial(loop, torchvision_style),
     }
-    times = measure.time_in_turns(contenders, rounds, warmup=1, clock=time.process_time)
+    times = measure.time_in_turns(contenders, rounds, warmup=1, timer=measure.cpu_time)
     per_photo = {name: [value / len(paths) for value in values] for name, values in times.items()}
     return measure.rows_of("decode", f"a photo to {PIXELS} px", "contiguous", 1, per_photo)
 
@@ -273,7 +273,7 @@ def row(section: str, shape: str, values: list[float], ratio: float, unit: str) 
     return Row(section, shape, "contiguous", 1, OURS, median, p20, p80, ratio, unit)
 
 
-def report(rows: Sequence[Row], console: Console) -> None:
+def print_other_rows(rows: Sequence[Row], console: Console) -> None:
     """Print what the table leaves out."""
     for found in rows:
         if found.unit != "ms":
@@ -309,7 +309,7 @@ def run(
         raise ValueError(f"--loader.photos {photos} is not a folder: name one of JPEG files, or leave it out")
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    console = measure.console()
+    console = report.console()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "photos").mkdir()
@@ -331,5 +331,5 @@ def run(
             rows += measure_memory(dataset, augmentation, images, folder)
     if part in ("all", "decode"):
         title = f"Loader: CPU time of a photo{'' if photos else ' (made up)'}, {augmentation}"
-        measure.publish(rows, output, "loader", measure.titled(title, quick), 1, console)
-    report(rows, console)
+        report.publish(rows, output, "loader", report.titled(title, quick), 1, console)
+    print_other_rows(rows, console)

@@ -23,11 +23,11 @@ import matplotlib.pyplot as plt
 import torch
 from rich.table import Table
 
-from syncbn.benchmarks import measure
-from syncbn.benchmarks.gpu_layer import CUDNN
-from syncbn.benchmarks.gpu_step import KEPT, StepSetting, build, verify
-from syncbn.benchmarks.live_tensors import MEBIBYTE, live_bytes
-from syncbn.benchmarks.measure import OURS, Row
+from syncbn.benchmarks.gpu.layer import CUDNN
+from syncbn.benchmarks.gpu.step import KEPT, StepSetting, build, verify
+from syncbn.benchmarks.harness import measure, report
+from syncbn.benchmarks.harness.live_tensors import MEBIBYTE, live_bytes
+from syncbn.benchmarks.harness.measure import OURS, Row
 
 KEEP_MEMORY = True
 CONTENDERS = (OURS, KEPT, CUDNN)
@@ -71,20 +71,20 @@ def run(
     if quick:
         batch, timed_batch, pixels, width, rounds = 8, 2, 64, 0.25, 2
     counted, timed = (StepSetting(n, pixels, width, "cpu") for n in (batch, timed_batch))
-    console = measure.console()
+    console = report.console()
     verify(timed)
     courses = measure_courses(counted)
     rows = rows_of(counted, courses)
     steps = {name: build(name, timed) for name in CONTENDERS}
     rows += measure.rows_of("step", str(timed), "channels_last", 1, measure.time_in_turns(steps, rounds, 1))
-    table = Table("contender", "MiB at most", "syncbn / this", title=measure.titled(f"Memory of a {counted}", quick))
+    table = Table("contender", "MiB at most", "syncbn / this", title=report.titled(f"Memory of a {counted}", quick))
     for row in rows[: len(courses)]:
         table.add_row(row.contender, f"{row.median:,.0f}", f"{row.ratio:.3f}")
     console.print(table)
-    measure.show(rows, measure.titled("A training step's time, activations kept or not", quick), console)
+    report.show(rows, report.titled("A training step's time, activations kept or not", quick), console)
     path = output / f"{measure.environment(1)['date']}-memory.csv"
-    measure.write_csv(rows, path, 1)
-    title = measure.titled(f"Inception-BN, {counted}, bfloat16 autocast", quick)
+    report.write_csv(rows, path, 1)
+    title = report.titled(f"Inception-BN, {counted}, bfloat16 autocast", quick)
     plot_courses(courses, path.with_suffix(".png"), title)
     console.print(f"{path} and its .png", soft_wrap=True)
 

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.benchmarks import measure
-from syncbn.benchmarks.measure import FORMATS, OURS, Row
-from syncbn.benchmarks.messages import recorded
-from syncbn.benchmarks.peers import Arithmetic, PeerBatchNorm, stock_inception
-from syncbn.benchmarks.world import run_ranks
+from syncbn.benchmarks.harness import measure, report
+from syncbn.benchmarks.harness.measure import FORMATS, OURS, Row
+from syncbn.benchmarks.harness.messages import recorded
+from syncbn.benchmarks.harness.peers import Arithmetic, PeerBatchNorm, stock_inception
+from syncbn.benchmarks.harness.world import run_ranks
 from syncbn.models import InceptionBN, inception_bn
 from syncbn.ops import reference
 
@@ -242,7 +242,7 @@ def run(
     Raises:
         ValueError: not as many values of one of the first three as of the others.
     """
-    console = measure.console()
+    console = report.console()
     if quick:
         pixels, batch, width, formats, rounds, warmup = [32], [2], [0.125], formats[:1], 1, 0
     if not len(pixels) == len(batch) == len(width):
@@ -250,11 +250,11 @@ def run(
         raise ValueError(f"one value for each setting: got {given}")
     settings = [Setting(*s, f) for s in zip(pixels, batch, width, strict=True) for f in formats]
     rows: list[Row] = []
-    with measure.progress(console) as bar:
+    with report.progress(console) as bar:
         task = bar.add_task("Inception-BN", total=len(settings))
         for more in run_ranks(measure_on_rank, ranks, ranks, settings, rounds, warmup):
             rows += more
             bar.update(task, advance=1, description=f"{more[0].shape}, {more[0].memory_format}")
     title = f"Training step of Inception-BN, {ranks} ranks of one thread, float32"
-    measure.publish(rows, output, "step", measure.titled(title, quick), 1, console)
+    report.publish(rows, output, "step", report.titled(title, quick), 1, console)
     show_messages(rows, console)

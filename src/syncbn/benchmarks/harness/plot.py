@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from syncbn.benchmarks.measure import OURS, Row
+from syncbn.benchmarks.harness.measure import OURS, Row
 
 MARKERS = {"contiguous": "o", "channels_last": "s"}
 

@@ -36,10 +36,9 @@ import torch._functorch.config as functorch_config
 import torch.distributed as dist
 from rich.console import Console
 
-from syncbn.benchmarks import measure
-from syncbn.benchmarks.gpu_layer import Options, measure_shape
-from syncbn.benchmarks.gpu_pool import Pool, measure_pool, pools
-from syncbn.benchmarks.gpu_step import (
+from syncbn.benchmarks.gpu.layer import Options, measure_shape
+from syncbn.benchmarks.gpu.pool import Pool, measure_pool, pools
+from syncbn.benchmarks.gpu.step import (
     CADENE,
     COMPILED,
     GRAPH,
@@ -51,10 +50,11 @@ from syncbn.benchmarks.gpu_step import (
     measure_step,
     verify,
 )
-from syncbn.benchmarks.gpu_targets import show_targets
-from syncbn.benchmarks.gpu_timing import copy_bandwidth
+from syncbn.benchmarks.gpu.targets import show_targets
+from syncbn.benchmarks.gpu.timing import copy_bandwidth
+from syncbn.benchmarks.harness import measure, report
+from syncbn.benchmarks.harness.measure import OURS, Row
 from syncbn.benchmarks.layer import layer_shapes
-from syncbn.benchmarks.measure import OURS, Row
 
 KEEP_MEMORY = False
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -95,7 +95,7 @@ class Session:
             self.console.print(traceback.format_exc(), markup=False, highlight=False)
             return
         self.rows += rows
-        measure.write_csv(self.rows, self.path, torch.get_num_threads())
+        report.write_csv(self.rows, self.path, torch.get_num_threads())
         best = ", ".join(f"{r.contender} {r.median:.4g} ({r.ratio:.2f})" for r in rows if r.unit == "ms")
         self.console.print(f"{what} in {time.monotonic() - start:.0f} s: {best}", markup=False, highlight=False)
 
@@ -133,7 +133,7 @@ def run(
     """
     if device == "cuda" and not (torch.cuda.is_available() and dist.is_nccl_available()):
         raise ValueError("--section gpu needs an NVIDIA GPU, CUDA and NCCL, and found none: run it where they are")
-    console = measure.console()
+    console = report.console()
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     words = ["gpu", name.replace(" ", "-"), dtype, *(["graphs"] if graphs else [])]
     path = output / f"{measure.environment(torch.get_num_threads())['date']}-{'-'.join(words)}.csv"
@@ -161,12 +161,12 @@ def run(
                 compiled = partial(measure_step, setting, [OURS, COMPILED], rounds, warmup)
                 session.measure(f"{setting}, compiled", compiled, COMPILING_A_NETWORK)
     if session.rows:
-        title = measure.titled(
+        title = report.titled(
             f"Inception-BN's layers with ReLU, its max pools and its step, {dtype}, {name}, "
             f"a copy moves {bandwidth / 1e12:.2f} TB/s",
             quick,
         )
-        measure.publish(session.rows, output, "-".join(words), title, torch.get_num_threads(), console)
+        report.publish(session.rows, output, "-".join(words), title, torch.get_num_threads(), console)
         show_targets(session.rows, console)
     if session.left_out:
         console.print(f"left out after {seconds:.0f} s: {'; '.join(session.left_out)}", markup=False)

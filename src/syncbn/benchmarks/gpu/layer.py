@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.benchmarks import measure
-from syncbn.benchmarks.gpu_timing import captured, on_capture_stream, time_in_turns
+from syncbn.benchmarks.gpu.timing import captured, on_capture_stream, time_in_turns
+from syncbn.benchmarks.harness import measure
+from syncbn.benchmarks.harness.measure import FORMATS, OURS, Row
 from syncbn.benchmarks.layer import Shape
-from syncbn.benchmarks.measure import FORMATS, OURS, Row
 from syncbn.nn import SyncBatchNorm
 from syncbn.ops import reference
 

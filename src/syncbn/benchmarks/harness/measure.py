@@ -5,7 +5,6 @@ their times. A ratio in the results is the median over rounds of: time of syncbn
 syncbn is faster.
 """
 
-import csv
 import datetime
 import gc
 import math
@@ -14,16 +13,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
 
 OURS = "syncbn"
@@ -95,41 +91,18 @@ def verify(contender: str, errors: Mapping[str, float], tolerance: float) -> Non
         raise WrongContender(f"{contender!r} is off the float64 oracle (at most {tolerance:.0e} is accepted): {off}")
 
 
-def time_in_turns(
-    contenders: Mapping[str, Callable[[], Any]],
-    rounds: int,
-    warmup: int = 2,
-    least_ms: float = 5.0,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Time each contender once a round.
+Timer = Callable[[Callable[[], Any], int], float]
+"""Calls a function some times; returns milliseconds per call."""
 
-    In a world of several ranks all start together and the slowest rank's time counts.
 
-    Args:
-        contenders: what to call, by name.
-        rounds: how many are kept.
-        warmup: how many come before these.
-        least_ms: a contender that takes less is called several times for one timing, as often as all others.
-        clock: in seconds; `time.process_time` leaves out what neighbours on the machine do, and other processes too.
+def wall_time(run: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds per call that pass; all ranks of a world begin together."""
+    return _milliseconds(run, repeats, time.perf_counter)
 
-    Returns:
-        Milliseconds per call, one for each round, by name.
-    """
-    for run in contenders.values():
-        run()
-    first = _slowest([_milliseconds(run, 1, clock) for run in contenders.values()])
-    repeats = min(MAX_REPEATS, max(1, math.ceil(least_ms / min(first))))
-    times = []
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(warmup + rounds):
-            times.append([_milliseconds(run, repeats, clock) for run in contenders.values()])
-    finally:
-        gc.enable()
-    kept = torch.tensor(times[warmup:]).T.contiguous()
-    return dict(zip(contenders, (_slowest(row) for row in kept.tolist()), strict=True))
+
+def cpu_time(run: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds per call of this process's CPU time; all ranks of a world begin together."""
+    return _milliseconds(run, repeats, time.process_time)
 
 
 def _milliseconds(run: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
@@ -141,8 +114,48 @@ def _milliseconds(run: Callable[[], Any], repeats: int, clock: Callable[[], floa
     return (clock() - start) / repeats * 1e3
 
 
+def time_in_turns(
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    least_ms: float = 5.0,
+    timer: Timer = wall_time,
+    max_repeats: int = MAX_REPEATS,
+) -> dict[str, list[float]]:
+    """Time each contender once a round.
+
+    In a world of several ranks all start together and the slowest rank's time counts.
+
+    Args:
+        contenders: what to call, by name.
+        rounds: how many are kept.
+        warmup: how many come before these.
+        least_ms: a contender that takes less is called several times for one timing, as often as all others.
+        timer: `wall_time`; `cpu_time`, which leaves out other processes of the machine and this one's other waits; or
+            a device's own.
+        max_repeats: how often a contender is called for one timing at most.
+
+    Returns:
+        Milliseconds per call, one for each round, by name.
+    """
+    for run in contenders.values():
+        run()
+    first = _slowest([timer(run, 1) for run in contenders.values()])
+    repeats = min(max_repeats, max(1, math.ceil(least_ms / min(first))))
+    times = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(warmup + rounds):
+            times.append([timer(run, repeats) for run in contenders.values()])
+    finally:
+        gc.enable()
+    kept = torch.tensor(times[warmup:]).T.contiguous()
+    return dict(zip(contenders, (_slowest(row) for row in kept.tolist()), strict=True))
+
+
 def _slowest(times: list[float]) -> list[float]:
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return times
     longest = torch.tensor(times, dtype=torch.float64)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
@@ -192,63 +205,3 @@ def environment(threads: int) -> dict[str, str | int]:
 def _cpu_info() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []
-
-
-def write_csv(rows: Sequence[Row], path: Path, threads: int) -> None:
-    """Write rows to `path`, one line for each, with the environment before it; `threads` of each rank."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*environment(threads), *(field.name for field in fields(Row))])
-        writer.writeheader()
-        for row in rows:
-            numbers = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-            writer.writerow({**environment(threads), **numbers})
-
-
-def show(rows: Sequence[Row], title: str, console: Console) -> None:
-    """Print the medians as a table, each with its ratio, and below it the geometric means of the ratios."""
-    timed = [row for row in rows if row.unit == "ms"]
-    names = list(dict.fromkeys(row.contender for row in timed))
-    table = Table(title=title, caption="median in ms (ratio: time of syncbn / time of this contender)")
-    for column in ("what", "format", "P", *names):
-        table.add_column(column, justify="left" if column in ("what", "format") else "right")
-    lines: dict[tuple[str, str, int], dict[str, str]] = {}
-    for row in timed:
-        ratio = "" if row.contender == OURS else f" ({row.ratio:.2f})"
-        lines.setdefault((row.shape, row.memory_format, row.ranks), {})[row.contender] = f"{row.median:.2f}{ratio}"
-    means: dict[tuple[str, str, int], dict[str, str]] = {}
-    for (_, ranks, memory_format, contender), mean in geometric_means(rows).items():
-        means.setdefault(("geometric mean", memory_format, ranks), {})[contender] = f"({mean:.2f})"
-    for block in (lines, means):
-        for (shape, memory_format, ranks), cells in block.items():
-            table.add_row(shape, memory_format, str(ranks), *(cells.get(name, "") for name in names))
-        table.add_section()
-    console.print(table)
-
-
-def titled(title: str, quick: bool) -> str:
-    """The title of a table or picture; a smoke run says that it is one."""
-    return f"{SMOKE_RUN}: {title}" if quick else title
-
-
-def publish(rows: Sequence[Row], output: Path, name: str, title: str, threads: int, console: Console) -> None:
-    """Print the table; write the CSV and, beside it, the figure, named by date and `name`."""
-    from syncbn.benchmarks.plot import plot_ratios  # which needs this file
-
-    path = output / f"{environment(threads)['date']}-{name}.csv"
-    show(rows, title, console)
-    write_csv(rows, path, threads)
-    plot_ratios(rows, path.with_suffix(".png"), f"{title}\n{environment(threads)['cpu']}, torch {torch.__version__}")
-    console.print(f"{path} and its .png", soft_wrap=True)
-
-
-def console() -> Console:
-    """Wide enough for the tables where the output is no terminal."""
-    found = Console()
-    return found if found.is_terminal else Console(width=150)
-
-
-def progress(console: Console) -> Progress:
-    """A progress bar that says what is being timed."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn.benchmarks import measure
-from syncbn.benchmarks.gpu_layer import (
+from syncbn.benchmarks.gpu.layer import (
     CUDNN,
     GROUP_OF_ONE,
     STOCK_SYNC,
@@ -20,10 +19,11 @@ from syncbn.benchmarks.gpu_layer import (
     StockSyncBatchNorm,
     stock,
 )
-from syncbn.benchmarks.gpu_timing import captured, time_in_turns
-from syncbn.benchmarks.live_tensors import MEBIBYTE, live_bytes
-from syncbn.benchmarks.measure import FORMATS, OURS, Row
-from syncbn.benchmarks.peers import stock_inception
+from syncbn.benchmarks.gpu.timing import captured, time_in_turns
+from syncbn.benchmarks.harness import measure
+from syncbn.benchmarks.harness.live_tensors import MEBIBYTE, live_bytes
+from syncbn.benchmarks.harness.measure import FORMATS, OURS, Row
+from syncbn.benchmarks.harness.peers import stock_inception
 from syncbn.benchmarks.step import CLASSES, OracleNorm, state_and_gradients
 from syncbn.models import InceptionBN, inception_bn
 from syncbn.nn import SyncBatchNorm

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import channel
-from syncbn.benchmarks.peers import ALL_GATHER
+from syncbn.benchmarks.harness.peers import ALL_GATHER
 
 ALL_REDUCE = "all_reduce"
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from syncbn.benchmarks.gpu_layer import CUDNN, FLOOR, STOCK_SYNC, TENSORS_MOVED
-from syncbn.benchmarks.gpu_step import CADENE, GRAPH, IMAGES_PER_SECOND, PEAK_MEMORY
-from syncbn.benchmarks.measure import OURS, Row
+from syncbn.benchmarks.gpu.layer import CUDNN, FLOOR, STOCK_SYNC, TENSORS_MOVED
+from syncbn.benchmarks.gpu.step import CADENE, GRAPH, IMAGES_PER_SECOND, PEAK_MEMORY
+from syncbn.benchmarks.harness.measure import OURS, Row
 
 LARGE = 25e6  # elements: 50 MB in bfloat16
 

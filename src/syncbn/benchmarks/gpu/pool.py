@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn.benchmarks import measure
-from syncbn.benchmarks.gpu_layer import FLOOR, TOLERANCE, Options, normal, time_prepared
-from syncbn.benchmarks.measure import OURS, Row
+from syncbn.benchmarks.gpu.layer import FLOOR, TOLERANCE, Options, normal, time_prepared
+from syncbn.benchmarks.harness import measure
+from syncbn.benchmarks.harness.measure import OURS, Row
 from syncbn.models.inception_bn import STEM_CONV1, STEM_CONV2, TABLE
 from syncbn.ops.max_pool import max_pool2d
 

@@ -1,15 +1,14 @@
 """Times on a device, by its own clock; and CUDA graphs of what is timed. On a CPU a dry run of the same code."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
-from syncbn.benchmarks import measure
+from syncbn.benchmarks.harness import measure
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**20}
 LEAST_MS = 2.0
@@ -73,17 +72,8 @@ def time_in_turns(
     runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int, device: str
 ) -> dict[str, list[float]]:
     """Milliseconds of each round, by contender: of the device, between two events around some calls."""
-    for run in runs.values():
-        run()
-    first = min(milliseconds(run, 3, device) for run in runs.values())
-    repeats = min(MOST_REPEATS, max(1, math.ceil(LEAST_MS / first)))
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(warmup + rounds):
-        for name, run in runs.items():
-            taken = milliseconds(run, repeats, device)
-            if turn >= warmup:
-                times[name].append(taken)
-    return times
+    timer = partial(milliseconds, device=device)
+    return measure.time_in_turns(runs, rounds, warmup, LEAST_MS, timer, MOST_REPEATS)
 
 
 def milliseconds(run: Callable[[], Any], repeats: int, device: str) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from syncbn.benchmarks.cable import Host
+from syncbn.benchmarks.harness.cable import Host
 
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "syncbn"])
