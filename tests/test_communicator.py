@@ -17,9 +17,9 @@ from torch import nn
 
 import syncbn
 from ranks import run_ranks
-from syncbn import communicator
-from syncbn.channel import _channel
-from syncbn.communicator import SHARE
+from syncbn.collectives import communicator
+from syncbn.collectives.channel import _channel
+from syncbn.collectives.communicator import SHARE
 from syncbn.nn import SyncBatchNorm
 
 MEMBERS = [0, 2]

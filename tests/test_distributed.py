@@ -6,8 +6,8 @@ import torch.distributed as dist
 
 import syncbn
 from ranks import RankError, run_ranks
-from syncbn import distributed
-from syncbn.agreement import LayerName, Message, id_of
+from syncbn.collectives import traced
+from syncbn.collectives.agreement import LayerName, Message, id_of
 
 
 def groups_of(rank, size):
@@ -84,7 +84,7 @@ def all_reduce_differentiable(rank):
     """Sum over ranks; its gradient is the sum over ranks; and so again."""
     x = torch.tensor([1.0 + rank, 2.0], dtype=torch.float64, requires_grad=True)
     message = torch.cat([x, torch.tensor([7, 49], dtype=torch.float64)])
-    total = distributed.all_reduce_differentiable(message, dist.group.WORLD, 7)
+    total = traced.all_reduce_differentiable(message, dist.group.WORLD, 7)
     (first,) = torch.autograd.grad((total[:2] ** 3).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     return total[:2].tolist(), first.tolist(), second.tolist()
@@ -104,7 +104,7 @@ def ids_that_differ(rank):
     are_nan = []
     for id in (5, 5 + rank, 7 - rank):
         message = torch.tensor([1.0, 2.0, id, id**2], dtype=torch.float64)
-        sums = distributed.all_reduce_differentiable(message, dist.group.WORLD, id)
+        sums = traced.all_reduce_differentiable(message, dist.group.WORLD, id)
         are_nan.append(sums[:2].isnan().all().item())
     return are_nan
 

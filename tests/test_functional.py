@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ranks import run_ranks
-from syncbn import SyncBatchNorm, channel
+from syncbn import SyncBatchNorm
+from syncbn.collectives import channel
 from syncbn.nn import start_sync_batch_norm
 
 

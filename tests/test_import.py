@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,7 @@ ORDER = [
     "paths",
     "pictures",
     "ops",
-    "communicator",
-    "agreement",
-    "channel",
-    "distributed",
+    "collectives",
     "recomputing",
     "memory",
     "exchange",
@@ -93,7 +91,7 @@ def test_import_brings_little_besides_itself(imported):
 
 
 def test_parts_without_the_trainer():
-    loaded = modules_after("import syncbn.nn, syncbn.ops, syncbn.models, syncbn.distributed")
+    loaded = modules_after("import syncbn.nn, syncbn.ops, syncbn.models, syncbn.collectives.reduction")
     assert [m for m in ("lightning", "deepspeed", "matplotlib", "cv2") if m in loaded] == []
 
 
@@ -171,11 +169,11 @@ def calls_of_collectives(tree):
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_only_one_file_calls_collectives(path):
+def test_only_one_folder_calls_collectives(path):
     found = list(calls_of_collectives(ast.parse(path.read_text())))
     if part_of(path) == "benchmarks":  # where the algorithms of others have their own
         return
-    assert (found != []) == (path == PACKAGE / "distributed.py"), found
+    assert found == [] or part_of(path) == "collectives", found
 
 
 def test_the_search_for_collectives_finds_them():
@@ -186,3 +184,27 @@ def test_the_search_for_collectives_finds_them():
         "torch.ops._c10d_functional.all_reduce(x)",
     ):
         assert list(calls_of_collectives(ast.parse(text))), text
+
+
+def neighbours(folder):
+    """Which entries of a folder import which others of it."""
+    prefix = ("syncbn", *folder.relative_to(PACKAGE).parts)
+    found = {}
+    for path in folder.rglob("*.py"):
+        if path == folder / "__init__.py":
+            continue
+        own = path.relative_to(folder).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    name = (*node.module.split("."), alias.name)
+                    if name[: len(prefix)] == prefix and len(name) > len(prefix) and name[len(prefix)] != own:
+                        found.setdefault(own, set()).add(name[len(prefix)])
+    return found
+
+
+@pytest.mark.parametrize("folder", ["training", "data", "benchmarks", "collectives", "nn"])
+def test_imports_within_a_folder_run_one_way(folder):
+    graph = neighbours(PACKAGE / folder)
+    assert graph
+    TopologicalSorter(graph).prepare()

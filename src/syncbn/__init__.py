@@ -6,8 +6,8 @@
 import importlib
 from types import ModuleType
 
-from syncbn.agreement import LayerMismatch
-from syncbn.distributed import new_group
+from syncbn.collectives.agreement import LayerMismatch
+from syncbn.collectives.groups import new_group
 from syncbn.nn import (
     SyncBatchNorm,
     convert_sync_batchnorm,

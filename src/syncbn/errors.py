@@ -60,7 +60,7 @@ def explains_itself(error: Exception) -> bool:
     names = (  # looked up where they are loaded, since Lightning takes seconds to import
         ("jsonargparse", "ArgumentError"),
         ("lightning.fabric.utilities.exceptions", "MisconfigurationException"),
-        ("syncbn.agreement", "LayerMismatch"),
+        ("syncbn.collectives.agreement", "LayerMismatch"),
     )
     kinds = tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
     return isinstance(error, kinds) or was_raised_by_library(error)

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import ops
-from syncbn.agreement import LayerName, Message
-from syncbn.channel import ID_LENGTH, Ticket, agree
-from syncbn.distributed import Reduction, may_be_read
+from syncbn.collectives.agreement import LayerName, Message
+from syncbn.collectives.channel import ID_LENGTH, Ticket, agree
+from syncbn.collectives.reduction import Reduction, may_be_read
 from syncbn.memory import Memory, owners_of_forward
 from syncbn.recomputing import Kept, keep
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from syncbn import ops
-from syncbn.distributed import all_reduce_differentiable
+from syncbn.collectives.traced import all_reduce_differentiable
 from syncbn.exchange import (
     Exchange,
     Route,

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from syncbn import ops
-from syncbn.channel import ID_LENGTH
-from syncbn.distributed import launch_traced, nan_where_ranks_disagree, wait_traced
+from syncbn.collectives.channel import ID_LENGTH
+from syncbn.collectives.traced import launch_traced, nan_where_ranks_disagree, wait_traced
 from syncbn.exchange import Route, Statistics, batches_of, refuse_single_value
 from syncbn.functional import Norm, cut_by_relu, id_of_widths, is_transformed
 

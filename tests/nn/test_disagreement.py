@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from ranks import RankError, run_ranks
 from syncbn import SyncBatchNorm, sync_batch_norm_group
-from syncbn.agreement import Agreement, LayerName, Message
+from syncbn.collectives.agreement import Agreement, LayerName, Message
 
 TIMEOUT = 3  # of the process group, seconds
 

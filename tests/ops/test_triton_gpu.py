@@ -21,7 +21,8 @@ from pool_problems import (
 from torch import nn
 
 import syncbn
-from syncbn import distributed, ops
+from syncbn import ops
+from syncbn.collectives import reduction as distributed
 from syncbn.ops import aten, reference, triton_passes
 from syncbn.ops.max_pool import max_pool2d
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ranks import run_ranks
-from syncbn import channel
+from syncbn.collectives import channel
 from syncbn.data import ImageDataModule
 from syncbn.data.loading.order import ShuffledOrder
 from syncbn.models import inception_bn

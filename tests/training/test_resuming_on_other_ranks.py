@@ -13,8 +13,8 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from ranks import run_ranks
 from shard_cases import GLOBAL_BATCH_SIZE, SHUFFLE_WINDOW, digest_of, make_shards
+from syncbn.collectives.world import gather_objects
 from syncbn.data import Augmentation, ImageBatch, ImageDataModule
-from syncbn.distributed import gather_objects
 from syncbn.training import ImageClassifier, LeftOutImages, SynchronisedDDPStrategy
 from training.conftest import IGNORED
 

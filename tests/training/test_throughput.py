@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from ranks import run_ranks
 from syncbn import SyncBatchNorm
+from syncbn.collectives.reduction import observe_waits
 from syncbn.data import ImageDataModule
-from syncbn.distributed import observe_waits
 from syncbn.training import ImageClassifier, RunSummary, Throughput
 from syncbn.training.monitoring.step_clock import PARTS, DeviceMarks, HostMarks, StepClock, StepTime
 from syncbn.training.monitoring.throughput import WARM_UP_STEPS, Totals, WaitTimer

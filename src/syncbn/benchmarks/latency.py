@@ -32,8 +32,8 @@ from syncbn.benchmarks.harness.cable import delayed_cable
 from syncbn.benchmarks.harness.measure import OURS, Row
 from syncbn.benchmarks.harness.world import run_ranks
 from syncbn.benchmarks.step import CONTENDERS, Setting, Trainer, verify
-from syncbn.channel import Ticket
-from syncbn.distributed import Reduction
+from syncbn.collectives.channel import Ticket
+from syncbn.collectives.reduction import Reduction
 from syncbn.models.blocks import UnitSpec
 from syncbn.models.inception_bn import STEM_CONV2, TABLE, InceptionModule
 from syncbn.ops import Signature

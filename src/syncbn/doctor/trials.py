@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.distributed import sum_over_world
+from syncbn.collectives.world import sum_over_world
 from syncbn.doctor.facts import Facts, existing_part
 from syncbn.doctor.meeting import Meeting
 from syncbn.nn import SyncBatchNorm

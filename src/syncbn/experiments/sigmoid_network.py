@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from syncbn.collectives.world import sum_over_world
 from syncbn.data.datasets.array import ArrayDataset
 from syncbn.data.datasets.formats import open_image_sets
 from syncbn.data.loading.order import epoch_order
 from syncbn.data.loading.samplers import batches_per_epoch, part_of_range, split_global_batch
-from syncbn.distributed import sum_over_world
 from syncbn.experiments.provenance import UNKNOWN
 from syncbn.files import atomic_file
 from syncbn.nn import SyncBatchNorm

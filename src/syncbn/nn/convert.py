@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from syncbn import distributed
+from syncbn.collectives import groups
 from syncbn.nn.checks import check_module
 from syncbn.nn.sync_batch_norm import BatchNorm, SyncBatchNorm, call_in_graph
 
@@ -53,7 +53,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
             nothing is converted then.
     """
     check_module(module, "convert_sync_batchnorm")
-    distributed.check_member(process_group)
+    groups.check_member(process_group)
     found = [(name, layer, _target_class(name or "module", layer)) for name, layer in unsynchronised_layers(module)]
     for _, layer, target in found:
         _become_synchronised(layer, target, process_group)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from syncbn import distributed
+from syncbn.collectives import groups
 
 
 class GroupReference:
@@ -15,7 +15,7 @@ class GroupReference:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        distributed.check_member(group)
+        groups.check_member(group)
         self._group = group
         self._lost_ranks: list[int] | None = None
 
@@ -23,7 +23,7 @@ class GroupReference:
     def group(self) -> dist.ProcessGroup | None:
         """The group; None for the world."""
         if self._lost_ranks is not None:
-            self._group = distributed.find_group(self._lost_ranks)
+            self._group = groups.find_group(self._lost_ranks)
             if self._group is None:
                 raise ValueError(
                     f"this layer was pickled with a process group of ranks {self._lost_ranks}, and this process has no "
@@ -36,9 +36,9 @@ class GroupReference:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        ranks = self._lost_ranks or distributed.group_ranks(self._group)
+        ranks = self._lost_ranks or groups.group_ranks(self._group)
         return {"_group": None, "_lost_ranks": ranks}
 
     def __str__(self) -> str:
-        ranks = self._lost_ranks or distributed.group_ranks(self._group)
+        ranks = self._lost_ranks or groups.group_ranks(self._group)
         return "world" if ranks is None else str(ranks)

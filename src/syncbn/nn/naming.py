@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from syncbn.agreement import LayerName
+from syncbn.collectives.agreement import LayerName
 
 
 def layer_names(layers: Sequence[nn.Module]) -> tuple[LayerName, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import distributed
+from syncbn.collectives import world
 from syncbn.exchange import Statistics
 from syncbn.nn.checks import check_module
 from syncbn.nn.convert import _become_local, _become_synchronised, _target_class
@@ -63,7 +63,7 @@ def estimate_population_statistics(
         stream = iter(batches)
         for step in range(num_batches):
             input, problem = _next_input(stream)
-            if not distributed.all_ranks(input is not None, device):
+            if not world.all_ranks(input is not None, device):
                 raise ValueError(
                     f"num_batches={num_batches}, but after {step} {problem or 'another rank has none that can be used'}"
                 )
@@ -100,7 +100,7 @@ class _Sums:
         name = f"{type(self.layer).__name__}({self.layer.num_features})"
         if self.total is None:
             raise ValueError(f"the forward never came through {name}")
-        first, second, weight = distributed.sum_over_world(self.total)
+        first, second, weight = world.sum_over_world(self.total)
         if not weight.any():
             raise ValueError(f"all batches of {name} were empty on all ranks")
         mean, var = first / weight, second / weight

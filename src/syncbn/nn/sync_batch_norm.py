@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import distributed, graph, ops
-from syncbn.agreement import LayerName
+from syncbn import graph, ops
+from syncbn.collectives.agreement import LayerName
+from syncbn.collectives.groups import active_group, group_ranks
 from syncbn.exchange import Route, Statistics
 from syncbn.functional import Norm, Started, batch_norm, composed, only_operators, start
 from syncbn.memory import Memory, Owner, owners_of_forward
@@ -253,7 +254,7 @@ class SyncBatchNorm(BatchNorm):
         return f"{super().extra_repr()}, process_group={self._group_reference}"
 
     def _group(self) -> dist.ProcessGroup | None:
-        return distributed.active_group(self._group_reference.group)
+        return active_group(self._group_reference.group)
 
 
 Layers: TypeAlias = BatchNorm | Sequence[BatchNorm]
@@ -507,8 +508,7 @@ def _route(layers: Sequence[BatchNorm]) -> Route | None:
     group = groups[0] if groups else None
     if any(g is not group for g in groups):
         raise ValueError(
-            "layers that share a message must share a process group; got ranks "
-            f"{[distributed.group_ranks(g) for g in groups]}"
+            f"layers that share a message must share a process group; got ranks {[group_ranks(g) for g in groups]}"
         )
     if group is None:
         return None

@@ -9,11 +9,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from syncbn.collectives.groups import new_group
+from syncbn.collectives.world import sum_over_world
 from syncbn.data.datamodule import ImageDataModule
 from syncbn.data.datasets.formats import Stage
 from syncbn.data.loading.batches import ImageBatch
 from syncbn.data.loading.samplers import batches_per_epoch, images_of_global_batch
-from syncbn.distributed import new_group, sum_over_world
 from syncbn.models import inception_bn
 from syncbn.models.embedding import embed, put_proxy_head
 from syncbn.models.weights import HeadPolicy

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn import channel
 from syncbn.benchmarks.harness.peers import ALL_GATHER
+from syncbn.collectives import channel
 
 ALL_REDUCE = "all_reduce"
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from syncbn.distributed import sum_over_world
+from syncbn.collectives.world import sum_over_world
 from syncbn.files import PARTIAL, publish, remove
 from syncbn.training.checkpoints.files import by_step
 from syncbn.training.launch.stopping import StopSignals, exit_status, requeue_job, requeue_signal

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_sum
 
-from syncbn.distributed import gather_objects
+from syncbn.collectives.world import gather_objects
 from syncbn.nn import SyncBatchNorm
 
 METRICS_KEY = "metrics_of_the_epoch"

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from syncbn.distributed import gather_objects
+from syncbn.collectives.world import gather_objects
 from syncbn.models.observation import observe_inputs
 
 PERCENTILES = (15, 50, 85)

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.distributed import all_ranks, gather_objects
+from syncbn.collectives.world import all_ranks, gather_objects
 from syncbn.models.observation import Look, observe_outputs
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from syncbn.distributed import gather_objects
+from syncbn.collectives.world import gather_objects
 from syncbn.training.evaluated_images import KINDS, stage_of_test
 
 STAGES: dict[str, str] = {"train": "training", "predict": "predicted"} | {stage: KINDS[stage] for stage in KINDS}

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.profilers.profiler import Profiler
 
+from syncbn.collectives.reduction import observe_waits
 from syncbn.data.loading.samplers import images_of_global_batch
-from syncbn.distributed import observe_waits
 from syncbn.training.monitoring.step_clock import PARTS, DeviceMarks, HostMarks, StepClock, StepTime
 
 WARM_UP_STEPS = 5

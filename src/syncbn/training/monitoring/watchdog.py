@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from syncbn.channel import progress
+from syncbn.collectives.channel import progress
 
 FAILED = 1
 """Exit status of a run that the watchdog ended: that of any other error."""

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from syncbn.distributed import gather_objects
+from syncbn.collectives.world import gather_objects
 from syncbn.paths import open_text
 
 

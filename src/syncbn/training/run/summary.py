@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from syncbn.distributed import gather_objects
+from syncbn.collectives.world import gather_objects
 from syncbn.training.evaluated_images import KINDS, describe_images
 from syncbn.training.monitoring.throughput import Throughput, Totals, peak_memory
 from syncbn.training.run.folder import describe_run, run_folder

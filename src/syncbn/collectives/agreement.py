@@ -27,7 +27,7 @@ from typing import NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 
-from syncbn.communicator import SHARE, backend_name, timeout_of
+from syncbn.collectives.communicator import SHARE, backend_name, timeout_of
 
 _CONTEXT = 8  # messages that tell one place in the network from another; a layer may be called several times
 _GRACE_SECONDS = 2.0  # for peers to report their side once something is wrong

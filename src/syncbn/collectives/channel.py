@@ -14,8 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.agreement import Agreement, Message, own_connection
-from syncbn.communicator import SHARE, backend_name, check_carries, may_have_own, own_communicator, when_destroyed
+from syncbn.collectives.agreement import Agreement, Message, own_connection
+from syncbn.collectives.communicator import (
+    SHARE,
+    backend_name,
+    check_carries,
+    may_have_own,
+    own_communicator,
+    when_destroyed,
+)
 
 ID_LENGTH = 2
 
