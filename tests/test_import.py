@@ -203,7 +203,7 @@ def neighbours(folder):
     return found
 
 
-@pytest.mark.parametrize("folder", ["training", "data", "benchmarks", "collectives", "nn"])
+@pytest.mark.parametrize("folder", ["training", "data", "models", "benchmarks", "collectives", "nn"])
 def test_imports_within_a_folder_run_one_way(folder):
     graph = neighbours(PACKAGE / folder)
     assert graph

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from syncbn.models import blocks, inception_bn
-from syncbn.models.inception_bn import TABLE
+from syncbn.models.table import TABLE
 from syncbn.nn import SyncBatchNorm
 
 # ---- the numbers of the paper --------------------------------------------------------------------

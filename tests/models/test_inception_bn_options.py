@@ -11,7 +11,8 @@ from torch import nn
 import syncbn.nn
 from syncbn.models import InceptionBN, blocks, inception_bn
 from syncbn.models.blocks import ConvNorm
-from syncbn.models.inception_bn import TABLE, final_size, scale_channels
+from syncbn.models.network import final_size
+from syncbn.models.table import TABLE, scale_channels
 from syncbn.nn import SyncBatchNorm
 
 # ---- options -------------------------------------------------------------------------------------

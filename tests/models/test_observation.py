@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn.models.blocks import ConvNorm
-from syncbn.models.inception_bn import InceptionModule, inception_bn
+from syncbn.models.inception_bn import inception_bn
+from syncbn.models.network import InceptionModule
 from syncbn.models.observation import is_observed, observe_inputs, observe_outputs
 
 

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ranks import run_ranks
 from syncbn import exchange
 from syncbn.models.blocks import UnitSpec
-from syncbn.models.inception_bn import TABLE, InceptionModule
+from syncbn.models.network import InceptionModule
+from syncbn.models.table import TABLE
 
 WORK = {
     "convolution": "convolution",

@@ -35,7 +35,8 @@ from syncbn.benchmarks.step import CONTENDERS, Setting, Trainer, verify
 from syncbn.collectives.channel import Ticket
 from syncbn.collectives.reduction import Reduction
 from syncbn.models.blocks import UnitSpec
-from syncbn.models.inception_bn import STEM_CONV2, TABLE, InceptionModule
+from syncbn.models.network import InceptionModule
+from syncbn.models.table import STEM_CONV2, TABLE
 from syncbn.ops import Signature
 
 KEEP_MEMORY = False

@@ -24,7 +24,7 @@ from syncbn.benchmarks.harness import measure, report
 from syncbn.benchmarks.harness.measure import FORMATS, OURS, Row
 from syncbn.benchmarks.harness.peers import ARITHMETIC, EXCHANGE, PeerBatchNorm
 from syncbn.benchmarks.harness.world import run_ranks
-from syncbn.models.inception_bn import STEM_CONV1, STEM_CONV2, STEM_REDUCE, TABLE
+from syncbn.models.table import STEM_CONV1, STEM_CONV2, STEM_REDUCE, TABLE
 from syncbn.nn import SyncBatchNorm
 from syncbn.ops import reference
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from syncbn.models.inception_bn import InceptionBN
+from syncbn.models.network import InceptionBN
 from syncbn.models.variants import require
 
 

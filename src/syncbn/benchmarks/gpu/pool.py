@@ -11,7 +11,7 @@ from torch import Tensor
 from syncbn.benchmarks.gpu.layer import FLOOR, TOLERANCE, Options, normal, time_prepared
 from syncbn.benchmarks.harness import measure
 from syncbn.benchmarks.harness.measure import OURS, Row
-from syncbn.models.inception_bn import STEM_CONV1, STEM_CONV2, TABLE
+from syncbn.models.table import STEM_CONV1, STEM_CONV2, TABLE
 from syncbn.ops.max_pool import max_pool2d
 
 TORCHS = "F.max_pool2d"

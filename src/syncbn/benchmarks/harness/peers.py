@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import ops
 from syncbn.models.blocks import ConvNorm, PoolBranch, SeparableConv2d, start_norm_activation
-from syncbn.models.inception_bn import InceptionBN, InceptionModule, Stem
+from syncbn.models.network import InceptionBN, InceptionModule, Stem
 
 # Renamed in torch 2.13.
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from syncbn.models.inception_bn import DEPTH_MULTIPLIER, TABLE
+from syncbn.models.table import DEPTH_MULTIPLIER, TABLE
 
 STEM_UNITS = ("stem.conv1", "stem.conv2_reduce", "stem.conv2")
 """Units of the stem by our names."""

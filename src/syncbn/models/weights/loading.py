@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from syncbn.models.embedding import put_embedding_head
-from syncbn.models.inception_bn import InceptionBN, inception_bn
+from syncbn.models.network import InceptionBN, InceptionBNConfig
 from syncbn.models.weights.card import ModelCard
 from syncbn.models.weights.files import WeightsError
 from syncbn.models.weights.heads import HEAD, fit_head
@@ -85,7 +85,7 @@ def network_with_weights(
 
 
 def _new_network(num_classes: int, arguments: dict[str, Any], embedding_dimension: int | None) -> InceptionBN:
-    network = inception_bn(num_classes, **arguments)
+    network = InceptionBN(InceptionBNConfig(num_classes, **arguments))
     if embedding_dimension is not None:
         put_embedding_head(network, embedding_dimension)
     return network

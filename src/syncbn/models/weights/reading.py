@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from syncbn.models.inception_bn import STEM_CONV1, STEM_CONV2, TABLE, scale_channels
+from syncbn.models.table import STEM_CONV1, STEM_CONV2, TABLE, scale_channels
 from syncbn.models.variants import VARIANTS
 from syncbn.models.weights.cadene import CADENE
 from syncbn.models.weights.card import CARD_KEY, ModelCard, parse_card, read_card_beside

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncbn.models.inception_bn import InceptionBN
+from syncbn.models.network import InceptionBN
 from syncbn.models.weights.cadene import CADENE
 from syncbn.models.weights.card import CARD_KEY, ModelCard, card_path
 from syncbn.models.weights.layout import Layout

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.models.inception_bn import InceptionModule
+from syncbn.models.network import InceptionModule
 from syncbn.training.finetuning.selection import is_selected, select_parameters
 
 BatchNormPolicy = Literal["train", "freeze", "partial", "estimate"]
