@@ -285,6 +285,7 @@ class SyncBNCLI(LightningCLI):
         parent = Path(self._get(self.config, "runs_folder"), self._get(self.config, "name"))
         is_rank_zero = getattr(rank_zero_only, "rank", 0) == 0
         folder = self._choose_run_folder(parent) if is_rank_zero else parent / "version_0"
+        self.datamodule.run_folder = folder if is_rank_zero else None
         return [*run_loggers(folder, self.resume_point.step if self.resume_point else None), *added]
 
     def _choose_run_folder(self, parent: Path) -> Path:
