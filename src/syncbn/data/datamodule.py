@@ -14,7 +14,7 @@ from syncbn.data.augmentation import Augmentation
 from syncbn.data.batches import BatchedImages, ImageBatch, OnReadError, keep_batch
 from syncbn.data.datasets import ImageDataset, Selection, labels_of
 from syncbn.data.evaluation import EvaluationCrops
-from syncbn.data.look_through import Look, folders_of, look_for_all_ranks
+from syncbn.data.look_through import RECORD, Look, folders_of, look_for_all_ranks
 from syncbn.data.order import EpochOrder, ShuffledOrder, WindowedOrder
 from syncbn.data.samplers import EvaluationBatchSampler, GlobalBatchSampler
 from syncbn.data.sources import EMBEDDED, Stage, hold_some_out, open_image_sets
@@ -223,6 +223,13 @@ class ImageDataModule(LightningDataModule):
     def _policy(self) -> OnReadError:
         """What ``on_read_error`` comes to with these images."""
         return "stop" if self.on_read_error == "look" and not folders_of([self.sets.train]) else self.on_read_error
+
+    @property
+    def way_around_unreadable(self) -> str:
+        """How a fit that an image has ended goes on without it, in words."""
+        if self.decoder == "dali":
+            return f"replace the file, or add its path to `unreadable` in {RECORD} of the run folder"
+        return "--data.on_read_error skip leaves such images out"
 
     def _left_out(self, dataset: ImageDataset) -> frozenset[int]:
         """Numbers of the images of a set that could not be read at the start."""

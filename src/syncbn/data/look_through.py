@@ -79,7 +79,7 @@ class Look:
         """
         lines = []
         if self.unreadable:
-            named = [f"{path} ({reason})" for path, reason in list(self.unreadable.items())[:NAMED]]
+            named = [f"{path} ({reason.partition(';')[0]})" for path, reason in list(self.unreadable.items())[:NAMED]]
             more = f" and {len(self.unreadable) - NAMED:,} more" if len(self.unreadable) > NAMED else ""
             all_in = f"; all in {record}" if record else ""
             lines.append(

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from syncbn.data.augmentation import random_stream
+from syncbn.data.datasets import ReadError
 from syncbn.distributed import sum_over_world
 from syncbn.training.checkpoint_files import PARTIAL, by_step, publish, remove
 from syncbn.training.runs import run_folder
@@ -113,9 +114,25 @@ class Checkpointing(Callback):
         if told:
             self._stop(trainer, self._folder.parent, requeue, interrupted)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Where an image cannot be read, keep the steps before it; of several ranks the others are in the next one."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        at_next_batch = trainer.training and progress.current.ready == progress.current.completed
+        if not isinstance(exception, ReadError) or trainer.world_size > 1 or not at_next_batch:
+            return
+        is_between_steps = progress.current.ready % trainer.accumulate_grad_batches == 0
+        if self._folder is not None and is_between_steps and trainer.global_step > self._saved_step:
+            progress.increment_ready()  # as after the batch is taken, which failed
+            self._save(trainer, self._folder)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What comes after the training is stopped by a signal at once."""
         self._signals.remove()
+
+    def how_to_go_on(self) -> str:
+        """What goes on from the newest checkpoint, in words; "" where there is none."""
+        files = by_step(self._folder) if self._folder else []
+        return f"--resume {files[0].parent.parent} goes on from {files[0].name}" if files else ""
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the keepers of the best checkpoints find them where the run folder is now."""
