@@ -206,7 +206,13 @@ def test_a_broken_image_is_named(num_workers, tmp_path, capsys):
         folder.mkdir(parents=True)
         for number in range(16):
             (folder / f"{number}.jpg").write_bytes(b"broken")
-    words = ["--data", str(tmp_path), "--data.validation_images=0", f"--data.num_workers={num_workers}"]
+    words = [
+        "--data",
+        str(tmp_path),
+        "--data.validation_images=0",
+        f"--data.num_workers={num_workers}",
+        "--data.on_read_error=stop",
+    ]
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(FASHION_MNIST), "--trainer.devices=1", *QUICK, *words])
     last = capsys.readouterr().err.strip().splitlines()[-1]

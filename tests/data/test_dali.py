@@ -89,6 +89,20 @@ def test_windows_of_shards_are_read_forwards(monkeypatch):
 
 
 @needs_dali
+@pytest.mark.parametrize("left_out", [{0}, {0, 1, 2}, {1, 3}, {0, 1, 2, 3}])
+def test_what_is_left_out_may_leave_empty_batches(left_out):
+    photos = ImagesInMemory(*(encode(noise(20, 20, seed=number)) for number in range(4)))
+    sampler = GlobalBatchSampler(4, 1, seed=1, left_out=left_out)
+    batches = list(DaliLoader(photos, sampler, 16, EVERYTHING, seed=1))
+    assert [batch.indices.tolist() for batch in batches] == [[key.sample for key in keys] for keys in sampler]
+    assert [len(batch.images) for batch in batches] == [len(batch.labels) for batch in batches]
+    every = {
+        int(batch.indices): batch.images for batch in DaliLoader(photos, GlobalBatchSampler(4, 1), 16, EVERYTHING, 1)
+    }
+    assert all(batch.images.equal(every[int(batch.indices)]) for batch in batches if len(batch.labels))
+
+
+@needs_dali
 def test_a_broken_file_is_named():
     whole = encode(noise(60, 60))
     broken = whole[: whole.index(b"\xff\xda")]  # a header, and no image

@@ -1,20 +1,23 @@
 """The DataModule: images of any known layout, the same global batches on any number of ranks."""
 
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
+import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from syncbn.data.datasets.base import ImageDataset, OnReadError
 from syncbn.data.datasets.formats import EMBEDDED, Stage, hold_some_out, open_image_sets
-from syncbn.data.datasets.selection import Selection, class_counts
+from syncbn.data.datasets.selection import Selection, labels_of
 from syncbn.data.loading.batches import BatchedImages, ImageBatch, keep_batch
 from syncbn.data.loading.order import EpochOrder, ShuffledOrder, WindowedOrder
 from syncbn.data.loading.samplers import EvaluationBatchSampler, GlobalBatchSampler
 from syncbn.data.loading.window_reader import WindowReader, bytes_held
+from syncbn.data.look_through import RECORD, Look, folders_of, look_for_all_ranks
 from syncbn.data.transforms.augmentation import Augmentation
 from syncbn.data.transforms.evaluation_crops import EvaluationCrops
 from syncbn.preprocessing import Preprocessing, find_preprocessing
@@ -77,8 +80,10 @@ class ImageDataModule(LightningDataModule):
             the compressed bytes of about one window / (ranks x num_workers), besides the batches under way. 0 shuffles
             the shards alone.
         drop_last: Whether to leave out the last global batch of an epoch where it is incomplete.
-        on_read_error: "stop" ends the run at an image that cannot be read; "skip" leaves it out of its batch, and the
-            number of those left out is printed at the end of the epoch.
+        on_read_error: What an image that cannot be read does. "look", of images in folders: before a fit rank 0 looks
+            all through, and what cannot be read is listed and left out; one that fails later is left out of its batch
+            with a warning, and many in a row end the run. Of other data it is "stop", which ends the run at the first.
+            "skip" leaves it out of its batch. How many were is printed at the end of the epoch.
         own_evaluation_classes: Whether validation and test images may be of other classes than the training images, as
             in retrieval.
         exif_orientation: Whether photos are turned as their EXIF says. Null turns those of folders and parquet files,
@@ -89,6 +94,9 @@ class ImageDataModule(LightningDataModule):
         test_images: Training images held out for the test, apart from those for validation. 0 holds out none: the test
             then takes the data's own test set; or, where there is none, the validation images, and its figures are
             called validation.
+
+    Attributes:
+        run_folder: Where rank 0 keeps what could not be read at the start of a fit; None keeps it nowhere.
 
     Raises:
         ValueError: The data are missing, broken or of unknown layout; or an argument is out of range.
@@ -109,7 +117,7 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
         shuffle_window: int = 16,
         drop_last: bool = True,
-        on_read_error: OnReadError = "stop",
+        on_read_error: OnReadError = "look",
         own_evaluation_classes: bool = False,
         exif_orientation: bool | None = None,
         suffixes: list[str] | None = None,
@@ -127,6 +135,8 @@ class ImageDataModule(LightningDataModule):
         self.shuffle_window = shuffle_window
         self.drop_last = drop_last
         self.on_read_error: OnReadError = on_read_error
+        self.run_folder: Path | None = None
+        self._look: Look | None = None
         self.validate_on_test = validate_on_test
         self.sets = open_image_sets(
             root,
@@ -160,8 +170,9 @@ class ImageDataModule(LightningDataModule):
         return len(self.sets.train.classes)
 
     def class_counts(self) -> list[int]:
-        """Training images of each class."""
-        return class_counts(self.sets.train)
+        """Training images of each class, without those that cannot be read."""
+        labels = np.delete(labels_of(self.sets.train), list(self._left_out(self.sets.train)))
+        return np.bincount(labels, minlength=self.num_classes).tolist()
 
     @property
     def exif_orientation(self) -> bool:
@@ -189,11 +200,14 @@ class ImageDataModule(LightningDataModule):
         return len(self.sets.train)
 
     def setup(self, stage: str) -> None:
-        """Refuse a trainer that would replace the samplers by its own, or choose by the test images.
+        """Refuse a trainer that would replace the samplers by its own, or choose by the test images; look for files.
+
+        Before a fit rank 0 looks through images in folders, as ``on_read_error`` says, and tells all ranks.
 
         Raises:
             ValueError: ``Trainer(use_distributed_sampler=True)``, Lightning's default, on several ranks; or a fit
-                chooses a checkpoint, or when to stop, by test images, and ``validate_on_test`` does not say so.
+                chooses a checkpoint, or when to stop, by test images, and ``validate_on_test`` does not say so; or no
+                image of a class, or of a set, can be read.
         """
         trainer = self.trainer
         if trainer and trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
@@ -203,6 +217,24 @@ class ImageDataModule(LightningDataModule):
             )
         if trainer and stage == "fit" and self.sets.validation_from == "test" and not self.validate_on_test:
             self._refuse_to_choose(trainer)
+        if trainer and stage == "fit" and self._look is None and self._policy == "look":
+            self._look = look_for_all_ranks(trainer, self.sets, Path(self.root).expanduser(), self.run_folder)
+
+    @property
+    def _policy(self) -> OnReadError:
+        """What ``on_read_error`` comes to with these images."""
+        return "stop" if self.on_read_error == "look" and not folders_of([self.sets.train]) else self.on_read_error
+
+    @property
+    def way_around_unreadable(self) -> str:
+        """How a fit that an image has ended goes on without it, in words."""
+        if self.decoder == "dali":
+            return f"replace the file, or add its path to `unreadable` in {RECORD} of the run folder"
+        return "--data.on_read_error skip leaves such images out"
+
+    def _left_out(self, dataset: ImageDataset) -> frozenset[int]:
+        """Numbers of the images of a set that could not be read at the start."""
+        return self._look.places_in(dataset) if self._look else frozenset()
 
     def _refuse_to_choose(self, trainer: Trainer) -> None:
         """Refuse a trainer that chooses by the validation images, which are the test images here."""
@@ -251,6 +283,7 @@ class ImageDataModule(LightningDataModule):
             drop_last=self.drop_last,
             order=self.order,
             repeat_first_epoch=bool(getattr(trainer, "overfit_batches", 0)),
+            left_out=self._left_out(self.sets.train),
         )
         if trainer and trainer.state.fn == TrainerFn.FITTING:
             epoch, batch = self._place_of_trainer(len(sampler))
@@ -268,7 +301,7 @@ class ImageDataModule(LightningDataModule):
             self.seed,
             preprocessing=self.preprocessing,
             reader=reader,
-            on_read_error=self.on_read_error,
+            on_read_error=self._policy,
         )
         return ResumableDataLoader(images, batch_sampler=sampler, **self._loader_options())
 
@@ -287,8 +320,8 @@ class ImageDataModule(LightningDataModule):
     def _require_dali(self) -> None:
         from syncbn.data.loading.dali import require_decodable
 
-        if self.on_read_error != "stop":
-            raise ValueError(f"on_read_error={self.on_read_error} needs decoder=opencv: DALI stops at a broken image")
+        if self.on_read_error == "skip":
+            raise ValueError("on_read_error=skip needs decoder=opencv: DALI stops at a broken image")
         require_decodable(self.sets.train, self.augmentation)
 
     def _dali_loader(self, sampler: GlobalBatchSampler, reader: WindowReader | None) -> "DaliLoader":
@@ -352,7 +385,7 @@ class ImageDataModule(LightningDataModule):
             self.image_size,
             crops=self.crops,
             preprocessing=self.preprocessing,
-            on_read_error=self.on_read_error,
+            on_read_error=self._policy,
         )
         trainer = self.trainer
         num_ranks = trainer.world_size if trainer else 1
@@ -363,6 +396,7 @@ class ImageDataModule(LightningDataModule):
             images_at_a_time,
             rank=trainer.global_rank if trainer else 0,
             num_ranks=num_ranks,
+            left_out=self._left_out(dataset),
         )
         return DataLoader(images, batch_sampler=sampler, **self._loader_options())
 

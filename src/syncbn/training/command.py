@@ -14,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_only
 
 from syncbn.data import ImageDataModule
+from syncbn.data.datasets.base import ReadError
 from syncbn.data.datasets.formats import Stage
 from syncbn.data.loading.samplers import batches_per_epoch
 from syncbn.paths import expand_home
@@ -276,6 +277,7 @@ class SyncBNCLI(LightningCLI):
         parent = Path(self._get(self.config, "runs_folder"), self._get(self.config, "name"))
         is_rank_zero = getattr(rank_zero_only, "rank", 0) == 0
         folder = self._choose_run_folder(parent) if is_rank_zero else parent / "version_0"
+        self.datamodule.run_folder = folder if is_rank_zero else None
         return [*run_loggers(folder, self.resume_point.step if self.resume_point else None), *added]
 
     def _choose_run_folder(self, parent: Path) -> Path:
@@ -340,11 +342,20 @@ class SyncBNCLI(LightningCLI):
             arguments["ckpt_path"] = tell_ranks(self.trainer, self.resume_point) or arguments.get("ckpt_path")
         try:
             self.trainer.fit(**arguments)
+        except ReadError as error:
+            raise ReadError("; ".join([str(error).rstrip(), *self._ways_on()])) from error
         except SystemExit as stop:
             self._print_run_folder()
             if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's answer to it is 1
                 raise SystemExit(INTERRUPTED) from None
             raise
+
+    def _ways_on(self) -> list[str]:
+        """How to go on after an image could not be read, in words."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        keepers = [callback for callback in callbacks if isinstance(callback, Checkpointing)]
+        ways = [keeper.how_to_go_on() for keeper in keepers]
+        return [self.datamodule.way_around_unreadable, *(way for way in ways if way)]
 
     def after_fit(self) -> None:
         """Test the best checkpoint; print the accuracy, the summary and, last, the run folder.

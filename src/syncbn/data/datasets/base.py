@@ -14,6 +14,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 """Of ImageNet's training photos, RGB on the scale 0..1; taken for any set of photos."""
 
 
+OnReadError = Literal["look", "stop", "skip"]
+"""What an image that cannot be read or decoded does: it is looked for at the start and left out, with a warning where
+it is met later; it ends the run; or it is left out of its batch and counted."""
+
+
 class ReadError(ValueError):
     """A sample cannot be read or decoded; the message names its file."""
 
@@ -170,7 +175,3 @@ class EncodedDataset(ABC):
     def label(self, index: int) -> int:
         """The class of the image at ``index``."""
         return int(self.labels[index])
-
-
-OnReadError = Literal["stop", "skip"]
-"""What an image that cannot be read or decoded does: end the run, or be left out of its batch and counted."""

@@ -108,8 +108,7 @@ class Reading:
     Attributes:
         own_classes: Whether validation and test images may be of other classes than the training images, and their
             labels count their own.
-        on_read_error: Whether shards that are missing or of another size are an error ("stop") or a warning
-            ("skip").
+        on_read_error: Whether shards that are missing or of another size are a warning ("skip") or an error (else).
         exif_orientation: Whether photos are turned as their EXIF says. None turns those of folders and tables, but
             not those of ImageNet, known by the names of its classes; shards are as they were made.
         suffixes: Endings of the names of the files that are images; None takes all that can be read.
@@ -238,7 +237,7 @@ def _open_splits(root: str, reading: Reading) -> Splits:
 def _open_shards(folder: Path, reading: Reading) -> Splits:
     index = read_index(folder)
     damaged = damaged_shards(index)
-    if damaged and reading.on_read_error == "stop":
+    if damaged and reading.on_read_error != "skip":
         raise ValueError(
             f"{damaged[0]} ({len(damaged)} such shards): prepare the data again, or leave out what is lost by"
             " data.on_read_error=skip"

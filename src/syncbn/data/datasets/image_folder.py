@@ -141,6 +141,11 @@ class ImageFolderDataset(EncodedDataset):
         """The file of the image at ``index``."""
         return self.folder / os.fsdecode(self._paths[index])
 
+    def places_of(self, paths: Iterable[Path]) -> np.ndarray:
+        """The numbers of the images at some paths, ascending; a path that is no image's counts for nothing."""
+        names = [os.fsencode(os.path.relpath(path, self.folder)) for path in paths]
+        return np.flatnonzero(np.isin(self._paths, np.array(names or [b""])))
+
     def encoded(self, index: int) -> bytes:
         """The file of the image at ``index``.
 

@@ -1,5 +1,6 @@
 """From sample keys to a batch of tensors."""
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,13 @@ from syncbn.data.transforms.evaluation_crops import EvaluationCrops
 from syncbn.data.transforms.photo import Photo
 from syncbn.preprocessing import Preprocessing, find_preprocessing
 from syncbn.random_streams import AUGMENTATION_STREAM, random_stream
+
+LOST = 16
+"""So many images in a row that cannot be read, with "look", are not a few broken files: the disk may be gone."""
+
+
+class UnreadableImageWarning(UserWarning):
+    """An image cannot be read, and was left out of its batch."""
 
 
 class ImageBatch(NamedTuple):
@@ -45,7 +53,8 @@ class BatchedImages(Dataset[ImageBatch]):
         preprocessing: Of which variant the network is, "paper", "cadene" or "slim", or the numbers themselves. Images
             of another number of channels are normalised by the data's own mean and standard deviation.
         reader: Reads the files of the images in shards ahead of need; None reads each when it is needed.
-        on_read_error: "stop" raises the error, "skip" leaves the image out of its batch.
+        on_read_error: "stop" raises the error, "skip" leaves the image out of its batch, "look" does so with a warning
+            and raises where 16 in a row cannot be read.
 
     Raises:
         ValueError: ``preprocessing`` is no variant's.
@@ -72,6 +81,7 @@ class BatchedImages(Dataset[ImageBatch]):
         self.normalise = Normalisation(dataset, preprocessing)
         self.reader = reader
         self.on_read_error = on_read_error
+        self._failed_in_a_row = 0
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -106,11 +116,21 @@ class BatchedImages(Dataset[ImageBatch]):
             try:
                 pixels[len(samples)] = self.prepared_image(key)
                 samples.append(key.sample)
+                self._failed_in_a_row = 0
             except ReadError as error:
-                if self.on_read_error == "stop":
-                    raise
+                self._answer(error)
                 left_out.append(str(error))
         return pixels[: len(samples)], samples, tuple(left_out)
+
+    def _answer(self, error: ReadError) -> None:
+        """Do what ``on_read_error`` says; where this returns, the image is left out."""
+        self._failed_in_a_row += 1
+        if self.on_read_error == "stop":
+            raise error
+        if self.on_read_error == "look" and self._failed_in_a_row >= LOST:
+            raise ReadError(f"{LOST} images in a row cannot be read; the last: {error}") from error
+        if self.on_read_error == "look":
+            warnings.warn(f"left out of its batch: {error}", UnreadableImageWarning, stacklevel=3)
 
     def __getitem__(self, key: SampleKey) -> ImageBatch:
         """A batch of one."""
@@ -120,7 +140,7 @@ class BatchedImages(Dataset[ImageBatch]):
         """The batch that a list of keys names; an empty list gives an empty batch.
 
         Raises:
-            ReadError: An image cannot be read or decoded, and ``on_read_error`` is "stop".
+            ReadError: An image cannot be read or decoded, and ``on_read_error`` is "stop"; or many, and it is "look".
         """
         pixels, samples, left_out = self.pixels(keys)
         images = self.normalise(torch.from_numpy(pixels))

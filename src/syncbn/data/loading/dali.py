@@ -8,6 +8,7 @@ given the pixels that `syncbn.data.datasets.decoding` makes, so that the picture
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -100,11 +101,11 @@ class DaliLoader:
         scheduled: deque[Scheduled] = deque()
 
         def next_inputs() -> Inputs:
-            keys = next(batches)
-            scheduled.append(self._schedule(keys))
-            if not keys:  # this rank's share of the last batch is empty, which DALI cannot be given
-                raise StopIteration
-            return scheduled[-1].inputs
+            for keys in batches:
+                scheduled.append(self._schedule(keys))
+                if keys:  # DALI cannot be given an empty batch
+                    return scheduled[-1].inputs
+            raise StopIteration
 
         # A pipeline for each epoch: one that is left early takes with it what was on its way.
         pipeline = build_pipeline(
@@ -118,10 +119,12 @@ class DaliLoader:
             except RuntimeError:
                 self._name_broken_files(scheduled)
                 raise
+            while not scheduled[0].keys:
+                yield self._empty_batch(scheduled.popleft())
             # A copy: DALI writes a later batch into the same memory.
             yield self._batch(torch.from_dlpack(images.as_tensor()).clone(), scheduled.popleft())
         for empty in scheduled:
-            yield self._batch(torch.zeros(0, self.image_size, self.image_size, 3, dtype=torch.uint8), empty)
+            yield self._empty_batch(empty)
 
     def _photo(self, key: SampleKey) -> Photo:
         encoded = self.dataset.encoded(key.sample) if self.reader is None else self.reader.encoded(key)
@@ -142,6 +145,9 @@ class DaliLoader:
             labels=torch.tensor([self.dataset.label(key.sample) for key in scheduled.keys], dtype=torch.int64),
             indices=torch.tensor([key.sample for key in scheduled.keys], dtype=torch.int64),
         )
+
+    def _empty_batch(self, scheduled: Scheduled) -> ImageBatch:
+        return self._batch(torch.zeros(0, self.image_size, self.image_size, 3, dtype=torch.uint8), scheduled)
 
     def _name_broken_files(self, scheduled: Iterable[Scheduled]) -> None:
         """Raise an error that names the file that cannot be decoded: DALI's does not.
@@ -223,8 +229,9 @@ def require_decodable(dataset: ImageDataset, augmentation: Augmentation | None) 
     """
     if augmentation is None or augmentation.crop is None:
         raise ValueError("data.decoder=dali needs data.augmentation.crop; or take data.decoder=opencv")
-    if dataset.channels != 3 or dataset.encoded(0) is None:
-        raise ValueError("data.decoder=dali is for colour images in files; take data.decoder=opencv")
+    with suppress(ReadError):  # which is met where it matters
+        if dataset.channels != 3 or dataset.encoded(0) is None:
+            raise ValueError("data.decoder=dali is for colour images in files; take data.decoder=opencv")
     load_dali()
 
 

@@ -5,7 +5,7 @@ global batch into one contiguous slice for each rank: with the same seed and glo
 the same samples on 1 rank and on 1024.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from torch.utils.data import Sampler
@@ -80,6 +80,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         drop_last: Whether to leave out the last global batch of an epoch where it is incomplete.
         order: Of the samples in each epoch; None shuffles all as one.
         repeat_first_epoch: Whether every epoch is the first one again, random changes of the images included.
+        left_out: Samples that are left out of their batches, which are the smaller; all else stays where it was.
 
     Raises:
         ValueError: ``global_batch_size`` does not divide, or exceeds ``num_samples`` of which none would be left.
@@ -97,6 +98,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         drop_last: bool = True,
         order: EpochOrder | None = None,
         repeat_first_epoch: bool = False,
+        left_out: Collection[int] = frozenset(),
     ) -> None:
         self.per_rank = split_global_batch(global_batch_size, num_ranks, accumulate_grad_batches)
         if drop_last and global_batch_size > num_samples:
@@ -112,6 +114,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         self.num_ranks = num_ranks
         self.accumulate_grad_batches = accumulate_grad_batches
         self.repeat_first_epoch = repeat_first_epoch
+        self.left_out = left_out
         self.epoch = 0
         self.first_batch = 0
         self._batches = batches_per_epoch(num_samples, global_batch_size, drop_last) * accumulate_grad_batches
@@ -153,7 +156,8 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch = 0 if self.repeat_first_epoch else self.epoch
         for batch in range(self.first_batch, self._batches):
-            yield [SampleKey(epoch, int(sample)) for sample in self.order.samples(epoch, *self.share(batch))]
+            samples = map(int, self.order.samples(epoch, *self.share(batch)))
+            yield [SampleKey(epoch, sample) for sample in samples if sample not in self.left_out]
 
 
 class EvaluationBatchSampler(Sampler[list[SampleKey]]):
@@ -167,19 +171,29 @@ class EvaluationBatchSampler(Sampler[list[SampleKey]]):
         global_batch_size: Images that the ranks together process at a time.
         rank: This process, in 0..num_ranks - 1.
         num_ranks: Processes that evaluate together.
+        left_out: Samples of the data set that are not evaluated.
     """
 
-    def __init__(self, num_samples: int, global_batch_size: int, *, rank: int = 0, num_ranks: int = 1) -> None:
-        self.num_samples = num_samples
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        left_out: Collection[int] = frozenset(),
+    ) -> None:
+        samples: Sequence[int] = range(num_samples)
+        self.samples = [sample for sample in samples if sample not in left_out] if left_out else samples
         self.global_batch_size = global_batch_size
         self.rank = rank
         self.num_ranks = num_ranks
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self.global_batch_size)
+        return -(-len(self.samples) // self.global_batch_size)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        for start in range(0, self.num_samples, self.global_batch_size):
-            size = min(self.global_batch_size, self.num_samples - start)
+        for start in range(0, len(self.samples), self.global_batch_size):
+            size = min(self.global_batch_size, len(self.samples) - start)
             first, last = part_of_range(start, size, self.rank, self.num_ranks)
-            yield [SampleKey(0, index) for index in range(first, last)]
+            yield [SampleKey(0, sample) for sample in self.samples[first:last]]

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from syncbn.collectives.world import sum_over_world
+from syncbn.data.datasets.base import ReadError
 from syncbn.files import PARTIAL, publish, remove
 from syncbn.training.checkpoints.files import by_step
 from syncbn.training.launch.stopping import StopSignals, exit_status, requeue_job, requeue_signal
@@ -110,9 +111,25 @@ class Checkpointing(Callback):
         if told:
             self._stop(trainer, self._folder.parent, requeue, interrupted)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Where an image cannot be read, keep the steps before it; of several ranks the others are in the next one."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        at_next_batch = trainer.training and progress.current.ready == progress.current.completed
+        if not isinstance(exception, ReadError) or trainer.world_size > 1 or not at_next_batch:
+            return
+        is_between_steps = progress.current.ready % trainer.accumulate_grad_batches == 0
+        if self._folder is not None and is_between_steps and trainer.global_step > self._saved_step:
+            progress.increment_ready()  # as after the batch is taken, which failed
+            self._save(trainer, self._folder)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What comes after the training is stopped by a signal at once."""
         self._signals.remove()
+
+    def how_to_go_on(self) -> str:
+        """What goes on from the newest checkpoint, in words; "" where there is none."""
+        files = by_step(self._folder) if self._folder else []
+        return f"--resume {files[0].parent.parent} goes on from {files[0].name}" if files else ""
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the keepers of the best checkpoints find them where the run folder is now."""
