@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from syncbn import graph
+from syncbn.functional import compiled as graph
 from syncbn.ops import common
 
 DEVICE = torch.device("mps:0")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from syncbn import graph, ops
+from syncbn import ops
+from syncbn.functional import compiled as graph
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

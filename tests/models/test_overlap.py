@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ranks import run_ranks
-from syncbn import exchange
+from syncbn.functional import exchange
 from syncbn.models.blocks import UnitSpec
 from syncbn.models.network import InceptionModule
 from syncbn.models.table import TABLE

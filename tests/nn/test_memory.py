@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ranks import run_ranks
 from syncbn import SyncBatchNorm
-from syncbn.memory import Memory
+from syncbn.functional.memory import Memory
 
 C, FORWARDS = 256, 20
 

@@ -22,8 +22,10 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from narrow_device import DEVICE, NarrowDevice, on_device
 from ranks import run_ranks
-from syncbn import SyncBatchNorm, exchange, graph, sync_batch_norm_group
-from syncbn.functional import Norm
+from syncbn import SyncBatchNorm, sync_batch_norm_group
+from syncbn.functional import compiled as graph
+from syncbn.functional import exchange
+from syncbn.functional.norm import Norm
 from syncbn.nn import PerActivationBatchNorm
 from syncbn.ops import common, has_float64
 

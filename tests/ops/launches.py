@@ -7,8 +7,8 @@ from unittest import mock
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncbn import exchange
 from syncbn.collectives import reduction as distributed
+from syncbn.functional import exchange
 from syncbn.ops import max_pool, native, triton_passes
 
 # Allocate, or give memory another name.

@@ -26,7 +26,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from syncbn import exchange
 from syncbn.benchmarks.harness import measure, report
 from syncbn.benchmarks.harness.cable import delayed_cable
 from syncbn.benchmarks.harness.measure import OURS, Row
@@ -34,6 +33,7 @@ from syncbn.benchmarks.harness.world import run_ranks
 from syncbn.benchmarks.step import CONTENDERS, Setting, Trainer, verify
 from syncbn.collectives.channel import Ticket
 from syncbn.collectives.reduction import Reduction
+from syncbn.functional import exchange
 from syncbn.models.blocks import UnitSpec
 from syncbn.models.network import InceptionModule
 from syncbn.models.table import STEM_CONV2, TABLE

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from syncbn.models.network import InceptionBN, InceptionBNConfig, changed_options
+from syncbn.models.network import InceptionBN, InceptionBNConfig, InceptionModule, Stem, changed_options
 from syncbn.models.weights import Weights, network_with_weights, read_weights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+# Networks that were pickled whole by earlier versions look for these two here.
+__all__ = ["InceptionBN", "InceptionModule", "Stem", "inception_bn"]
 
 
 def inception_bn(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.collectives import world
-from syncbn.exchange import Statistics
+from syncbn.functional.norm import Statistics
 from syncbn.nn.checks import check_module
 from syncbn.nn.convert import _become_local, _become_synchronised, _target_class
 from syncbn.nn.sync_batch_norm import BatchNorm, SyncBatchNorm

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import graph, ops
+from syncbn import ops
 from syncbn.collectives.agreement import LayerName
 from syncbn.collectives.groups import active_group, group_ranks
-from syncbn.exchange import Route, Statistics
-from syncbn.functional import Norm, Started, batch_norm, composed, only_operators, start
-from syncbn.memory import Memory, Owner, owners_of_forward
+from syncbn.functional import compiled as graph
+from syncbn.functional.composed import composed
+from syncbn.functional.fused import Started, batch_norm, start
+from syncbn.functional.memory import Memory, Owner, owners_of_forward
+from syncbn.functional.norm import Norm, Route, Statistics, only_operators
 from syncbn.nn.checks import as_dense, check_dense, check_list, check_residual, checked_parameters
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names

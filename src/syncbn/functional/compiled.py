@@ -20,8 +20,16 @@ from torch import Tensor
 from syncbn import ops
 from syncbn.collectives.channel import ID_LENGTH
 from syncbn.collectives.traced import launch_traced, nan_where_ranks_disagree, wait_traced
-from syncbn.exchange import Route, Statistics, batches_of, refuse_single_value
-from syncbn.functional import Norm, cut_by_relu, id_of_widths, is_transformed
+from syncbn.functional.exchange import batches_of
+from syncbn.functional.norm import (
+    Norm,
+    Route,
+    Statistics,
+    cut_by_relu,
+    id_of_widths,
+    is_transformed,
+    refuse_single_value,
+)
 
 
 def is_traced() -> bool:

@@ -12,68 +12,18 @@ Two implementations of the same numbers; `graph` is the third, for torch.compile
 Source: Algorithm 1 and its gradients in Ioffe & Szegedy 2015.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from syncbn import ops
-from syncbn.collectives.traced import all_reduce_differentiable
-from syncbn.exchange import (
-    Exchange,
-    Route,
-    Statistics,
-    batches_of,
-    dense_part,
-    gradients_of_inputs,
-    refuse_single_value,
-)
-from syncbn.memory import Memory
+from syncbn.functional.composed import composed
+from syncbn.functional.exchange import Exchange, dense_part, gradients_of_inputs
+from syncbn.functional.memory import Memory
+from syncbn.functional.norm import Norm, Route, Statistics, cut_by_relu, refuse_single_value
 from syncbn.recomputing import OutputsAgain, hooks_of_others, keep
-
-
-class Norm(NamedTuple):
-    """One activation to normalise.
-
-    x: (N, C, ...), floating point; weight, bias: (C) or None; residual: like x or None, added before the activation;
-    activation: None or "relu"; running: moving averages to update in the same pass, or None. The composed form
-    updates none. span: where x holds the channels of several layers, which are meant; such a norm has no residual,
-    and the composed form does not know it.
-    """
-
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-    eps: float
-    activation: str | None
-    running: ops.Running | None = None
-    span: ops.Span | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What autograd sees: the first four fields."""
-        return self[:4]
-
-
-def is_transformed() -> bool:
-    """Whether torch.func's transforms or forward-mode AD are at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def only_operators(tensors: Iterable[Tensor | None] = ()) -> bool:
-    """Whether `composed` is needed: under torch.export, torch.func's transforms, forward-mode AD, and for some tensors.
-
-    Those are subclasses that are to see every operator.
-    """
-    return torch.compiler.is_compiling() or is_transformed() or ops.need_operators(tensors)
-
-
-def id_of_widths(widths: Sequence[int]) -> int:
-    """What a message of layers of these widths is known by where their names are out of a tracer's reach."""
-    return 1 + sum(i * C for i, C in enumerate(widths, 1)) % 2**20
 
 
 class Started:
@@ -129,39 +79,6 @@ def batch_norm(norms: Sequence[Norm]) -> tuple[list[Tensor], list[Statistics]]:
     found: list[Statistics] = []
     outputs = _Alone.apply(found, M, [norm[4:] for norm in norms], *(t for norm in norms for t in norm.tensors))
     return list(outputs), found
-
-
-def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], list[Statistics]]:
-    """The same normalisation as differentiable operators, over a group or, with no route, alone."""
-    shifted = [_shifted(norm.x) for norm in norms]
-    sums = [ops.composed_sums(s.values) for s in shifted]
-    counts = [norm.x.numel() // norm.x.shape[1] for norm in norms]
-    if route is None:
-        for M, norm in zip(counts, norms, strict=True):
-            refuse_single_value(M, norm.x.shape, P=1)
-        statistics = [
-            Statistics(*ops.moments_of(s, x.pivot, M), M) for s, x, M in zip(sums, shifted, counts, strict=True)
-        ]
-    else:
-        sums = [ops.about_origin(s, x.pivot, M) for s, x, M in zip(sums, shifted, counts, strict=True)]
-        id = id_of_widths([norm.x.shape[1] for norm in norms])
-        message = ops.message_of([t for s in sums for t in s], counts, (id, id**2))
-        totals = all_reduce_differentiable(message, route.group, id)
-        batches = batches_of(totals, None, [norm.x.shape[1] for norm in norms])
-        statistics = [_statistics(b, norm.x, route) for b, norm in zip(batches, norms, strict=True)]
-    outputs = [_composed_normalize(n, s, *st[:2]) for n, s, st in zip(norms, shifted, statistics, strict=True)]
-    return outputs, statistics
-
-
-def _statistics(batch: ops.BatchSums, x: Tensor, route: Route) -> Statistics:
-    """From sums over all ranks; NaN of a single value where its number cannot be read."""
-    # var = E[x^2] - E[x]^2, which float64 can afford
-    mean, var = ops.moments_of(ops.Sums(*batch.sums.chunk(2)), None, batch.M)
-    if isinstance(batch.M, Tensor):
-        mean = torch.where(batch.M == 1, float("nan"), mean)
-    else:
-        refuse_single_value(batch.M, x.shape, route.group.size())
-    return Statistics(mean, var, batch.M)
 
 
 _Setting: TypeAlias = tuple[float, str | None, ops.Running | None, ops.Span | None]  # of a Norm, what is no tensor
@@ -359,11 +276,6 @@ def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
     return ops.copy_like(x, other)
 
 
-def cut_by_relu(dy: Tensor, y: Tensor) -> Tensor:
-    """Dy where the ReLU let pass, else 0."""
-    return torch.ops.aten.threshold_backward(dy, y, 0)
-
-
 def _must_compose(gradients: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() or ops.need_operators(gradients) or ops.are_batched(gradients)
 
@@ -399,34 +311,3 @@ def _relu_mask(saved: _Saved, setting: _Setting) -> Tensor:
     if y is None:
         y = ops.normalize(dense_part(saved.x, setting[-1]), saved.affine(setting))
     return cut_by_relu(torch.ones_like(y), y)
-
-
-class _Shifted(NamedTuple):
-    """values = x - pivot in the compute dtype; pivot (C), None for 0."""
-
-    values: Tensor
-    pivot: Tensor | None
-
-
-def _shifted(x: Tensor) -> _Shifted:
-    z = x.to(ops.compute_dtype(x.dtype))
-    if x.numel() == 0:
-        return _Shifted(z, None)
-    pivot = ops.pivot(x.detach())
-    return _Shifted(z - ops.per_channel(pivot, x), pivot)
-
-
-def _composed_normalize(norm: Norm, shifted: _Shifted, mean: Tensor, var: Tensor) -> Tensor:
-    z, pivot = shifted
-    scale = ops.beside((var + norm.eps).rsqrt(), z)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    centre = ops.beside(mean if pivot is None else mean - ops.as_statistic(pivot), z)
-    y = (z - ops.per_channel(centre.to(z.dtype), z)) * ops.per_channel(scale.to(z.dtype), z)
-    if norm.bias is not None:
-        y = y + ops.per_channel(norm.bias.to(z.dtype), z)
-    if norm.residual is not None:
-        y = y + norm.residual
-    if norm.activation == "relu":
-        y = y.relu()
-    return y.to(norm.x.dtype)
