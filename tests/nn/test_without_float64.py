@@ -23,8 +23,7 @@ import syncbn
 from narrow_device import DEVICE, NarrowDevice, on_device
 from ranks import run_ranks
 from syncbn import SyncBatchNorm, sync_batch_norm_group
-from syncbn.functional import compiled
-from syncbn.functional import exchange
+from syncbn.functional import compiled, exchange
 from syncbn.functional.norm import Norm, Settings, Tensors
 from syncbn.nn import PerActivationBatchNorm
 from syncbn.ops import common, has_float64
