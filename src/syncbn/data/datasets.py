@@ -67,7 +67,8 @@ class ImageDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    # And, where photos are to be turned as their EXIF says, an attribute exif_orientation: see applies_orientation.
+    # And, where photos are to be turned as their EXIF says, an attribute exif_orientation: see applies_orientation;
+    # where the files number the classes, an attribute numbers_classes: see the function of this name.
 
     def encoded(self, index: int) -> bytes | None:
         """The file of the image at ``index``, JPEG or another format; None where only decoded arrays exist.
@@ -97,6 +98,11 @@ class ImageDataset(Protocol):
 def applies_orientation(dataset: ImageDataset) -> bool:
     """Whether the images of a data set are turned as their EXIF says: not where it has no ``exif_orientation``."""
     return getattr(dataset, "exif_orientation", False)
+
+
+def numbers_classes(dataset: ImageDataset) -> bool:
+    """Whether the files hold the numbers of the classes, whose names are elsewhere or unknown: not by default."""
+    return getattr(dataset, "numbers_classes", False)
 
 
 def decode_image(content: bytes, dataset: ImageDataset, index: int, reduction: int = 1) -> np.ndarray:
@@ -188,6 +194,7 @@ class ArrayDataset:
 
     channels = 1
     layout: ShardLayout | None = None
+    numbers_classes = True
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: Sequence[str], mean: float, std: float) -> None:
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
@@ -222,7 +229,52 @@ class ArrayDataset:
         return f"number {index}"
 
 
-class Selection:
+class DatasetView:
+    """The images of a data set, as another data set shows them.
+
+    Args:
+        dataset: Where the images come from.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+        self.classes = dataset.classes
+        self.channels = dataset.channels
+        self.mean = dataset.mean
+        self.std = dataset.std
+        self.exif_orientation = applies_orientation(dataset)
+        self.numbers_classes = numbers_classes(dataset)
+
+    def _place(self, index: int) -> int:
+        """Of the image at ``index`` in the data set that it comes from."""
+        return index
+
+    @property
+    def layout(self) -> ShardLayout | None:
+        """The shards of the data set."""
+        return self.dataset.layout
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def encoded(self, index: int) -> bytes | None:
+        """The file of the image at ``index``; None where only decoded arrays exist."""
+        return self.dataset.encoded(self._place(index))
+
+    def image(self, index: int) -> np.ndarray:
+        """The image at ``index``: uint8, shape (H, W, channels)."""
+        return self.dataset.image(self._place(index))
+
+    def label(self, index: int) -> int:
+        """The class of the image at ``index``."""
+        return self.dataset.label(self._place(index))
+
+    def name(self, index: int) -> str:
+        """Where the image at ``index`` comes from, for messages."""
+        return self.dataset.name(self._place(index))
+
+
+class Selection(DatasetView):
     """Some images of a data set, as a data set.
 
     Args:
@@ -231,13 +283,11 @@ class Selection:
     """
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
         self.indices = indices
-        self.classes = dataset.classes
-        self.channels = dataset.channels
-        self.mean = dataset.mean
-        self.std = dataset.std
-        self.exif_orientation = applies_orientation(dataset)
+
+    def _place(self, index: int) -> int:
+        return int(self.indices[index])
 
     @property
     def labels(self) -> np.ndarray:
@@ -252,22 +302,6 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def encoded(self, index: int) -> bytes | None:
-        """The file of the image at ``index``; None where only decoded arrays exist."""
-        return self.dataset.encoded(int(self.indices[index]))
-
-    def image(self, index: int) -> np.ndarray:
-        """The image at ``index``: uint8, shape (H, W, channels)."""
-        return self.dataset.image(int(self.indices[index]))
-
-    def label(self, index: int) -> int:
-        """The class of the image at ``index``."""
-        return self.dataset.label(int(self.indices[index]))
-
-    def name(self, index: int) -> str:
-        """Where the image at ``index`` comes from, for messages."""
-        return self.dataset.name(int(self.indices[index]))
 
 
 def labels_of(dataset: ImageDataset) -> np.ndarray:
