@@ -72,7 +72,8 @@ class ImageDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    # And, where photos are to be turned as their EXIF says, an attribute exif_orientation: see applies_orientation.
+    # And, where photos are to be turned as their EXIF says, an attribute exif_orientation: see applies_orientation;
+    # where the files number the classes, an attribute numbers_classes: see the function of this name.
 
     def encoded(self, index: int) -> bytes | None:
         """The file of the image at ``index``, JPEG or another format; None where only decoded arrays exist.
@@ -102,6 +103,11 @@ class ImageDataset(Protocol):
 def applies_orientation(dataset: ImageDataset) -> bool:
     """Whether the images of a data set are turned as their EXIF says: not where it has no ``exif_orientation``."""
     return getattr(dataset, "exif_orientation", False)
+
+
+def numbers_classes(dataset: ImageDataset) -> bool:
+    """Whether the files hold the numbers of the classes, whose names are elsewhere or unknown: not by default."""
+    return getattr(dataset, "numbers_classes", False)
 
 
 def decode_image(content: bytes, dataset: ImageDataset, index: int, reduction: int = 1) -> np.ndarray:

@@ -112,6 +112,7 @@ class ParquetDataset(EncodedDataset):
                 raise ValueError(f"cannot read the table {path}: {one_line(error)}") from error
         classes = named if classes is None else classes
         super().__init__(*labels_of(values, classes, self.files[0].parent))
+        self.numbers_classes = bool(values) and isinstance(values[0], int)
         self._groups = np.array(groups, dtype=np.int64).reshape(-1, 4)
         self._starts = np.append(0, np.cumsum(self._groups[:, 2]))
         self.layout = _bundle(self._groups)
