@@ -6,9 +6,9 @@ import pytest
 
 from syncbn.data import ImageDataModule
 from syncbn.data.datasets.array import ArrayDataset
+from syncbn.data.datasets.formats import ImageSets
 from syncbn.data.datasets.selection import Selection, class_counts, labels_of
 from syncbn.data.labels import by_position, match_classes, relabel_sets
-from syncbn.data.datasets.formats import ImageSets
 
 FRUIT = ("apple", "banana", "cherry")
 NUMBERS = ("0", "1", "2")

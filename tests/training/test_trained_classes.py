@@ -12,7 +12,7 @@ import torch
 
 from syncbn.cli import main
 from syncbn.models.weights import CARD_KEY
-from syncbn.training.trained_classes import classes_of
+from syncbn.training.checkpoints.trained_classes import classes_of
 
 pytestmark = [
     pytest.mark.usefixtures("own_folder"),

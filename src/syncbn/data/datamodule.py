@@ -1,8 +1,8 @@
 """The DataModule: images of any known layout, the same global batches on any number of ranks."""
 
 import signal
-from pathlib import Path
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from syncbn.data.datasets.base import ImageDataset, OnReadError, numbers_classes
 from syncbn.data.datasets.formats import EMBEDDED, Stage, hold_some_out, open_image_sets
-from syncbn.data.datasets.selection import Selection, labels_of, class_counts
+from syncbn.data.datasets.selection import Selection, labels_of
+from syncbn.data.labels import by_position, match_classes, relabel_sets
 from syncbn.data.loading.batches import BatchedImages, ImageBatch, keep_batch
 from syncbn.data.loading.order import EpochOrder, ShuffledOrder, WindowedOrder
 from syncbn.data.loading.samplers import EvaluationBatchSampler, GlobalBatchSampler
@@ -21,7 +22,6 @@ from syncbn.data.loading.window_reader import WindowReader, bytes_held
 from syncbn.data.look_through import RECORD, Look, folders_of, look_for_all_ranks
 from syncbn.data.transforms.augmentation import Augmentation
 from syncbn.data.transforms.evaluation_crops import EvaluationCrops
-from syncbn.data.labels import by_position, match_classes, relabel_sets
 from syncbn.preprocessing import Preprocessing, find_preprocessing
 
 if TYPE_CHECKING:

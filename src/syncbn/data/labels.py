@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from syncbn.data.datasets.base import ImageDataset
-from syncbn.data.datasets.selection import DatasetView, Selection, labels_of
 from syncbn.data.datasets.formats import ImageSets
+from syncbn.data.datasets.selection import DatasetView, Selection, labels_of
 
 SWITCH = "data.classes_by_name=false"
 DATA = "the data"

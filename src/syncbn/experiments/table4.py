@@ -18,9 +18,9 @@ from syncbn.experiments.scale import Scale, notes_beside, scale_in_words
 from syncbn.models.weights import ModelCard, read_weights
 from syncbn.training import ImageClassifier
 from syncbn.training.checkpoints.files import read_without_tensors
+from syncbn.training.checkpoints.trained_classes import say
 from syncbn.training.command import TRAINER_DEFAULTS, quieten
 from syncbn.training.evaluation import Evaluated, check_same_task, load_ensemble, load_members
-from syncbn.training.trained_classes import say
 
 MULTICROP = 144
 

@@ -23,6 +23,7 @@ from syncbn.nn import SyncBatchNorm, estimate_population_statistics
 from syncbn.ops import as_statistic
 from syncbn.training.batch_arithmetic import BatchArithmetic, scale_learning_rate
 from syncbn.training.checkpoints.rank_state import add_rank_state, take_rank_state
+from syncbn.training.checkpoints.trained_classes import TRAINED_CLASSES, classes_of, follow_classes
 from syncbn.training.evaluation import Evaluated, log_of_mean
 from syncbn.training.finetuning.freezing import BatchNormPolicy, freeze_network
 from syncbn.training.finetuning.retrieval import NEIGHBOURS, RecallAtK
@@ -38,9 +39,6 @@ from syncbn.training.optimization.class_weights import balanced_weights, given_w
 from syncbn.training.optimization.parameter_groups import parameter_groups, scale_groups
 from syncbn.training.optimization.schedules import exponential_schedule
 from syncbn.training.optimization.speed import CompileMode, compile_network, use_fused_optimizer, use_recomputation
-from syncbn.training.checkpoints.rank_state import add_rank_state, take_rank_state
-from syncbn.training.finetuning.retrieval import NEIGHBOURS, RecallAtK
-from syncbn.training.trained_classes import TRAINED_CLASSES, classes_of, follow_classes
 
 
 class ImageClassifier(Evaluated):

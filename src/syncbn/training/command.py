@@ -31,6 +31,7 @@ from syncbn.training.checkpoints.resuming import (
     record_start,
     tell_ranks,
 )
+from syncbn.training.checkpoints.trained_classes import compare_classes, say, settle_classes
 from syncbn.training.classifier import ImageClassifier
 from syncbn.training.configuration.checks import (
     MAY_BE_OFF,
@@ -70,7 +71,6 @@ from syncbn.training.run.predictions import PredictionTable
 from syncbn.training.run.summary import RunSummary
 from syncbn.training.statistics import StatisticsTrainer
 from syncbn.training.strategies.ddp import SynchronisedDDPStrategy
-from syncbn.training.trained_classes import compare_classes, say, settle_classes
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the DataModule divides batches itself

@@ -15,11 +15,11 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from syncbn.data.datasets.formats import Stage
-from syncbn.data.loading.batches import ImageBatch
 from syncbn.data.labels import UNNAMED
+from syncbn.data.loading.batches import ImageBatch
 from syncbn.models.weights.reading import first_not_finite
+from syncbn.training.checkpoints.trained_classes import reorder_outputs, say
 from syncbn.training.evaluated_images import stage_of_test
-from syncbn.training.trained_classes import reorder_outputs, say
 
 SAME_TASK = {
     "num_classes": "give it data of the same classes",
