@@ -1,6 +1,8 @@
-"""Images in, batches out.
+"""Images in, batches out: what is on the disk (`datasets`), what is done to one image (`transforms`), which images make
+up which batch (`loading`). `preparation` writes shards, `look_through` finds broken photos, `show` draws them.
 
-The DataModule is imported when it is first used: `syncbn prepare` need not wait for Lightning.
+The DataModule, which puts these together, is imported when it is first used: `syncbn prepare` need not wait for
+Lightning.
 """
 
 from importlib import import_module
