@@ -1,5 +1,7 @@
-"""Images in, batches out: what is on the disk (`datasets`), what is done to one image (`transforms`), which images make
-up which batch (`loading`). `preparation` writes shards, `look_through` finds broken photos, `show` draws them.
+"""Images in, batches out.
+
+What is on the disk: `datasets`. What is done to one image: `transforms`. Which images make up which batch: `loading`.
+`preparation` writes shards, `look_through` finds broken photos, `show` draws what the network sees.
 
 The DataModule, which puts these together, is imported when it is first used: `syncbn prepare` need not wait for
 Lightning.

@@ -1,5 +1,5 @@
 """Trained networks at work: ``syncbn predict`` (`predict`) and ``syncbn export`` (`export`).
 
-`images` finds and prepares the images that a user names, `writers` write what the network says, and `graphs` makes ONNX,
-TorchScript and torch.export of a network.
+`images` finds and prepares the images that a user names, and `writers` write what the network says about them. `graphs`
+makes ONNX, TorchScript or torch.export of a network.
 """
