@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from syncbn.functional import compiled as graph
+from syncbn.functional import compiled
 from syncbn.ops import common
 
 DEVICE = torch.device("mps:0")
 _HERE = (DEVICE, torch.device("meta"))  # as autograd's nodes know it, see NarrowTensor
 _BETWEEN_DEVICES = (torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.to)
-_OWN_OPERATORS = {op._opoverload: op._init_fn for op in (graph.forward_message, graph.backward_sums)}
+_OWN_OPERATORS = {op._opoverload: op._init_fn for op in (compiled.forward_message, compiled.backward_sums)}
 
 
 class NarrowTensor(Tensor):

@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 from syncbn import ops
-from syncbn.functional import compiled as graph
+from syncbn.functional import compiled
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -27,15 +27,15 @@ def backward_arguments(dtype, affine, relu):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_are_what_torch_expects_of_operators(dtype):
-    opcheck(graph.forward_message, (activations(dtype), 7))
+    opcheck(compiled.forward_message, (activations(dtype), 7))
     for affine, relu in ((True, True), (False, False)):
-        opcheck(graph.backward_sums, backward_arguments(dtype, affine, relu))
+        opcheck(compiled.backward_sums, backward_arguments(dtype, affine, relu))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_forward_message_is_that_of_eager(dtype):
     xs = activations(dtype)
-    assert torch.equal(graph.forward_message(xs, 7), ops.forward_message([ops.dense(x) for x in xs], (7, 49)))
+    assert torch.equal(compiled.forward_message(xs, 7), ops.forward_message([ops.dense(x) for x in xs], (7, 49)))
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -46,4 +46,4 @@ def test_sums_of_gradients_are_those_of_eager(dtype, relu):
         ops.Upstream(ops.dense(dy), ops.dense(x), ops.Affine(mean, var, eps, weight, bias, cut), None)
         for dy, x, mean, var, weight, bias, eps, cut in zip(*arguments, strict=True)
     ]
-    assert torch.equal(graph.backward_sums(*arguments), ops.backward_sums(upstream, None)[1])
+    assert torch.equal(compiled.backward_sums(*arguments), ops.backward_sums(upstream, None)[1])

@@ -23,9 +23,8 @@ import syncbn
 from narrow_device import DEVICE, NarrowDevice, on_device
 from ranks import run_ranks
 from syncbn import SyncBatchNorm, sync_batch_norm_group
-from syncbn.functional import compiled as graph
-from syncbn.functional import exchange
-from syncbn.functional.norm import Norm
+from syncbn.functional import compiled, exchange
+from syncbn.functional.norm import Norm, Settings, Tensors
 from syncbn.nn import PerActivationBatchNorm
 from syncbn.ops import common, has_float64
 
@@ -189,9 +188,9 @@ def compiled_parts(rank):
         layers, x = pair(where), batch_of(rank, where, requires_grad=True)
         residual = batch_of(rank, where).flip(0)
         route = syncbn.nn.sync_batch_norm._route(list(layers)) if torch.distributed.is_initialized() else None
-        started = graph.Started([x, x], route)
+        started = compiled.CompiledStarted([x, x], route)
         norms = [
-            Norm(x, m.weight, m.bias, r, m.eps, m.activation, m._running())
+            Norm(Tensors(x, m.weight, m.bias, r), Settings(m.eps, m.activation, m._running()))
             for m, r in zip(layers, (residual, None), strict=True)
         ]
         outputs, _ = started.finish(norms)

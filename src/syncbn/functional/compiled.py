@@ -4,7 +4,7 @@ The two passes that reduce are operators into which the compiler does not look: 
 the ones of eager. All else is plain operators, for the compiler to fuse with what lies around: the normalisation with
 residual and ReLU, and the gradient of the input.
 
-As in `functional` there are two halves, so that other work can run while a message travels. Start: sums, and an
+As in `fused` there are two halves, so that other work can run while a message travels. Start: sums, and an
 all-reduce that is not waited for. Finish: y. Going backward, finish's node sums and reduces; start's node waits, and
 computes the gradients of the inputs. What it needs for that travels as gradients of tokens, which hold nothing else.
 
@@ -26,9 +26,11 @@ from syncbn.functional.norm import (
     Route,
     Statistics,
     cut_by_relu,
+    flatten,
     id_of_widths,
     is_transformed,
     refuse_single_value,
+    restore,
 )
 
 
@@ -81,8 +83,8 @@ def _empty_message(inputs: Sequence[Tensor], length: int) -> Tensor:
     return inputs[0].new_empty(length, dtype=torch.float64, device=ops.statistics_device(inputs[0].device))
 
 
-class Started:
-    """A synchronisation under way, as `functional.Started`; with no route, of this rank alone.
+class CompiledStarted:
+    """A synchronisation under way, as `fused.FusedStarted`; with no route, of this rank alone.
 
     Args:
         inputs: (N, C, ...) each.
@@ -100,22 +102,23 @@ class Started:
         for x in inputs if route is None else ():
             refuse_single_value(x.numel() // x.shape[1], x.shape, P=1)
         self.id = id_of_widths([x.shape[1] for x in inputs])
-        self.message, self.token, *tokens = _Start.apply(self.group_name, self.id, *inputs)
-        self.tokens = list(_rows(tokens, 3))
+        self.message, self.token, *tokens = _CompiledStart.apply(self.group_name, self.id, *inputs)
+        self.tokens = restore(_Tokens, tokens)
 
     def finish(self, norms: Sequence[Norm]) -> tuple[list[Tensor], list[Statistics]]:
-        """Wait for the message and normalise; as `functional.Started.finish`."""
+        """Wait for the message and normalise; as `fused.FusedStarted.finish`."""
         statistics = self._statistics()
-        settings, tensors = [], []
-        for x, norm, found, tokens in zip(self.inputs, norms, statistics, self.tokens, strict=True):
-            settings.append((norm.eps, norm.activation == "relu"))
-            tensors += [*tokens, norm.weight, norm.bias, norm.residual, x.detach(), *found]
-            if norm.running is not None:
+        rows, rectified = [], []
+        for x, (tensors, settings), found, tokens in zip(self.inputs, norms, statistics, self.tokens, strict=True):
+            _, weight, bias, residual = tensors
+            rows.append(_FinishInputs(*tokens, weight, bias, residual, x.detach(), *found))
+            rectified.append((settings.eps, settings.activation == "relu"))
+            if settings.running is not None:
                 # Of a single value there is no variance: the outputs are NaN, the averages stay.
                 mean, var, M = found
                 assert isinstance(M, Tensor)
-                ops.update_running(norm.running, mean, var, torch.where(M == 1, 0.0, M))
-        outputs = _Finish.apply(self.group_name, tuple(settings), self.token, *tensors)
+                ops.update_running(settings.running, mean, var, torch.where(M == 1, 0.0, M))
+        outputs = _CompiledFinish.apply(self.group_name, tuple(rectified), self.token, *flatten(rows))
         return list(outputs), statistics
 
     def _statistics(self) -> list[Statistics]:
@@ -132,7 +135,7 @@ class Started:
         return found
 
 
-class _Start(torch.autograd.Function):
+class _CompiledStart(torch.autograd.Function):
     """Inputs in; out the message, not waited for, and tokens that tie finish's node to this one.
 
     What counts about the tokens is their gradients, which finish's node makes: of the first, all inputs' coefficients
@@ -146,14 +149,12 @@ class _Start(torch.autograd.Function):
         ctx.group_name = group_name
         ctx.save_for_backward(*inputs)
         message = forward_message(inputs, id)
-        tokens = [message.new_empty(sum(2 * x.shape[1] for x in inputs))]
-        for x in inputs:
-            dtype = ops.compute_dtype(x.dtype)
-            tokens += [torch.empty_like(x, dtype=dtype), *(x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))]
+        token = message.new_empty(sum(2 * x.shape[1] for x in inputs))
+        tokens = flatten(_tokens_like(x) for x in inputs)
         if group_name is not None:
             message = launch_traced(message, group_name)
         ctx.mark_non_differentiable(message)
-        return message, *tokens
+        return message, token, *tokens
 
     @staticmethod
     def backward(ctx: Any, _message: Tensor, coefficients: Tensor, *gradients: Tensor) -> Any:
@@ -163,41 +164,69 @@ class _Start(torch.autograd.Function):
         inputs = ctx.saved_tensors
         parts = coefficients.split([2 * x.shape[1] for x in inputs])
         found = []
-        for x, part, (scaled_dy, high, low) in zip(inputs, parts, _rows(gradients, 3), strict=True):
+        for x, part, (scaled_dy, high, low) in zip(inputs, parts, restore(_Tokens, gradients), strict=True):
             a, b = (ops.per_channel(ops.beside(v, x).to(scaled_dy.dtype), x) for v in part.chunk(2))
             found.append((scaled_dy + a + b * _deviation(x, high, low)).to(x.dtype))
         return None, None, *found
 
 
-_PER_INPUT = 10  # three tokens, weight, bias, residual, x, mean, var, M
-_Setting: TypeAlias = tuple[float, bool]  # eps, and whether there is a ReLU
+class _Tokens(NamedTuple):
+    """Of one input: what start's node hands to finish's, for their gradients alone."""
+
+    scaled_dy: Any  # like the input
+    high: Any  # (C)
+    low: Any  # (C)
 
 
-class _Finish(torch.autograd.Function):
+def _tokens_like(x: Tensor) -> _Tokens:
+    """Without a value, in the compute dtype of x."""
+    dtype = ops.compute_dtype(x.dtype)
+    return _Tokens(torch.empty_like(x, dtype=dtype), *(x.new_empty(x.shape[1], dtype=dtype) for _ in range(2)))
+
+
+class _FinishInputs(NamedTuple):
+    """Of one input: the tensors that finish's node takes; their gradients, going backward."""
+
+    scaled_dy: Any
+    high: Any
+    low: Any
+    weight: Any
+    bias: Any
+    residual: Any
+    x: Any = None
+    mean: Any = None
+    var: Any = None
+    M: Any = None
+
+
+_Rectified: TypeAlias = tuple[float, bool]  # eps, and whether there is a ReLU
+
+
+class _CompiledFinish(torch.autograd.Function):
     """Normalises."""
 
     @staticmethod
     def forward(
-        ctx: Any, group_name: str | None, settings: tuple[_Setting, ...], _token: Tensor, *tensors: Any
+        ctx: Any, group_name: str | None, settings: tuple[_Rectified, ...], _token: Tensor, *tensors: Any
     ) -> tuple[Tensor, ...]:
         ctx.group_name, ctx.settings = group_name, settings
         outputs: list[Tensor] = []
-        kept: list[Tensor | None] = []
-        for (eps, relu), row in zip(settings, _rows(tensors, _PER_INPUT), strict=True):
-            weight, bias, residual, x, mean, var, M = row[3:]
+        kept: list[_Saved] = []
+        for (eps, relu), row in zip(settings, restore(_FinishInputs, tensors), strict=True):
+            _, _, _, weight, bias, residual, x, mean, var, M = row
             saved = _Saved(x, weight, bias, residual, None, mean, var, M, *_coefficients(x, mean, var, weight, eps))
             y = saved.normalized()
             if residual is not None:
                 y = y + residual
             y = (y.relu() if relu else y).to(x.dtype)
             outputs.append(y)
-            kept += saved._replace(y=y if relu and residual is not None else None)
-        ctx.save_for_backward(*kept)
+            kept.append(saved._replace(y=y if relu and residual is not None else None))
+        ctx.save_for_backward(*flatten(kept))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        saved = [_Saved(*row) for row in _rows(ctx.saved_tensors, len(_Saved._fields))]
+        saved = restore(_Saved, ctx.saved_tensors)
         dys = [dy if one.y is None else cut_by_relu(dy, one.y) for dy, one in zip(gradients, saved, strict=True)]
         all_eps = [eps for eps, _ in ctx.settings]
         relus = [relu and one.y is None for one, (_, relu) in zip(saved, ctx.settings, strict=True)]
@@ -207,11 +236,15 @@ class _Finish(torch.autograd.Function):
         message = torch.cat([v for pair in shares for v in pair])
         if ctx.group_name is not None:  # the compiler leaves it out where no input wants a gradient
             message = launch_traced(message, ctx.group_name)
-        returned: list[Tensor | None] = []
-        for one, dy, own, eps, relu in zip(saved, dys, sums, all_eps, relus, strict=True):
-            returned += [one.scaled(dy, relu), one.high, one.low, *one.parameter_gradients(own, eps)]
-            returned += [None if one.residual is None else dy, None, None, None, None]
-        return None, None, message, *returned
+        returned = [
+            _FinishInputs(
+                *(one.scaled(dy, relu), one.high, one.low),
+                *one.parameter_gradients(own, eps),
+                residual=None if one.residual is None else dy,
+            )
+            for one, dy, own, eps, relu in zip(saved, dys, sums, all_eps, relus, strict=True)
+        ]
+        return None, None, message, *flatten(returned)
 
 
 class _Saved(NamedTuple):
@@ -272,7 +305,3 @@ def _coefficients(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, e
 def _deviation(x: Tensor, high: Tensor, low: Tensor) -> Tensor:
     """X - mean in the compute dtype, exact also where the mean is large."""
     return x.to(high.dtype) - ops.per_channel(high, x) - ops.per_channel(low, x)
-
-
-def _rows(flat: Sequence[Any], width: int) -> Any:
-    return zip(*[iter(flat)] * width, strict=True)

@@ -17,23 +17,25 @@ from syncbn.functional.norm import Norm, Route, Statistics, id_of_widths, refuse
 
 def composed(norms: Sequence[Norm], route: Route | None) -> tuple[list[Tensor], list[Statistics]]:
     """The same normalisation as differentiable operators, over a group or, with no route, alone."""
-    shifted = [_shifted(norm.x) for norm in norms]
+    inputs = [norm.tensors.x for norm in norms]
+    shifted = [_shifted(x) for x in inputs]
     sums = [ops.composed_sums(s.values) for s in shifted]
-    counts = [norm.x.numel() // norm.x.shape[1] for norm in norms]
+    counts = [x.numel() // x.shape[1] for x in inputs]
     if route is None:
-        for M, norm in zip(counts, norms, strict=True):
-            refuse_single_value(M, norm.x.shape, P=1)
+        for M, x in zip(counts, inputs, strict=True):
+            refuse_single_value(M, x.shape, P=1)
         statistics = [
-            Statistics(*ops.moments_of(s, x.pivot, M), M) for s, x, M in zip(sums, shifted, counts, strict=True)
+            Statistics(*ops.moments_of(s, z.pivot, M), M) for s, z, M in zip(sums, shifted, counts, strict=True)
         ]
     else:
-        sums = [ops.about_origin(s, x.pivot, M) for s, x, M in zip(sums, shifted, counts, strict=True)]
-        id = id_of_widths([norm.x.shape[1] for norm in norms])
+        sums = [ops.about_origin(s, z.pivot, M) for s, z, M in zip(sums, shifted, counts, strict=True)]
+        channels = [x.shape[1] for x in inputs]
+        id = id_of_widths(channels)
         message = ops.message_of([t for s in sums for t in s], counts, (id, id**2))
         totals = all_reduce_differentiable(message, route.group, id)
-        batches = batches_of(totals, None, [norm.x.shape[1] for norm in norms])
-        statistics = [_statistics(b, norm.x, route) for b, norm in zip(batches, norms, strict=True)]
-    outputs = [_composed_normalize(n, s, *st[:2]) for n, s, st in zip(norms, shifted, statistics, strict=True)]
+        batches = batches_of(totals, None, channels)
+        statistics = [_statistics(batch, x, route) for batch, x in zip(batches, inputs, strict=True)]
+    outputs = [_normalize(n, z, s.mean, s.var) for n, z, s in zip(norms, shifted, statistics, strict=True)]
     return outputs, statistics
 
 
@@ -63,17 +65,18 @@ def _shifted(x: Tensor) -> _Shifted:
     return _Shifted(z - ops.per_channel(pivot, x), pivot)
 
 
-def _composed_normalize(norm: Norm, shifted: _Shifted, mean: Tensor, var: Tensor) -> Tensor:
+def _normalize(norm: Norm, shifted: _Shifted, mean: Tensor, var: Tensor) -> Tensor:
+    (x, weight, bias, residual), settings = norm
     z, pivot = shifted
-    scale = ops.beside((var + norm.eps).rsqrt(), z)
-    if norm.weight is not None:
-        scale = scale * norm.weight
+    scale = ops.beside((var + settings.eps).rsqrt(), z)
+    if weight is not None:
+        scale = scale * weight
     centre = ops.beside(mean if pivot is None else mean - ops.as_statistic(pivot), z)
     y = (z - ops.per_channel(centre.to(z.dtype), z)) * ops.per_channel(scale.to(z.dtype), z)
-    if norm.bias is not None:
-        y = y + ops.per_channel(norm.bias.to(z.dtype), z)
-    if norm.residual is not None:
-        y = y + norm.residual
-    if norm.activation == "relu":
+    if bias is not None:
+        y = y + ops.per_channel(bias.to(z.dtype), z)
+    if residual is not None:
+        y = y + residual
+    if settings.activation == "relu":
         y = y.relu()
-    return y.to(norm.x.dtype)
+    return y.to(x.dtype)

@@ -1,19 +1,16 @@
 """Synchronised batch normalisation as a differentiable function, of one activation or of several in one message.
 
 It comes in two halves, so that other work can run while a message travels: `start` sums locally and launches the
-all-reduce, `Started.finish` waits for it and normalises. Going backward, finish's node launches the reduction of the
-gradient sums and start's node waits for it; autograd runs what lies between the two in the meantime.
+all-reduce, `FusedStarted.finish` waits for it and normalises. Going backward, finish's node launches the reduction of
+the gradient sums and start's node waits for it; autograd runs what lies between the two in the meantime.
 
-Two implementations of the same numbers; `graph` is the third, for torch.compile:
-- fused: the passes of `syncbn.ops` inside two autograd nodes. The default.
-- composed: plain differentiable operators around a differentiable all-reduce. For second derivatives, torch.func,
-  forward-mode AD and torch.export.
+The passes of `syncbn.ops` run inside two autograd nodes; second derivatives are those of `composed`.
 
 Source: Algorithm 1 and its gradients in Ioffe & Szegedy 2015.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +19,21 @@ from syncbn import ops
 from syncbn.functional.composed import composed
 from syncbn.functional.exchange import Exchange, dense_part, gradients_of_inputs
 from syncbn.functional.memory import Memory
-from syncbn.functional.norm import Norm, Route, Statistics, cut_by_relu, refuse_single_value
+from syncbn.functional.norm import (
+    Norm,
+    Route,
+    Settings,
+    Statistics,
+    Tensors,
+    cut_by_relu,
+    flatten,
+    refuse_single_value,
+    restore,
+)
 from syncbn.recomputing import OutputsAgain, hooks_of_others, keep
 
 
-class Started:
+class FusedStarted:
     """A synchronisation under way; made by `start`, to be finished once."""
 
     def __init__(self, exchange: Exchange, token: Tensor) -> None:
@@ -46,19 +53,18 @@ class Started:
         Returns:
             Outputs like the inputs, and the statistics of each.
         """
-        settings = [norm[4:] for norm in norms]
-        tensors = [t for norm in norms for t in norm.tensors]
-        outputs = _Finish.apply(self.exchange, settings, self.token, *tensors)
+        tensors, settings = zip(*norms, strict=True)
+        outputs = _FusedFinish.apply(self.exchange, settings, self.token, *flatten(tensors))
         self.exchange.remember(outputs)
         return list(outputs), self.exchange.results
 
 
 def start(
     inputs: Sequence[Tensor], route: Route, memory: Memory, spans: Sequence[ops.Span | None] | None = None
-) -> Started:
+) -> FusedStarted:
     """Sum inputs (N, C, ...), or the spans of them, locally and launch their one message."""
     exchange = Exchange(route, memory)
-    return Started(exchange, _Start.apply(exchange, spans or [None] * len(inputs), *inputs))
+    return FusedStarted(exchange, _FusedStart.apply(exchange, spans or [None] * len(inputs), *inputs))
 
 
 def batch_norm(norms: Sequence[Norm]) -> tuple[list[Tensor], list[Statistics]]:
@@ -73,27 +79,25 @@ def batch_norm(norms: Sequence[Norm]) -> tuple[list[Tensor], list[Statistics]]:
     Raises:
         ValueError: one value per channel.
     """
-    x = norms[0].x
+    x = norms[0].tensors.x
     M = x.numel() // x.shape[1]
     refuse_single_value(M, x.shape, P=1)
     found: list[Statistics] = []
-    outputs = _Alone.apply(found, M, [norm[4:] for norm in norms], *(t for norm in norms for t in norm.tensors))
+    tensors, settings = zip(*norms, strict=True)
+    outputs = _FusedAlone.apply(found, M, settings, *flatten(tensors))
     return list(outputs), found
 
 
-_Setting: TypeAlias = tuple[float, str | None, ops.Running | None, ops.Span | None]  # of a Norm, what is no tensor
-
-
-class _Alone(torch.autograd.Function):
+class _FusedAlone(torch.autograd.Function):
     """Normalisations of one activation by this rank's batch."""
 
     @staticmethod
     def forward(
-        ctx: Any, found: list[Statistics], M: int, settings: list[_Setting], *tensors: Any
+        ctx: Any, found: list[Statistics], M: int, settings: Sequence[Settings], *tensors: Any
     ) -> tuple[Tensor, ...]:
         ctx.route, ctx.M = None, M
-        norms = _norms(settings, tensors)
-        pairs = [_normalize(norm, dense_part(norm.x, norm.span), None) for norm in norms]
+        norms = [Norm(*pair) for pair in zip(restore(Tensors, tensors), settings, strict=True)]
+        pairs = [_normalize(norm, dense_part(norm.tensors.x, norm.settings.span), None) for norm in norms]
         found += [Statistics(saved.mean, saved.var, M) for _, saved in pairs]
         return _keep(ctx, norms, pairs)
 
@@ -104,15 +108,15 @@ class _Alone(torch.autograd.Function):
         found, _ = ops.backward_sums(_upstream(ctx, gradients), None)
         dxs = gradients_of_inputs(
             [one for one, _ in found],
-            [span for *_, span in ctx.settings],
+            [settings.span for settings in ctx.settings],
             [gradient.sums for _, gradient in found],
             [ctx.M] * len(found),
-            ctx.needs_input_grad[3::4],
+            [bool(needs.x) for needs in restore(Gradients, ctx.needs_input_grad[3:])],
         )
         return (None, None, None, *_returned(ctx, found, dxs))
 
 
-class _Start(torch.autograd.Function):
+class _FusedStart(torch.autograd.Function):
     """Inputs in, a token out that ties finish's node to this one.
 
     The token holds no number, nor does its gradient. That one has an attribute `under_way`: what finish's node leaves
@@ -134,16 +138,16 @@ class _Start(torch.autograd.Function):
         return (None, None, *ctx.exchange.input_gradients(token.under_way, needed))
 
 
-class _Finish(torch.autograd.Function):
+class _FusedFinish(torch.autograd.Function):
     """Normalises. The inputs' gradients travel through the token, to start's node."""
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: Exchange, settings: list[_Setting], _token: Tensor, *tensors: Any
+        ctx: Any, exchange: Exchange, settings: Sequence[Settings], _token: Tensor, *tensors: Any
     ) -> tuple[Tensor, ...]:
         ctx.exchange, ctx.route = exchange, exchange.route
         exchange.receive()
-        norms, pairs = _norms(settings, tensors), []
+        norms, pairs = [Norm(*pair) for pair in zip(restore(Tensors, tensors), settings, strict=True)], []
         for norm, x, batch in zip(norms, exchange.inputs, exchange.batches, strict=True):
             y, saved = _normalize(norm, x, batch)
             exchange.results.append(Statistics(saved.mean, saved.var, batch.M))
@@ -168,55 +172,57 @@ def _token(like: Tensor) -> Any:
     return like.new_empty(0, dtype=torch.float32)
 
 
+class Gradients(NamedTuple):
+    """Of the `Tensors` of one normalization."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+
+
 class _Saved(NamedTuple):
     """What finish's node keeps of one normalisation."""
 
-    x: Tensor
+    x: Any  # a tensor, but for the spans of one input after the first, which take the first's
     weight: Tensor | None
     bias: Tensor | None  # read only where `_reads_bias`; else whoever likes may change it, as with torch's layers
     y: Tensor | None  # only where the ReLU's mask cannot be computed again from x
     mean: Tensor
     var: Tensor
 
-    def affine(self, setting: _Setting) -> ops.Affine:
-        eps, activation, *_ = setting
-        relu = activation == "relu" and self.y is None
-        return ops.Affine(self.mean, self.var, eps, self.weight, self.bias, relu)
+    def affine(self, settings: Settings) -> ops.Affine:
+        relu = settings.activation == "relu" and self.y is None
+        return ops.Affine(self.mean, self.var, settings.eps, self.weight, self.bias, relu)
 
 
 def _saved(ctx: Any) -> list[_Saved]:
     found: list[_Saved] = []
-    rows = zip(*[iter(ctx.saved_tensors)] * len(_Saved._fields), strict=True)
-    for row, bias in zip(rows, ctx.unread_biases, strict=True):
-        one = _Saved(*row)
+    for one, bias in zip(restore(_Saved, ctx.saved_tensors), ctx.unread_biases, strict=True):
         if one.x is None:
             one = one._replace(x=found[-1].x)
         found.append(one if bias is None else one._replace(bias=bias.tensor))
     return found
 
 
-def _reads_bias(norm: Norm, saved: _Saved) -> bool:
+def _reads_bias(settings: Settings, saved: _Saved) -> bool:
     """Whether the backward needs its values: for the ReLU's mask."""
-    return norm.activation == "relu" and saved.y is None
-
-
-def _norms(settings: Sequence[_Setting], tensors: Sequence[Any]) -> list[Norm]:
-    quadruples = zip(*[iter(tensors)] * 4, strict=True)
-    return [Norm._make((*four, *setting)) for four, setting in zip(quadruples, settings, strict=True)]
+    return settings.activation == "relu" and saved.y is None
 
 
 def _keep(ctx: Any, norms: Sequence[Norm], pairs: Sequence[tuple[Tensor, _Saved]]) -> tuple[Tensor, ...]:
     """Keep what the backward needs; returns the outputs."""
     outputs = tuple(y for y, _ in pairs)
-    ctx.settings, ctx.residuals = [norm[4:] for norm in norms], [norm.residual is not None for norm in norms]
-    # Of the spans of one input the first keeps it for all.
-    inputs = [norm.x if norm.span is None or norm.span.first == 0 else None for norm in norms]
+    ctx.settings = [norm.settings for norm in norms]
+    ctx.residuals = [norm.tensors.residual is not None for norm in norms]
     kept, ctx.unread_biases = [], []
-    for x, norm, (_, saved) in zip(inputs, norms, pairs, strict=True):
-        unread = None if norm.bias is None or _reads_bias(norm, saved) else keep(norm.bias)
-        kept += [x, saved.weight, saved.bias if unread is None else None, *saved[3:]]
+    for (tensors, settings), (_, saved) in zip(norms, pairs, strict=True):
+        if settings.span is not None and settings.span.first:  # of the spans of one input the first keeps it for all
+            saved = saved._replace(x=None)
+        unread = None if tensors.bias is None or _reads_bias(settings, saved) else keep(tensors.bias)
         ctx.unread_biases.append(unread)
-    ctx.save_for_backward(*kept)
+        kept.append(saved if unread is None else saved._replace(bias=None))
+    ctx.save_for_backward(*flatten(kept))
     _offer_outputs_again(ctx, outputs)
     return outputs
 
@@ -225,20 +231,21 @@ def _returned(
     ctx: Any, found: Sequence[tuple[ops.Upstream, ops.Gradient]], dxs: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of the tensors of each norm."""
-    returned: list[Tensor | None] = []
-    for (one, gradient), dx, has_residual in zip(found, dxs, ctx.residuals, strict=True):
-        returned += [dx, gradient.weight, gradient.bias, one.dy if has_residual else None]
-    return returned
+    return flatten(
+        Gradients(dx, gradient.weight, gradient.bias, one.dy if has_residual else None)
+        for (one, gradient), dx, has_residual in zip(found, dxs, ctx.residuals, strict=True)
+    )
 
 
 def _normalize(norm: Norm, x: Tensor, batch: ops.BatchSums | None) -> tuple[Tensor, _Saved]:
     """Y, and what the backward needs; x is the norm's part, as `dense_part`. Alone where there is no batch."""
-    relu = norm.activation == "relu"
-    residual = None if norm.residual is None else _laid_out_like(x, norm.residual)
-    map = ops.Map(norm.eps, norm.weight, norm.bias, relu)
-    y, mean, var = ops.normalize_batch(x, batch, map, residual, norm.running)
+    (input, weight, bias, residual), settings = norm
+    relu = settings.activation == "relu"
+    residual = None if residual is None else _laid_out_like(x, residual)
+    map = ops.Map(settings.eps, weight, bias, relu)
+    y, mean, var = ops.normalize_batch(x, batch, map, residual, settings.running)
     mask = y if relu and residual is not None else None
-    return y, _Saved(norm.x, norm.weight, norm.bias, mask, mean, var)
+    return y, _Saved(input, weight, bias, mask, mean, var)
 
 
 def _offer_outputs_again(ctx: Any, outputs: Sequence[Tensor]) -> None:
@@ -253,19 +260,19 @@ def _offer_outputs_again(ctx: Any, outputs: Sequence[Tensor]) -> None:
 
 
 def _output_again(ctx: Any, i: int) -> Tensor:
-    saved, setting = _saved(ctx)[i], ctx.settings[i]
+    saved, settings = _saved(ctx)[i], ctx.settings[i]
     if ctx.unread_biases[i] is not None:  # until now
         ctx.unread_biases[i].unchanged()
-    return ops.normalize(dense_part(saved.x, setting[-1]), saved.affine(setting))
+    return ops.normalize(dense_part(saved.x, settings.span), saved.affine(settings))
 
 
 def _upstream(ctx: Any, gradients: Sequence[Tensor]) -> list[ops.Upstream]:
     """What the backward starts from. The parameters' gradients will be this rank's share: DDP averages them."""
     upstream = []
-    for saved, dy, setting in zip(_saved(ctx), gradients, ctx.settings, strict=True):
-        x = dense_part(saved.x, setting[-1])
+    for saved, dy, settings in zip(_saved(ctx), gradients, ctx.settings, strict=True):
+        x = dense_part(saved.x, settings.span)
         dy = _laid_out_like(x, dy) if saved.y is not None else ops.upstream_gradient(dy, x)
-        upstream.append(ops.Upstream(dy, x, saved.affine(setting), saved.y))
+        upstream.append(ops.Upstream(dy, x, saved.affine(settings), saved.y))
     return upstream
 
 
@@ -285,29 +292,30 @@ def _composed_gradients(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor | 
     differentiable = torch.is_grad_enabled()
     norms, dys = [], []
     with torch.enable_grad():
-        for saved, dy, setting in zip(_saved(ctx), gradients, ctx.settings, strict=True):
-            eps, activation, _, span = setting
-            part = saved.x if span is None else span.of(saved.x)
+        for saved, dy, settings in zip(_saved(ctx), gradients, ctx.settings, strict=True):
+            part = saved.x if settings.span is None else settings.span.of(saved.x)
             # Views, since one tensor in two norms would be given the gradient of both twice.
             weight, bias = (None if t is None else t.view_as(t) for t in (saved.weight, saved.bias))
-            norms.append(Norm(part.view_as(part), weight, bias, None, eps, None))
-            dys.append(dy * _relu_mask(saved, setting) if activation == "relu" else dy)
+            tensors = Tensors(part.view_as(part), weight, bias, None)
+            norms.append(Norm(tensors, Settings(settings.eps, None)))
+            dys.append(dy * _relu_mask(saved, settings) if settings.activation == "relu" else dy)
         outputs, _ = composed(norms, ctx.route)
-        tensors = [t for norm in norms for t in norm.tensors]
-        wanted = [t for t in tensors if t is not None and t.requires_grad]
+        inputs = flatten(norm.tensors for norm in norms)
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(outputs, wanted, dys, create_graph=differentiable, allow_unused=True))
-    returned = [None if t is None or not t.requires_grad else next(found) for t in tensors]
-    for i, (has_residual, (*_, span)) in enumerate(zip(ctx.residuals, ctx.settings, strict=True)):
-        returned[4 * i + 3] = dys[i] if has_residual else None
-        if span is not None:
-            returned[4 * i] = span.among_zeros(returned[4 * i])
-    return returned
+    returned = restore(Gradients, [None if t is None or not t.requires_grad else next(found) for t in inputs])
+    for i, (dy, settings) in enumerate(zip(dys, ctx.settings, strict=True)):
+        if ctx.residuals[i]:
+            returned[i] = returned[i]._replace(residual=dy)
+        if settings.span is not None:
+            returned[i] = returned[i]._replace(x=settings.span.among_zeros(returned[i].x))
+    return flatten(returned)
 
 
 @torch.no_grad()
-def _relu_mask(saved: _Saved, setting: _Setting) -> Tensor:
+def _relu_mask(saved: _Saved, settings: Settings) -> Tensor:
     """1 where the ReLU let pass, else 0."""
     y = saved.y
     if y is None:
-        y = ops.normalize(dense_part(saved.x, setting[-1]), saved.affine(setting))
+        y = ops.normalize(dense_part(saved.x, settings.span), saved.affine(settings))
     return cut_by_relu(torch.ones_like(y), y)

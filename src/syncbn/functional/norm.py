@@ -1,7 +1,7 @@
 """What every implementation of the normalization shares: its arguments, its results, and the checks."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,29 +11,51 @@ from torch.autograd import forward_ad
 from syncbn import ops
 from syncbn.collectives.agreement import LayerName
 
+Row = TypeVar("Row", bound=Any)  # a named tuple
 
-class Norm(NamedTuple):
-    """One activation to normalise.
 
-    x: (N, C, ...), floating point; weight, bias: (C) or None; residual: like x or None, added before the activation;
-    activation: None or "relu"; running: moving averages to update in the same pass, or None. The composed form
-    updates none. span: where x holds the channels of several layers, which are meant; such a norm has no residual,
-    and the composed form does not know it.
+class Tensors(NamedTuple):
+    """Of one normalization what autograd sees.
+
+    x: (N, C, ...), floating point; weight, bias: (C) or None; residual: like x or None, added before the activation.
     """
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
     residual: Tensor | None
+
+
+class Settings(NamedTuple):
+    """Of one normalization what is no tensor, or none that autograd sees.
+
+    activation: None or "relu"; running: moving averages to update in the same pass, or None. The composed form
+    updates none. span: where x holds the channels of several layers, which are meant; such a normalization has no
+    residual, and the composed form does not know it.
+    """
+
     eps: float
     activation: str | None
     running: ops.Running | None = None
     span: ops.Span | None = None
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What autograd sees: the first four fields."""
-        return self[:4]
+
+class Norm(NamedTuple):
+    """One activation to normalize."""
+
+    tensors: Tensors
+    settings: Settings
+
+
+def flatten(rows: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """The fields of all rows in one list, as autograd takes and returns tensors; see `restore`."""
+    return [field for row in rows for field in row]
+
+
+def restore(kind: type[Row], flat: Sequence[Any]) -> list[Row]:
+    """The rows of a list that `flatten` made: named tuples of one kind."""
+    width = len(kind._fields)
+    return [kind(*row) for row in zip(*[iter(flat)] * width, strict=True)]
 
 
 def is_transformed() -> bool:

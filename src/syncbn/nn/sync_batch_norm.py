@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from copy import copy
-from itertools import count, groupby
+from itertools import count
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -16,16 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn import ops
 from syncbn.collectives.agreement import LayerName
 from syncbn.collectives.groups import active_group, group_ranks
-from syncbn.functional import compiled as graph
-from syncbn.functional.composed import composed
-from syncbn.functional.fused import Started, batch_norm, start
-from syncbn.functional.memory import Memory, Owner, owners_of_forward
-from syncbn.functional.norm import Norm, Route, Statistics, only_operators
+from syncbn.functional.dispatch import Normalization
+from syncbn.functional.memory import Memory
+from syncbn.functional.norm import Norm, Route, Settings, Statistics, Tensors, only_operators
 from syncbn.nn.checks import as_dense, check_dense, check_list, check_residual, checked_parameters
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
 from syncbn.nn.scripting import scripted_batch_norm
-from syncbn.recomputing import unseen_by_selective_checkpoints
 
 _thread = threading.local()  # its number; ranks may start their threads in another order
 _threads = count()
@@ -269,15 +266,13 @@ class PendingBatchNorm:
         self.split = split
         self.entries = [part for e in entries for part in e.parts()] if split else entries
         self.live = [e for e in self.entries if e.uses_batch]
-        self.route = _route([layer for e in self.live for layer in e.layers])
-        self.memory = self.live[0].layers[0]._memory if self.live else Memory()
-        self.tensors = [t for e in self.live for t in e.tensors]
-        self.started: Started | graph.Started | None = None
-        if self.live and graph.is_traced():
-            self.started = graph.Started([e.input for e in self.live], self.route)
-        elif self.route is not None and not only_operators(self.tensors):
-            with unseen_by_selective_checkpoints():
-                self.started = start([e.input for e in self.live], self.route, self.memory, [e.span for e in self.live])
+        self.normalization = Normalization(
+            [e.input for e in self.live],
+            [e.span for e in self.live],
+            [t for e in self.live for t in e.tensors],
+            _route([layer for e in self.live for layer in e.layers]),
+            self.live[0].layers[0]._memory if self.live else Memory(),
+        )
 
     def finish(self, residuals: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """Wait for the message and normalise.
@@ -297,55 +292,22 @@ class PendingBatchNorm:
             raise ValueError(f"expected {len(self.entries)} residuals, one or None an input, got {len(residuals)}")
         for entry, residual in zip(self.entries, residuals, strict=True):
             entry.take(residual)
-            self.tensors.append(residual)
-        norms = [e.norm() for e in self.live]
-        with unseen_by_selective_checkpoints():
-            normalised = iter(self._normalize(norms))
+        normalised = iter(self._normalize())
         outputs = [next(normalised) if e.uses_batch else e.from_running_statistics() for e in self.entries]
         if not self.split:
             return [e.laid_out(y) for e, y in zip(self.entries, outputs, strict=True)]
         return [e.laid_out(part) for e, y in zip(self.entries, outputs, strict=True) for part in e.split(y)]
 
-    def _normalize(self, norms: list[Norm]) -> list[Tensor]:
-        repeated = False
-        if self.started is not None:
-            repeated = self.started.recomputed
-            if not repeated:
-                norms = self._with_running(norms)
-            outputs, statistics = self.started.finish(norms)
-        elif only_operators(self.tensors):
-            outputs, statistics = composed(norms, self.route)
-            statistics = [s.detach() for s in statistics]
-        else:
-            owners = owners_of_forward()
-            may_repeat = owners is not None or self.memory.may_recall()
-            if not may_repeat:
-                norms = self._with_running(norms)
-            outputs, statistics = [], []
-            for _, of_one_input in groupby(norms, key=lambda norm: id(norm if norm.span is None else norm.x)):
-                ys, found = batch_norm(list(of_one_input))
-                outputs += ys
-                statistics += found
-            repeated = may_repeat and self._repeats(statistics, owners, outputs)
+    def _normalize(self) -> list[Tensor]:
+        if not self.live:
+            return []
+        norms, running = [e.norm() for e in self.live], [e.running() for e in self.live]
+        outputs, statistics, repeated, updated = self.normalization.finish(norms, running)
         if not repeated:
-            for entry, norm, s in zip(self.live, norms, statistics, strict=True):
-                if norm.running is None:
-                    entry.update(s)
+            for entry, done, found in zip(self.live, updated, statistics, strict=True):
+                if not done:
+                    entry.update(found)
         return outputs
-
-    def _with_running(self, norms: list[Norm]) -> list[Norm]:
-        """The norms, to update moving averages in the pass that normalises, where there are such to update."""
-        return [norm._replace(running=entry.running()) for entry, norm in zip(self.live, norms, strict=True)]
-
-    def _repeats(self, statistics: list[Statistics], owners: list[Owner] | None, outputs: list[Tensor]) -> bool:
-        """Whether a forward without messages is an activation checkpoint's second; of a first one, takes note."""
-        if not statistics:
-            return False
-        note = torch.cat([part for mean, var, _ in statistics for part in (mean, var)])
-        repeated = self.memory.is_repeated(note)
-        if not repeated and owners is not None:
-            self.memory.keep(note, note, owners, outputs[0].grad_fn)
-        return repeated
 
 
 def start_sync_batch_norm(layers: Sequence[Layers], inputs: Sequence[Tensor], split: bool = False) -> PendingBatchNorm:
@@ -431,15 +393,8 @@ class _Entry:
 
     def norm(self) -> Norm:
         first = self.layers[0]
-        return Norm(
-            self.input,
-            self._joined("weight"),
-            self._joined("bias"),
-            self.residual,
-            first.eps,
-            first.activation,
-            span=self.span,
-        )
+        tensors = Tensors(self.input, self._joined("weight"), self._joined("bias"), self.residual)
+        return Norm(tensors, Settings(first.eps, first.activation, span=self.span))
 
     def running(self) -> ops.Running | None:
         """The moving averages, where they are those of one layer in training that nobody observes."""
