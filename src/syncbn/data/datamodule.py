@@ -1,6 +1,7 @@
 """The DataModule: images of any known layout, the same global batches on any number of ranks."""
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,9 +11,10 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from syncbn.data.datasets.base import ImageDataset, OnReadError
+from syncbn.data.datasets.base import ImageDataset, OnReadError, numbers_classes
 from syncbn.data.datasets.formats import EMBEDDED, Stage, hold_some_out, open_image_sets
 from syncbn.data.datasets.selection import Selection, labels_of
+from syncbn.data.labels import by_position, match_classes, relabel_sets
 from syncbn.data.loading.batches import BatchedImages, ImageBatch, keep_batch
 from syncbn.data.loading.order import EpochOrder, ShuffledOrder, WindowedOrder
 from syncbn.data.loading.samplers import EvaluationBatchSampler, GlobalBatchSampler
@@ -94,12 +96,21 @@ class ImageDataModule(LightningDataModule):
         test_images: Training images held out for the test, apart from those for validation. 0 holds out none: the test
             then takes the data's own test set; or, where there is none, the validation images, and its figures are
             called validation.
+        classes_by_name: Whether labels follow the names of the classes where a checkpoint is evaluated or gone on with:
+            the same names in another order are told apart by it, and names that it does not know are refused. False
+            takes the classes by position, whatever they are called.
+        checkpoint_classes: Names of the classes of a network that is evaluated, in the order of its outputs; the data
+            may have fewer. The command takes them from the checkpoint.
+
+    Attributes:
+        remark_on_classes: What a user should know of the comparison with a checkpoint's classes, in words.
 
     Attributes:
         run_folder: Where rank 0 keeps what could not be read at the start of a fit; None keeps it nowhere.
 
     Raises:
-        ValueError: The data are missing, broken or of unknown layout; or an argument is out of range.
+        ValueError: The data are missing, broken or of unknown layout; an argument is out of range; or a class is none
+            of ``checkpoint_classes``.
     """
 
     def __init__(
@@ -123,6 +134,8 @@ class ImageDataModule(LightningDataModule):
         suffixes: list[str] | None = None,
         validate_on_test: bool = False,
         test_images: int = 0,
+        classes_by_name: bool = True,
+        checkpoint_classes: list[str] | None = None,
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -148,6 +161,7 @@ class ImageDataModule(LightningDataModule):
             validate_on_test=validate_on_test or None,
             test_images=test_images,
         )
+        self.classes_by_name = classes_by_name
         self.order = self._order()
         self._saved_division: dict[str, Any] | None = None
         self.image_size = self._native_size() if image_size is None else image_size
@@ -158,6 +172,7 @@ class ImageDataModule(LightningDataModule):
         self.decoder = decoder
         if decoder == "dali":
             self._require_dali()
+        self.remark_on_classes = "" if checkpoint_classes is None else self.follow_classes(checkpoint_classes)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -168,6 +183,27 @@ class ImageDataModule(LightningDataModule):
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.sets.train.classes)
+
+    def follow_classes(self, trained: Sequence[str], whole: bool = False) -> str:
+        """Let the labels be those of a checkpoint's classes, by their names, unless ``classes_by_name`` is false.
+
+        Args:
+            trained: Names of the checkpoint's classes, in the order of its outputs.
+            whole: Whether the data must have each of them: training goes on.
+
+        Returns:
+            What a user should know of it, in words; "" where the classes are the same in the same order.
+
+        Raises:
+            ValueError: A class of the data is none of the checkpoint's; or, with ``whole``, the other way round.
+        """
+        if not self.classes_by_name:
+            return by_position(self.classes, trained)
+        match = match_classes(self.classes, trained, whole=whole, numbered=numbers_classes(self.sets.train))
+        if match is None:
+            return ""
+        self.sets = relabel_sets(self.sets, trained, match.labels)
+        return match.remark
 
     def class_counts(self) -> list[int]:
         """Training images of each class, without those that cannot be read."""

@@ -18,8 +18,9 @@ from syncbn.experiments.scale import Scale, notes_beside, scale_in_words
 from syncbn.models.weights import ModelCard, read_weights
 from syncbn.training import ImageClassifier
 from syncbn.training.checkpoints.files import read_without_tensors
+from syncbn.training.checkpoints.trained_classes import say
 from syncbn.training.command import TRAINER_DEFAULTS, quieten
-from syncbn.training.evaluation import Evaluated, check_same_task, load_ensemble, load_member
+from syncbn.training.evaluation import Evaluated, check_same_task, load_ensemble, load_members
 
 MULTICROP = 144
 
@@ -64,6 +65,7 @@ def table4(
     images: int | None = None,
     devices: int | str = "auto",
     accelerator: str = "auto",
+    classes_by_name: bool = True,
 ) -> None:
     """Validate checkpoints with 1 and with 144 crops, and as an ensemble; print a table beside the paper's Figure 4.
 
@@ -79,6 +81,8 @@ def table4(
             all.
         devices: How many processes: CPU cores, or GPUs where there are any.
         accelerator: Lightning's name of what to run on.
+        classes_by_name: Whether the classes of data and checkpoints are compared by their names, as by
+            data.classes_by_name of `syncbn fit`.
 
     Raises:
         ValueError: There is no checkpoint, one cannot be read, they are of different variants, classes, sizes or
@@ -90,10 +94,8 @@ def table4(
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--output {output}: there is no folder {output.parent}")
     quieten()
-    members = [load_member(path, ImageClassifier) for path in checkpoints]
+    members = load_members(checkpoints, ImageClassifier, classes_by_name=classes_by_name)
     first = members[0]
-    for path, member in zip(checkpoints, members, strict=True):
-        check_same_task(f"--checkpoints: {path}", member.hparams, first.hparams)
     trainer = Trainer(
         accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False, **TRAINER_DEFAULTS
     )
@@ -109,10 +111,13 @@ def table4(
             evaluation_crops=crops,
             preprocessing=card.preprocessing,
             num_workers=num_workers,
+            classes_by_name=classes_by_name,
+            checkpoint_classes=None if card.classes is None else list(card.classes),
         )
         cut[crops].sets = some_of(cut[crops].sets, images)
+    say(cut[1].remark_on_classes)
     check_same_task(f"--checkpoints: {checkpoints[0]}", first.hparams, of_data(cut[1], first.hparams))
-    rows = evaluate_all(trainer, dict(zip(checkpoints, members, strict=True)), cut)
+    rows = evaluate_all(trainer, dict(zip(checkpoints, members, strict=True)), cut, classes_by_name)
     revisions = [revision_of_checkpoint(Path(path)) for path in checkpoints]
     steps = max(steps_of_checkpoint(path) for path in checkpoints)
     scale = Scale(first.hparams["width_multiplier"], image_size, cut[1].num_classes, steps)
@@ -125,7 +130,10 @@ def table4(
 
 
 def evaluate_all(
-    trainer: Trainer, members: Mapping[str, ImageClassifier], cut: Mapping[int, ImageDataModule]
+    trainer: Trainer,
+    members: Mapping[str, ImageClassifier],
+    cut: Mapping[int, ImageDataModule],
+    classes_by_name: bool = True,
 ) -> list[Row]:
     """Each network with 1 and with 144 crops, and where there are several, all together with 144.
 
@@ -133,13 +141,14 @@ def evaluate_all(
         trainer: Evaluates.
         members: The networks, by the paths of their checkpoints.
         cut: The images, by how many crops they are cut into.
+        classes_by_name: As of `load_ensemble`.
     """
     paths = list(members)
     rows = []
     for path, member in members.items():
         rows += [evaluate(trainer, member, images, short_name(path, paths), 1) for images in cut.values()]
     if len(members) > 1:
-        ensemble = load_ensemble(paths, members[paths[0]])
+        ensemble = load_ensemble(paths, members[paths[0]], classes_by_name)
         rows.append(evaluate(trainer, ensemble, cut[MULTICROP], f"ensemble of {len(members)}", len(members)))
     return rows
 

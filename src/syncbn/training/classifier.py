@@ -23,6 +23,7 @@ from syncbn.nn import SyncBatchNorm, estimate_population_statistics
 from syncbn.ops import as_statistic
 from syncbn.training.batch_arithmetic import BatchArithmetic, scale_learning_rate
 from syncbn.training.checkpoints.rank_state import add_rank_state, take_rank_state
+from syncbn.training.checkpoints.trained_classes import TRAINED_CLASSES, classes_of, follow_classes
 from syncbn.training.evaluation import Evaluated, log_of_mean
 from syncbn.training.finetuning.freezing import BatchNormPolicy, freeze_network
 from syncbn.training.finetuning.retrieval import NEIGHBOURS, RecallAtK
@@ -201,6 +202,7 @@ class ImageClassifier(Evaluated):
             staircase=decay_staircase,
         )
         self.in_several_groups = False
+        self.trained_classes: tuple[str, ...] | None = None  # of a checkpoint that is loaded, where it names them
         self.class_weights: Tensor | None = None  # no buffer, which precision=bf16-true would round
         if isinstance(class_weights, list):
             self.class_weights = given_weights(class_weights, num_classes)
@@ -289,12 +291,19 @@ class ImageClassifier(Evaluated):
         datamodule = getattr(self._trainer, "datamodule", None)  # self.trainer raises where there is none
         if isinstance(datamodule, ImageDataModule):
             checkpoint[CARD_KEY] = make_card(self.network, datamodule).to_json()
+            if self.recall:  # the card of an embedding names no classes
+                checkpoint[TRAINED_CLASSES] = list(datamodule.classes)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             add_rank_state(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take what was not the same on all ranks, to go on training."""
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+        """Compare its classes with the data's; to go on training, take what was not the same on all ranks."""
+        self.trained_classes = classes_of(checkpoint)
+        if self._trainer is None:
+            return
+        follow_classes(self._trainer, self.trained_classes, embeds=bool(self.recall))
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            self._set_up_class_weights()  # their order may be another now
             take_rank_state(self, checkpoint, self.trainer.global_rank, self.trainer.world_size)
 
     def log_probabilities(self, images: Tensor) -> Tensor:

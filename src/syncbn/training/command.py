@@ -31,6 +31,7 @@ from syncbn.training.checkpoints.resuming import (
     record_start,
     tell_ranks,
 )
+from syncbn.training.checkpoints.trained_classes import compare_classes, say, settle_classes
 from syncbn.training.classifier import ImageClassifier
 from syncbn.training.configuration.checks import (
     MAY_BE_OFF,
@@ -204,6 +205,7 @@ class SyncBNCLI(LightningCLI):
         if self.checkpoint_hparams:
             refuse_dropped(self._parser(verb), config, words, self.checkpoint_hparams)
         settle_data(config)
+        settle_classes(config)
 
     def before_instantiate_classes(self) -> None:
         """Only a fit has a run folder, in which its config is saved."""
@@ -234,10 +236,13 @@ class SyncBNCLI(LightningCLI):
         if checkpoints:
             if ckpt_path:
                 raise ValueError("--ckpt_path and --checkpoints exclude each other: leave one out")
-            self.model = load_ensemble(checkpoints, self.model)
+            self.model = load_ensemble(checkpoints, self.model, self.datamodule.classes_by_name)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers, the callbacks and the strategy of a run."""
+        if self.subcommand == "fit":  # of a run that goes on, as its checkpoint is loaded
+            compare_classes(self.datamodule, self._get(self.config, "ckpt_path"))
+        say(self.datamodule.remark_on_classes)
         # As a restart will find it in the run's config, whatever the defaults are then.
         self._get(self.config, "data")["exif_orientation"] = self.datamodule.exif_orientation
         kwargs |= follow_launcher(sys.argv, os.environ)

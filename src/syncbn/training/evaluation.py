@@ -15,8 +15,10 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from syncbn.data.datasets.formats import Stage
+from syncbn.data.labels import UNNAMED
 from syncbn.data.loading.batches import ImageBatch
 from syncbn.models.weights.reading import first_not_finite
+from syncbn.training.checkpoints.trained_classes import reorder_outputs, say
 from syncbn.training.evaluated_images import stage_of_test
 
 SAME_TASK = {
@@ -150,12 +152,13 @@ def log_of_mean(log_probabilities: Sequence[Tensor]) -> Tensor:
     return torch.logsumexp(torch.stack(tuple(log_probabilities)), 0) - math.log(len(log_probabilities))
 
 
-def load_ensemble(paths: Sequence[str], like: Any) -> Ensemble:
+def load_ensemble(paths: Sequence[str], like: Any, classes_by_name: bool = True) -> Ensemble:
     """Build the networks of checkpoints; they may differ in all but their classes and their input.
 
     Args:
         paths: Of `ImageClassifier`'s checkpoints.
         like: The ImageClassifier of the config, to which the data are prepared.
+        classes_by_name: Whether the names of their classes decide which outputs are averaged; else their places do.
 
     Returns:
         An ensemble of networks of the class of ``like``.
@@ -163,10 +166,35 @@ def load_ensemble(paths: Sequence[str], like: Any) -> Ensemble:
     Raises:
         ValueError: A file is no checkpoint of an ImageClassifier, or of one with other classes, channels or variant.
     """
-    members = [load_member(path, type(like)) for path in paths]
-    for path, member in zip(paths, members, strict=True):
-        check_same_task(f"--checkpoints: {path}", member.hparams, like.hparams)
+    members = load_members(paths, type(like), like.hparams, classes_by_name)
     return Ensemble(members, like.hparams["num_classes"])
+
+
+def load_members(
+    paths: Sequence[str], kind: Any, wanted: Mapping[str, Any] | None = None, classes_by_name: bool = True
+) -> list[Any]:
+    """Build the networks of checkpoints, whose outputs are of the same classes in the same order.
+
+    Args:
+        paths: Of the checkpoints.
+        kind: The class of the networks: ImageClassifier.
+        wanted: The hyperparameters that they must have in common with these; None takes those of the first.
+        classes_by_name: As of `load_ensemble`.
+
+    Raises:
+        ValueError: As of `load_ensemble`.
+    """
+    members = [load_member(path, kind) for path in paths]
+    for path, member in zip(paths, members, strict=True):
+        check_same_task(f"--checkpoints: {path}", member.hparams, wanted or members[0].hparams)
+    if classes_by_name:
+        named = [(path, member) for path, member in zip(paths, members, strict=True) if member.trained_classes]
+        for path, member in named[1:]:
+            first, like = named[0]
+            reorder_outputs(member.network, member.trained_classes, path, like.trained_classes, first)
+        if len(named) < len(members):
+            say(UNNAMED)
+    return members
 
 
 def load_member(path: str, kind: Any) -> Any:

@@ -23,6 +23,7 @@ class ArrayDataset:
 
     channels = 1
     layout: ShardLayout | None = None
+    numbers_classes = True
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: Sequence[str], mean: float, std: float) -> None:
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):

@@ -1,5 +1,6 @@
 """What a data set is here: images and labels with random access, before augmentation."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from syncbn.data.datasets.decoding import DecodingError, decode
+from syncbn.data.datasets.decoding import SUFFIXES, DecodingError, decode
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -72,7 +73,8 @@ class ImageDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    # And, where photos are to be turned as their EXIF says, an attribute exif_orientation: see applies_orientation.
+    # And, where photos are to be turned as their EXIF says, an attribute exif_orientation: see applies_orientation;
+    # where the files number the classes, an attribute numbers_classes: see the function of this name.
 
     def encoded(self, index: int) -> bytes | None:
         """The file of the image at ``index``, JPEG or another format; None where only decoded arrays exist.
@@ -102,6 +104,11 @@ class ImageDataset(Protocol):
 def applies_orientation(dataset: ImageDataset) -> bool:
     """Whether the images of a data set are turned as their EXIF says: not where it has no ``exif_orientation``."""
     return getattr(dataset, "exif_orientation", False)
+
+
+def numbers_classes(dataset: ImageDataset) -> bool:
+    """Whether the files hold the numbers of the classes, whose names are elsewhere or unknown: not by default."""
+    return getattr(dataset, "numbers_classes", False)
 
 
 def decode_image(content: bytes, dataset: ImageDataset, index: int, reduction: int = 1) -> np.ndarray:
@@ -175,3 +182,61 @@ class EncodedDataset(ABC):
     def label(self, index: int) -> int:
         """The class of the image at ``index``."""
         return int(self.labels[index])
+
+
+WNID = re.compile(r"n\d{8}")
+
+
+def is_imagenet(classes: Sequence[str]) -> bool:
+    """Whether classes are ImageNet's, by their names, which are identifiers of WordNet ("n01440764").
+
+    Its labels and accuracies are about pixels as stored: an EXIF orientation is not to be applied.
+    """
+    return all(WNID.fullmatch(name) for name in classes)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What is on disk.
+
+    Attributes:
+        of: "train", and those of "val" and "test" that there are.
+        exif_orientation: As of `ImageSets`.
+        remarks: As of `ImageSets`.
+    """
+
+    of: dict[str, ImageDataset]
+    exif_orientation: bool = False
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data are read.
+
+    Attributes:
+        own_classes: Whether validation and test images may be of other classes than the training images, and their
+            labels count their own.
+        on_read_error: Whether shards that are missing or of another size are a warning ("skip") or an error (else).
+        exif_orientation: Whether photos are turned as their EXIF says. None turns those of folders and tables, but
+            not those of ImageNet, known by the names of its classes; shards are as they were made.
+        suffixes: Endings of the names of the files that are images; None takes all that can be read.
+    """
+
+    own_classes: bool = False
+    on_read_error: OnReadError = "stop"
+    exif_orientation: bool | None = None
+    suffixes: Sequence[str] | None = None
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """The suffixes in small letters, each with its dot."""
+        if self.suffixes is None:
+            return SUFFIXES
+        if not self.suffixes:
+            raise ValueError("suffixes=[] takes no file: leave it out, or name some, as ['.jpg', '.png']")
+        return tuple("." + suffix.lower().lstrip(".") for suffix in self.suffixes)
+
+    def turns(self, classes: Sequence[str]) -> bool:
+        """Whether photos of such classes are turned as their EXIF says."""
+        return not is_imagenet(classes) if self.exif_orientation is None else self.exif_orientation

@@ -1,42 +1,40 @@
 """From what the user names as data to data sets: the layout is detected."""
 
-import os
-import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
-import numpy as np
-from lightning_utilities.core.rank_zero import rank_zero_only
-
-from syncbn.data.datasets.array import ArrayDataset
-from syncbn.data.datasets.base import ImageDataset, OnReadError
-from syncbn.data.datasets.decoding import SUFFIXES
+from syncbn.data.datasets import idx, image_folder, parquet, shards
+from syncbn.data.datasets.base import ImageDataset, OnReadError, Reading, Splits
 from syncbn.data.datasets.fashion_mnist import fashion_mnist
-from syncbn.data.datasets.idx import IDX_FILES, find_idx_file, find_idx_folder, read_idx
-from syncbn.data.datasets.image_folder import ImageFolderDataset, class_names, in_words, is_imagenet
-from syncbn.data.datasets.parquet import ParquetDataset, find_parquet_files, is_unlabelled, unused_parquet_files
 from syncbn.data.datasets.selection import class_counts, hold_out
-from syncbn.data.datasets.shard_files import INDEX_NAME, damaged_shards, read_index
-from syncbn.data.datasets.shards import ShardDataset
-from syncbn.data.datasets.splits import find_splits, visible_folders
 
 EMBEDDED = "fashion-mnist"
 """Name of the images that come with the package."""
 
-ACCEPTED = (
-    f"{EMBEDDED!r} (comes with the package), a folder of shards (index.json, from `syncbn prepare`),"
-    " of Hugging Face's parquet files (train-*.parquet ...), of MNIST idx files (train-images-idx3-ubyte[.gz] ...),"
-    " with train/<class>/ and val/<class>/ of images, or with <class>/ alone"
-)
+
+class Format(Protocol):
+    """How one layout on the disk is told and opened: a module of `syncbn.data.datasets` each."""
+
+    DESCRIPTION: str
+
+    def matches(self, folder: Path) -> bool:
+        """Whether ``folder`` holds data of this format."""
+        ...
+
+    def open_splits(self, folder: Path, reading: Reading) -> Splits:
+        """Open its splits; ValueError where a part is missing or broken."""
+        ...
+
+
+FORMATS: tuple[Format, ...] = (shards, idx, parquet, image_folder)
+"""In the order in which they are asked."""
+
+ACCEPTED = f"{EMBEDDED!r} (comes with the package), or a folder {', '.join(each.DESCRIPTION for each in FORMATS)}"
 
 Stage = Literal["val", "test"]
 """What a figure of an evaluation is called by."""
-
-NAMED = 5
-"""Of the files and folders that are not used, at most."""
 
 
 @dataclass(frozen=True)
@@ -84,53 +82,6 @@ class ImageSets:
         turned = f"EXIF orientation {'' if self.exif_orientation else 'not '}applied"
         photos = [turned] if self.train.channels == 3 else []
         return "; ".join([f"{len(self.train.classes):,} classes: {counts}", *photos, *self.remarks])
-
-
-@dataclass(frozen=True)
-class Splits:
-    """What is on disk.
-
-    Attributes:
-        of: "train", and those of "val" and "test" that there are.
-        exif_orientation: As of `ImageSets`.
-        remarks: As of `ImageSets`.
-    """
-
-    of: dict[str, ImageDataset]
-    exif_orientation: bool = False
-    remarks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How data are read.
-
-    Attributes:
-        own_classes: Whether validation and test images may be of other classes than the training images, and their
-            labels count their own.
-        on_read_error: Whether shards that are missing or of another size are a warning ("skip") or an error (else).
-        exif_orientation: Whether photos are turned as their EXIF says. None turns those of folders and tables, but
-            not those of ImageNet, known by the names of its classes; shards are as they were made.
-        suffixes: Endings of the names of the files that are images; None takes all that can be read.
-    """
-
-    own_classes: bool = False
-    on_read_error: OnReadError = "stop"
-    exif_orientation: bool | None = None
-    suffixes: Sequence[str] | None = None
-
-    @property
-    def endings(self) -> tuple[str, ...]:
-        """The suffixes in small letters, each with its dot."""
-        if self.suffixes is None:
-            return SUFFIXES
-        if not self.suffixes:
-            raise ValueError("suffixes=[] takes no file: leave it out, or name some, as ['.jpg', '.png']")
-        return tuple("." + suffix.lower().lstrip(".") for suffix in self.suffixes)
-
-    def turns(self, classes: Sequence[str]) -> bool:
-        """Whether photos of such classes are turned as their EXIF says."""
-        return not is_imagenet(classes) if self.exif_orientation is None else self.exif_orientation
 
 
 def open_image_sets(
@@ -225,93 +176,7 @@ def _open_splits(root: str, reading: Reading) -> Splits:
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise ValueError(f"no data at {root!r}: data.root takes {ACCEPTED}")
-    if (folder / INDEX_NAME).is_file():
-        return _open_shards(folder, reading)
-    if idx_folder := find_idx_folder(folder):
-        return Splits(_open_idx_folder(idx_folder))
-    if find_parquet_files(folder, "train"):
-        return _open_parquet_files(folder, reading)
-    return _open_image_folder(folder, reading)
-
-
-def _open_shards(folder: Path, reading: Reading) -> Splits:
-    index = read_index(folder)
-    damaged = damaged_shards(index)
-    if damaged and reading.on_read_error != "skip":
-        raise ValueError(
-            f"{damaged[0]} ({len(damaged)} such shards): prepare the data again, or leave out what is lost by"
-            " data.on_read_error=skip"
-        )
-    for line in damaged if getattr(rank_zero_only, "rank", 0) == 0 else ():  # without Lightning there is no rank
-        warnings.warn(f"{line}: its images are left out", stacklevel=2)
-    if "train" not in index.splits or not index.splits["train"].samples:
-        raise ValueError(f"{folder} holds shards, but none of training images: prepare the data again")
-    if reading.exif_orientation not in (None, index.exif_orientation):
-        raise ValueError(
-            f"data.exif_orientation={reading.exif_orientation}, but {folder} was prepared with"
-            f" exif_orientation={index.exif_orientation}: leave it out, or prepare the data again"
-        )
-    splits = {split: ShardDataset(index, split) for split, content in index.splits.items() if content.samples}
-    return Splits({**splits}, index.exif_orientation)
-
-
-def _open_parquet_files(folder: Path, reading: Reading) -> Splits:
-    train = ParquetDataset(find_parquet_files(folder, "train"))
-    splits = {"train": train}
-    unused = unused_parquet_files(folder)
-    for split in ("val", "test"):
-        files = find_parquet_files(folder, split)
-        if split == "test" and files and is_unlabelled(files):
-            unused += files
-        elif files:
-            splits[split] = ParquetDataset(files, None if reading.own_classes else train.classes)
-    turns = reading.turns(train.classes)
-    for dataset in splits.values():
-        dataset.exif_orientation = turns
-    return Splits({**splits}, turns, _unused(unused, folder))
-
-
-def _open_idx_folder(folder: Path) -> dict[str, ImageDataset]:
-    arrays = {}
-    for (split, part), name in IDX_FILES.items():
-        path = find_idx_file(folder, split, part)
-        if path is None:
-            raise ValueError(f"{folder} lacks {name} (or {name}.gz): a folder of idx files needs all four")
-        arrays[split, part] = read_idx(path)
-    labels = arrays["train", "labels"]
-    images = arrays["train", "images"]
-    if images.ndim != 3 or not labels.size:
-        raise ValueError(f"{folder} holds training images of shape {images.shape}; (N, H, W) with N > 0 is needed")
-    classes = tuple(str(label) for label in range(int(labels.max()) + 1))
-    # A histogram gives both moments in one pass over uint8, with exact sums.
-    counts = np.bincount(images.reshape(-1), minlength=256).astype(np.float64)
-    levels = np.arange(256) / 255
-    mean = float(counts @ levels / counts.sum())
-    std = float(np.sqrt(counts @ (levels - mean) ** 2 / counts.sum())) or 1.0
-    return {
-        split: ArrayDataset(arrays[split, "images"], arrays[split, "labels"], classes, mean, std)
-        for split in ("train", "test")
-    }
-
-
-def _open_image_folder(folder: Path, reading: Reading) -> Splits:
-    if not any(visible_folders(folder)) and not any(folder.glob("*")):
-        raise ValueError(f"{str(folder)!r} holds no data of a known layout: data.root takes {ACCEPTED}")
-    folders = find_splits(folder)
-    turns = reading.turns(class_names(folders.of["train"]))
-    train = ImageFolderDataset(folders.of["train"], None, reading.endings, turns)
-    splits = {"train": train}
-    for split in ("val", "test"):
-        if split in folders.of:
-            classes = None if reading.own_classes else train.classes
-            splits[split] = ImageFolderDataset(folders.of[split], classes, reading.endings, turns)
-    left_out = sum((dataset.left_out for dataset in splits.values()), Counter[str]())
-    remarks = [f"{in_words(left_out)} left out"] if left_out else []
-    return Splits({**splits}, turns, (*remarks, *_unused(folders.unused, folder)))
-
-
-def _unused(paths: Sequence[Path], folder: Path) -> tuple[str, ...]:
-    """Files and folders that no split takes, in words."""
-    names = [os.path.relpath(path, folder) for path in paths]
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return (f"not used: {', '.join(names[:NAMED])}{more}",) if names else ()
+    for each in FORMATS:
+        if each.matches(folder):
+            return each.open_splits(folder, reading)
+    raise ValueError(f"{str(folder)!r} holds no data of a known layout: data.root takes {ACCEPTED}")

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from syncbn.data.datasets.array import ArrayDataset
+from syncbn.data.datasets.base import Reading, Splits
+
 UNSIGNED_BYTE = 0x08
 """The type code of idx files that hold unsigned bytes, as all image sets do."""
 
@@ -87,3 +90,48 @@ def read_idx(path: Path) -> np.ndarray:
     if values.size != expected:
         raise ValueError(f"{path} names {expected} values of shape {shape} in its header, and holds {values.size}")
     return values.reshape(shape)
+
+
+DESCRIPTION = "of MNIST idx files (train-images-idx3-ubyte[.gz] ...)"
+
+
+def matches(folder: Path) -> bool:
+    """Whether ``folder`` holds idx files.
+
+    Raises:
+        ValueError: There are several such folders in it.
+    """
+    return find_idx_folder(folder) is not None
+
+
+def open_splits(folder: Path, reading: Reading) -> Splits:  # which has no option for arrays
+    """Open the splits of a folder of idx files.
+
+    Raises:
+        ValueError: A file is missing, or the images have no shape (N, H, W).
+    """
+    found = find_idx_folder(folder)
+    assert found is not None
+    folder = found
+    arrays = {}
+    for (split, part), name in IDX_FILES.items():
+        path = find_idx_file(folder, split, part)
+        if path is None:
+            raise ValueError(f"{folder} lacks {name} (or {name}.gz): a folder of idx files needs all four")
+        arrays[split, part] = read_idx(path)
+    labels = arrays["train", "labels"]
+    images = arrays["train", "images"]
+    if images.ndim != 3 or not labels.size:
+        raise ValueError(f"{folder} holds training images of shape {images.shape}; (N, H, W) with N > 0 is needed")
+    classes = tuple(str(label) for label in range(int(labels.max()) + 1))
+    # A histogram gives both moments in one pass over uint8, with exact sums.
+    counts = np.bincount(images.reshape(-1), minlength=256).astype(np.float64)
+    levels = np.arange(256) / 255
+    mean = float(counts @ levels / counts.sum())
+    std = float(np.sqrt(counts @ (levels - mean) ** 2 / counts.sum())) or 1.0
+    return Splits(
+        {
+            split: ArrayDataset(arrays[split, "images"], arrays[split, "labels"], classes, mean, std)
+            for split in ("train", "test")
+        }
+    )

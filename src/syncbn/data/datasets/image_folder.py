@@ -1,18 +1,17 @@
 """Images in folders, one folder for each class: ``root/<class>/<image>``, or deeper within the class."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from syncbn.data.datasets.base import EncodedDataset, ReadError
+from syncbn.data.datasets.base import EncodedDataset, ReadError, Reading, Splits
 from syncbn.data.datasets.decoding import SUFFIXES
-from syncbn.data.datasets.splits import is_visible, visible_folders
+from syncbn.data.datasets.splits import find_splits, is_visible, not_used, visible_folders
 
-WNID = re.compile(r"n\d{8}")
+DESCRIPTION = "with train/<class>/ and val/<class>/ of images, or with <class>/ alone"
 
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 """Which systems put beside images, in small letters: not counted as left out."""
@@ -28,14 +27,6 @@ def class_names(folder: Path) -> tuple[str, ...]:
     if not names:
         raise ValueError(f"{folder} holds no class folders; images are looked for in {folder}/<class>/")
     return names
-
-
-def is_imagenet(classes: Sequence[str]) -> bool:
-    """Whether classes are ImageNet's, by their names, which are identifiers of WordNet ("n01440764").
-
-    Its labels and accuracies are about pixels as stored: an EXIF orientation is not to be applied.
-    """
-    return all(WNID.fullmatch(name) for name in classes)
 
 
 def visible_files(folder: Path) -> Iterator[str]:
@@ -170,3 +161,27 @@ def no_image_of(folder: Path, others: Sequence[str], suffixes: Sequence[str] = S
         f"the class {folder.name} has no image: {folder} holds {in_words(counts_by_suffix(others))}; convert them, or"
         f" remove the folder (files ending in {', '.join(suffixes)} are read)"
     )
+
+
+def matches(folder: Path) -> bool:
+    """Whether ``folder`` holds anything at all: this format is asked last."""
+    return any(visible_folders(folder)) or any(folder.glob("*"))
+
+
+def open_splits(folder: Path, reading: Reading) -> Splits:
+    """Open the splits of a folder of class folders.
+
+    Raises:
+        ValueError: There are no class folders, or one without an image.
+    """
+    folders = find_splits(folder)
+    turns = reading.turns(class_names(folders.of["train"]))
+    train = ImageFolderDataset(folders.of["train"], None, reading.endings, turns)
+    splits = {"train": train}
+    for split in ("val", "test"):
+        if split in folders.of:
+            classes = None if reading.own_classes else train.classes
+            splits[split] = ImageFolderDataset(folders.of[split], classes, reading.endings, turns)
+    left_out = sum((dataset.left_out for dataset in splits.values()), Counter[str]())
+    remarks = [f"{in_words(left_out)} left out"] if left_out else []
+    return Splits({**splits}, turns, (*remarks, *not_used(folders.unused, folder)))

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from syncbn.data.datasets.base import EncodedDataset, ReadError, ShardLayout
-from syncbn.data.datasets.splits import split_of, visible_folders
+from syncbn.data.datasets.base import EncodedDataset, ReadError, Reading, ShardLayout, Splits
+from syncbn.data.datasets.splits import not_used, split_of, visible_folders
 
 SHARD_BYTES = 100_000_000
 """Consecutive row groups of a file are shuffled as one shard of at least this size, which ``syncbn prepare`` uses."""
@@ -112,6 +112,7 @@ class ParquetDataset(EncodedDataset):
                 raise ValueError(f"cannot read the table {path}: {one_line(error)}") from error
         classes = named if classes is None else classes
         super().__init__(*labels_of(values, classes, self.files[0].parent))
+        self.numbers_classes = bool(values) and isinstance(values[0], int)
         self._groups = np.array(groups, dtype=np.int64).reshape(-1, 4)
         self._starts = np.append(0, np.cumsum(self._groups[:, 2]))
         self.layout = _bundle(self._groups)
@@ -279,3 +280,32 @@ def _bundle(groups: np.ndarray) -> ShardLayout:
             sizes.append(size)
             size = 0
     return ShardLayout(np.array(starts, dtype=np.int64), np.array(sizes, dtype=np.int64))
+
+
+DESCRIPTION = "of Hugging Face's parquet files (train-*.parquet ...)"
+
+
+def matches(folder: Path) -> bool:
+    """Whether ``folder`` holds parquet files of training images."""
+    return bool(find_parquet_files(folder, "train"))
+
+
+def open_splits(folder: Path, reading: Reading) -> Splits:
+    """Open the splits of a folder of parquet files.
+
+    Raises:
+        ValueError: A table holds no images or labels, or other classes than the training images.
+    """
+    train = ParquetDataset(find_parquet_files(folder, "train"))
+    splits = {"train": train}
+    unused = unused_parquet_files(folder)
+    for split in ("val", "test"):
+        files = find_parquet_files(folder, split)
+        if split == "test" and files and is_unlabelled(files):
+            unused += files
+        elif files:
+            splits[split] = ParquetDataset(files, None if reading.own_classes else train.classes)
+    turns = reading.turns(train.classes)
+    for dataset in splits.values():
+        dataset.exif_orientation = turns
+    return Splits({**splits}, turns, not_used(unused, folder))

@@ -2,10 +2,55 @@
 
 import numpy as np
 
-from syncbn.data.datasets.base import ImageDataset, ShardLayout, applies_orientation
+from syncbn.data.datasets.base import ImageDataset, ShardLayout, applies_orientation, numbers_classes
 
 
-class Selection:
+class DatasetView:
+    """The images of a data set, as another data set shows them.
+
+    Args:
+        dataset: Where the images come from.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+        self.classes = dataset.classes
+        self.channels = dataset.channels
+        self.mean = dataset.mean
+        self.std = dataset.std
+        self.exif_orientation = applies_orientation(dataset)
+        self.numbers_classes = numbers_classes(dataset)
+
+    def _place(self, index: int) -> int:
+        """Of the image at ``index`` in the data set that it comes from."""
+        return index
+
+    @property
+    def layout(self) -> ShardLayout | None:
+        """The shards of the data set."""
+        return self.dataset.layout
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def encoded(self, index: int) -> bytes | None:
+        """The file of the image at ``index``; None where only decoded arrays exist."""
+        return self.dataset.encoded(self._place(index))
+
+    def image(self, index: int) -> np.ndarray:
+        """The image at ``index``: uint8, shape (H, W, channels)."""
+        return self.dataset.image(self._place(index))
+
+    def label(self, index: int) -> int:
+        """The class of the image at ``index``."""
+        return self.dataset.label(self._place(index))
+
+    def name(self, index: int) -> str:
+        """Where the image at ``index`` comes from, for messages."""
+        return self.dataset.name(self._place(index))
+
+
+class Selection(DatasetView):
     """Some images of a data set, as a data set.
 
     Args:
@@ -14,13 +59,11 @@ class Selection:
     """
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
         self.indices = indices
-        self.classes = dataset.classes
-        self.channels = dataset.channels
-        self.mean = dataset.mean
-        self.std = dataset.std
-        self.exif_orientation = applies_orientation(dataset)
+
+    def _place(self, index: int) -> int:
+        return int(self.indices[index])
 
     @property
     def labels(self) -> np.ndarray:
@@ -35,22 +78,6 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def encoded(self, index: int) -> bytes | None:
-        """The file of the image at ``index``; None where only decoded arrays exist."""
-        return self.dataset.encoded(int(self.indices[index]))
-
-    def image(self, index: int) -> np.ndarray:
-        """The image at ``index``: uint8, shape (H, W, channels)."""
-        return self.dataset.image(int(self.indices[index]))
-
-    def label(self, index: int) -> int:
-        """The class of the image at ``index``."""
-        return self.dataset.label(int(self.indices[index]))
-
-    def name(self, index: int) -> str:
-        """Where the image at ``index`` comes from, for messages."""
-        return self.dataset.name(int(self.indices[index]))
 
 
 def labels_of(dataset: ImageDataset) -> np.ndarray:

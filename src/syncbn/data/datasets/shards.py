@@ -2,12 +2,15 @@
 
 import os
 import tarfile
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning_utilities.core.rank_zero import rank_zero_only
 
-from syncbn.data.datasets.base import EncodedDataset, ReadError, ShardLayout
-from syncbn.data.datasets.shard_files import ShardIndex
+from syncbn.data.datasets.base import EncodedDataset, ReadError, Reading, ShardLayout, Splits
+from syncbn.data.datasets.shard_files import INDEX_NAME, ShardIndex, damaged_shards, read_index
 
 
 class ShardDataset(EncodedDataset):
@@ -93,3 +96,38 @@ class ShardDataset(EncodedDataset):
 
     def __del__(self) -> None:
         self.close()
+
+
+DESCRIPTION = "of shards (index.json, from `syncbn prepare`)"
+
+
+def matches(folder: Path) -> bool:
+    """Whether ``folder`` holds shards."""
+    return (folder / INDEX_NAME).is_file()
+
+
+def open_splits(folder: Path, reading: Reading) -> Splits:
+    """Open the splits of a folder of shards.
+
+    Raises:
+        ValueError: Shards are missing or damaged, there are no training images, or an option contradicts how the shards
+            were made.
+    """
+    index = read_index(folder)
+    damaged = damaged_shards(index)
+    if damaged and reading.on_read_error != "skip":
+        raise ValueError(
+            f"{damaged[0]} ({len(damaged)} such shards): prepare the data again, or leave out what is lost by"
+            " data.on_read_error=skip"
+        )
+    for line in damaged if getattr(rank_zero_only, "rank", 0) == 0 else ():  # without Lightning there is no rank
+        warnings.warn(f"{line}: its images are left out", stacklevel=2)
+    if "train" not in index.splits or not index.splits["train"].samples:
+        raise ValueError(f"{folder} holds shards, but none of training images: prepare the data again")
+    if reading.exif_orientation not in (None, index.exif_orientation):
+        raise ValueError(
+            f"data.exif_orientation={reading.exif_orientation}, but {folder} was prepared with"
+            f" exif_orientation={index.exif_orientation}: leave it out, or prepare the data again"
+        )
+    splits = {split: ShardDataset(index, split) for split, content in index.splits.items() if content.samples}
+    return Splits({**splits}, index.exif_orientation)

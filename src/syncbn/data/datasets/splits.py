@@ -1,7 +1,7 @@
 """Which folders of a data set are its training, validation and test images, whatever they are called."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,10 @@ JUNK = frozenset(
 
 LOOKED_AT = 64
 """Entries of a folder that is either a class, of many images, or a data set, of few folders."""
+
+
+NAMED = 5
+"""Of the files and folders that are not used, at most."""
 
 
 def split_of(name: str) -> str | None:
@@ -127,3 +131,10 @@ def _require_classes(folder: Path, root: Path) -> None:
         within = _first_folders(folders[0])
         hint = f"; name data.root={folders[0]} if {within[0].name} is one" if within and folder == root else ""
         raise ValueError(f"{folder} holds one class, {folders[0].name}: two or more are needed to tell apart{hint}")
+
+
+def not_used(paths: Sequence[Path], folder: Path) -> tuple[str, ...]:
+    """Files and folders that no split takes, in words."""
+    names = [os.path.relpath(path, folder) for path in paths]
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return (f"not used: {', '.join(names[:NAMED])}{more}",) if names else ()

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from syncbn.data.datasets.image_folder import class_names, is_imagenet
+from syncbn.data.datasets.base import is_imagenet
+from syncbn.data.datasets.image_folder import class_names
 from syncbn.data.datasets.shard_files import read_index
 from syncbn.data.datasets.splits import find_splits
 from syncbn.data.preparation.checking import check_shards

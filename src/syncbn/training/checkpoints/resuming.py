@@ -31,7 +31,10 @@ CLOCKS_DIFFER = timedelta(minutes=1)
 """Between nodes, at most."""
 
 MATTERS = ("seed_everything", "global_batch_size", "model", "data", "trainer")
-INDIFFERENT = {"model": {"weights"}, "data": {"root", "num_workers", "on_read_error"}}
+INDIFFERENT = {
+    "model": {"weights"},
+    "data": {"root", "num_workers", "on_read_error", "classes_by_name", "checkpoint_classes"},
+}
 TRAINER_MATTERS = {"precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"}
 """What of a config a run cannot change on its way: all of model and data but these, of the trainer only these."""
 
