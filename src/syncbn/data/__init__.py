@@ -1,7 +1,8 @@
 """Images in, batches out.
 
 What is on the disk: `datasets`. What is done to one image: `transforms`. Which images make up which batch: `loading`.
-`preparation` writes shards, `look_through` finds broken photos, `show` draws what the network sees.
+`preparation` writes shards, `labels` follows the class names of a checkpoint, `look_through` finds broken photos, and
+`show` draws what the network sees.
 
 The DataModule, which puts these together, is imported when it is first used: `syncbn prepare` need not wait for
 Lightning.
