@@ -1,5 +1,6 @@
 """Synchronised BatchNorm for PyTorch: P ranks normalise as one batch, exactly.
 
+The layer, from the bottom: `ops`, `collectives`, `functional`, `nn`. Around it: `models`, `data`, `training`.
 `syncbn.models` and `syncbn.training` are imported when first used: this module costs little more than torch.
 """
 
