@@ -2,30 +2,30 @@
 
 import contextlib
 import datetime
+import gc
 import multiprocessing as mp
 import os
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(  # what ranks would else import one by one, 2 s each
-    [
-        "torch",
-        "torch.distributed",
-        "torch._dynamo",
-        "torch.utils.checkpoint",
-        "torch.nn.parallel",
-        "torch.optim",
-        "syncbn",
-        "syncbn.training.classifier",
-    ]
-)
+
+
+def _start_server() -> None:
+    """The process that the ranks are forked from: where it is not running yet."""
+    _context.set_forkserver_preload(["rank_preload"])  # which it looks for on its own path, and skips in silence
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
 
 
 class RankError(AssertionError):
@@ -37,6 +37,7 @@ class RankError(AssertionError):
 
 
 def _rank_main(fn: Callable, rank: int, P: int, port: int, seconds: float, pipe: Connection, args: tuple) -> None:
+    assert gc.get_freeze_count(), "the server has not imported rank_preload"
     torch.set_num_threads(1)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(P)
     timeout = datetime.timedelta(seconds=seconds)
@@ -57,6 +58,7 @@ def run_ranks(fn: Callable, P: int, *args: Any, timeout: float = 60, group_timeo
     Raises:
         RankError: some ranks raised, died or did not return within `timeout` seconds.
     """
+    _start_server()
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, processes = [], []
     for rank in range(P):
