@@ -7,6 +7,7 @@ reference counts copies, all of it.
 import gc
 
 import pytest  # noqa: F401
+import torch._inductor.compile_fx  # noqa: F401
 
 import syncbn.training.classifier  # noqa: F401
 

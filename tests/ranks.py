@@ -28,6 +28,14 @@ def _start_server() -> None:
         forkserver.ensure_running()
 
 
+def fork(fn: Callable, *args: Any) -> mp.process.BaseProcess:
+    """Start fn(*args) in a process of its own, where torch and syncbn.training are imported already."""
+    _start_server()
+    process = _context.Process(target=fn, args=args, daemon=True)
+    process.start()
+    return process
+
+
 class RankError(AssertionError):
     """A rank raised; `.errors` maps the rank to (type name, message)."""
 
@@ -58,18 +66,13 @@ def run_ranks(fn: Callable, P: int, *args: Any, timeout: float = 60, group_timeo
     Raises:
         RankError: some ranks raised, died or did not return within `timeout` seconds.
     """
-    _start_server()
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, processes = [], []
     for rank in range(P):
         ours, theirs = _context.Pipe()
-        process = _context.Process(
-            target=_rank_main, args=(fn, rank, P, server.port, group_timeout, theirs, args), daemon=True
-        )
-        process.start()
+        processes.append(fork(_rank_main, fn, rank, P, server.port, group_timeout, theirs, args))
         theirs.close()
         pipes.append(ours)
-        processes.append(process)
     try:
         return _collect(pipes, timeout)
     finally:
