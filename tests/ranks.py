@@ -36,6 +36,14 @@ def fork(fn: Callable, *args: Any) -> mp.process.BaseProcess:
     return process
 
 
+def under_torchrun(rank: int, P: int, store: dist.TCPStore) -> dict[str, str]:
+    """The environment that torchrun gives a rank of one host, with its agent's store."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": P, "LOCAL_WORLD_SIZE": P}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "OMP_NUM_THREADS": 1}
+    names |= {"TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_USE_AGENT_STORE": True}
+    return {name: str(value) for name, value in names.items()}
+
+
 class RankError(AssertionError):
     """A rank raised; `.errors` maps the rank to (type name, message)."""
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
-from ranks import fork
+from ranks import fork, under_torchrun
 from syncbn.training import SynchronisedDDPStrategy
 
 
@@ -32,12 +32,7 @@ def test_two_attempts_in_one_store():
     for attempt in range(2):
         ranks = []
         for rank in range(2):
-            variables = {
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "OMP_NUM_THREADS": "1"},
-                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2"},
-                **{"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_USE_AGENT_STORE": "True"},
-                "TORCHELASTIC_RESTART_COUNT": str(attempt),
-            }
+            variables = under_torchrun(rank, 2, agent) | {"TORCHELASTIC_RESTART_COUNT": str(attempt)}
             ranks.append(fork(meet, variables))
         for process in ranks:
             process.join(timeout=90)
