@@ -74,7 +74,7 @@ def test_the_commands_run(tmp_path):
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"fashion_mnist", "mine"}
 
 
-@pytest.mark.parametrize("target", ["train", "test", "benchmark"])
+@pytest.mark.parametrize("target", ["train", "test", "test-slow", "benchmark"])
 def test_make_knows_its_targets(target):
     subprocess.run(["make", "--dry-run", target], cwd=REPOSITORY, check=True, capture_output=True, timeout=60)
 
