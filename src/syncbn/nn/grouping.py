@@ -10,13 +10,14 @@ import copyreg
 import functools
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
@@ -25,9 +26,9 @@ from syncbn.nn.checks import check_module
 from syncbn.nn.convert import SyncBatchNormAct
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.programs import compiled
-from syncbn.nn.scheduling import Schedule, schedule
-from syncbn.nn.sync_batch_norm import SyncBatchNorm
-from syncbn.nn.tracing import HOOKS, Traced, Untraceable, is_hooked, trace
+from syncbn.nn.scheduling import Message, Schedule, schedule
+from syncbn.nn.sync_batch_norm import BatchNorm, SyncBatchNorm
+from syncbn.nn.tracing import HOOKS, Traced, Untraceable, is_hooked, run_on_fakes, trace
 
 _JOINING = (SyncBatchNorm, SyncBatchNormAct)
 _MOST_PLANS = 32
@@ -55,7 +56,7 @@ def group_messages(network: nn.Module, *example_inputs: Any) -> nn.Module:
     _check_network(network)
     if not isinstance(network, Grouped):
         _become_grouped(network)
-    network._grouping.plan_example(network, example_inputs)
+    network._grouping.plan_example(network, example_inputs, {})
     return network
 
 
@@ -72,13 +73,15 @@ class Grouped:
         """Draw the layers by message, and which needs which, to an image file."""
         from syncbn.nn.drawing import draw
 
-        draw(self._grouping.shown_schedule(), Path(path))
+        draw(self._grouping.schedules(), Path(path))
 
     def ungroup(self) -> nn.Module:
         """Undo `group_messages`, in place; returns the network."""
         assert isinstance(self, nn.Module)
-        self.__class__ = type(self)._ungrouped  # type: ignore
+        parts, self.__class__ = self._grouping.parts, type(self)._ungrouped  # type: ignore
         del self.__dict__["_grouping"]
+        for part in parts:
+            part.ungroup()  # type: ignore[operator]
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -120,7 +123,9 @@ def _check_network(network: nn.Module) -> None:
     if isinstance(network, nn.parallel.DistributedDataParallel) or "_orig_mod" in network._modules:
         raise ValueError(f"group_messages: got a {type(network).__name__}: group the network in it before wrapping it")
     if isinstance(network, _BatchNorm):
-        raise ValueError(f"group_messages: got a single layer, {type(network).__name__}: give the network that holds it")
+        raise ValueError(
+            f"group_messages: got a single layer, {type(network).__name__}: give the network that holds it"
+        )
     if "forward" in network.__dict__:
         raise ValueError("group_messages: the network's forward was replaced on the instance: group it before that")
     if any(isinstance(module, _JOINING) for module in network.modules()):
@@ -196,9 +201,7 @@ class Plan(NamedTuple):
 
     def fits(self, kind: tuple[Any, ...], tensors: Sequence[Tensor]) -> bool:
         """Whether it is for such inputs, and the modules as they are."""
-        return (
-            self.kind == kind and (self.sizes is None or self.sizes == _sizes(tensors)) and self.snapshot.holds()
-        )
+        return self.kind == kind and (self.sizes is None or self.sizes == _sizes(tensors)) and self.snapshot.holds()
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
         """The network's result."""
@@ -211,89 +214,140 @@ class Grouping:
 
     def __init__(self) -> None:
         self.plans = deque[Plan](maxlen=_MOST_PLANS)
-        self.shown: Plan | None = None
-        self.named = set[str]()  # parts that were said to be untraceable
+        self.shown: Plan | None = None  # of the example
+        self.parts: list[nn.Module] = []  # of a network that cannot be traced as a whole: those that are grouped
+        self.said = set[str]()  # which parts cannot be traced
+        self.given: tuple[Any, Any] | None = None  # the last inputs that were not traced: those of `run_on_fakes`
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Grouping, ()
 
+    def run_in_graph(self, network: nn.Module, own_forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The network's forward, where torch.compile traces it: by the example's plan, if the modules are as in that."""
+        program = None if kwargs else self._program_for_graph(len(args))
+        return own_forward(network, *args, **kwargs) if program is None else program(*args)
+
     def run(self, network: nn.Module, own_forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The network's forward."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        kind = _kind_of(leaves, spec)
+        kind = None if torch.compiler.is_compiling() else _kind_of(leaves, spec)
         if kind is None:
+            self.given = (args, kwargs) if any(isinstance(leaf, FakeTensor) for leaf in leaves) else None
             return own_forward(network, *args, **kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         plan = next((plan for plan in self.plans if plan.fits(kind, tensors)), None)
         if plan is None:
-            plan = self._plan(network, kind, tensors, args, kwargs)
+            layers = [m for m in network.modules() if isinstance(m, _JOINING)]
+            if any(layer.training and layer._group() is not None for layer in layers):
+                plan = self._planned(network, kind, args, kwargs)
+            else:
+                plan = Plan(kind, None, Snapshot(_with_norms(network)))
             self.plans.appendleft(plan)
         return own_forward(network, *args, **kwargs) if plan.program is None else plan.run(tensors)
 
-    def plan_example(self, network: nn.Module, example_inputs: Sequence[Any]) -> None:
-        """Plan a training step on these inputs, to be shown; says what cannot be traced."""
-        layers = [m for m in network.modules() if isinstance(m, _JOINING)]
+    def plan_example(self, network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Plan a training step on these inputs, to be shown; says what cannot be traced, and groups the parts of it."""
         modes = {module: module.training for module in network.modules()}
-        if not any(layer.training for layer in layers):
+        if not any(module.training for module in modes if isinstance(module, _JOINING)):
             for module in modes:
                 module.training = True
         try:
-            self.shown = self._traced(network, (), [], example_inputs, {})
+            run_on_fakes(network, args, kwargs)
+            kind = _kind_of(*pytree.tree_flatten((tuple(args), dict(kwargs))), as_if=Tensor)
+            self.shown = self._planned(network, kind or (), args, kwargs, with_parts=True)
+            self.plans.appendleft(self.shown)
         finally:
             for module, training in modes.items():
                 module.training = training
 
-    def shown_schedule(self) -> Schedule:
-        """That of the example."""
-        if self.shown is None or self.shown.schedule is None:
-            raise ValueError("no schedule: call group_messages with example inputs on a network that can be traced")
-        return self.shown.schedule
+    def _planned(self, network: nn.Module, kind: Any, args: Any, kwargs: Any, with_parts: bool = False) -> Plan:
+        traced, refused = None, {}
+        try:
+            traced = trace(network, args, kwargs)
+            refused = traced.refused
+        except Untraceable as reason:
+            refused = {"": str(reason)}
+        for path, why in refused.items():
+            self._say(path, network.get_submodule(path), why)
+        if with_parts:
+            self.parts = _grouped_parts(network, [network.get_submodule(path) for path in refused], args, kwargs)
+        if traced is None:
+            return Plan(kind, None, Snapshot(_with_norms(network)))
+        for module in _called(traced.graph):
+            if is_hooked(module) and not isinstance(module, Grouped) and _layers_in(module) > 1:
+                _become_grouped(module)  # from outside it is one node; its hooks see it called
+        order = schedule(traced.graph, _key_of)
+        program = compiled(network, traced.graph, order)
+        snapshot = Snapshot(dict.fromkeys([*_with_norms(network), *_parents(network, traced.graph)]))
+        sizes = _sizes(pytree.tree_leaves((args, kwargs))) if traced.of_sizes else None
+        return Plan(kind, sizes, snapshot, traced, order, program)
+
+    def _say(self, path: str, module: nn.Module, reason: str) -> None:
+        if path not in self.said:
+            self.said.add(path)
+            where = f"'{path}' ({_kind_name(module)})" if path else f"the forward of {_kind_name(module)}"
+            text = f"group_messages: {where} cannot be traced, so that it sends its messages as before: {reason}"
+            warnings.warn(text, stacklevel=2)
+
+    def schedules(self) -> list[Schedule]:
+        """That of the example, or of the network's parts."""
+        own = [] if self.shown is None or self.shown.schedule is None else [self.shown.schedule]
+        return own + [one for part in self.parts for one in part._grouping.schedules()]
 
     def describe(self) -> str:
         """A line for each message of a training step, and how many there are."""
-        found = self.shown_schedule()
-        lines = [f"{sum(len(m.layers) for m in found.messages)} layers, {len(found.messages)} messages each way"]
-        for number, message in enumerate(found.messages, 1):
-            beside = ", ".join(str(n.target) for n in message.meanwhile if n.op == "call_module")
-            names = ", ".join(str(node.target) for node in message.layers)
-            lines.append(f"{number:4d}  {names}" + (f"  (meanwhile: {beside})" if beside else ""))
+        lines = (
+            [] if self.schedules() else ["nothing of the network could be traced: a message each way for each layer"]
+        )
+        for found in self.schedules():
+            number = sum(len(message.layers) for message in found.messages)
+            lines.append(f"{number} layers, {len(found.messages)} messages each way")
+            lines += [f"{i:4d}  {_describe(message)}" for i, message in enumerate(found.messages, 1)]
         return "\n".join(lines)
 
-    def _plan(self, network: nn.Module, kind: Any, tensors: Sequence[Tensor], args: Any, kwargs: Any) -> Plan:
-        layers = [m for m in network.modules() if isinstance(m, _JOINING)]
-        if not any(layer.training and layer._group() is not None for layer in layers):
-            return Plan(kind, None, Snapshot(_with_norms(network)))
-        try:
-            return self._traced(network, kind, tensors, args, kwargs)
-        except ValueError:  # which the network's own forward will raise, or not
-            return Plan(kind, _sizes(tensors), Snapshot(_with_norms(network)))
 
-    def _traced(self, network: nn.Module, kind: Any, tensors: Sequence[Tensor], args: Any, kwargs: Any) -> Plan:
-        try:
-            traced = trace(network, tuple(args), kwargs)
-        except Untraceable as reason:
-            self._say("", network, str(reason))
-            return Plan(kind, None, Snapshot(_with_norms(network)))
-        for path, reason in traced.refused.items():
-            self._say(path, network.get_submodule(path), reason)
-        order = schedule(traced.graph, _key_of)
-        program = compiled(network, traced.graph, order)
-        snapshot = Snapshot({**dict.fromkeys(_with_norms(network)), **dict.fromkeys(_parents(network, traced.graph))})
-        return Plan(kind, _sizes(tensors) if traced.of_sizes else None, snapshot, traced, order, program)
-
-    def _say(self, path: str, module: nn.Module, reason: str) -> None:
-        if path not in self.named:
-            self.named.add(path)
-            where = f"'{path}' ({type(module).__name__})" if path else f"{type(module).__name__} itself"
-            text = f"group_messages: {where} cannot be traced, so that its layers send a message each: {reason}"
-            warnings.warn(text, stacklevel=2)
+def _describe(message: Message) -> str:
+    beside = ", ".join(str(node.target) for node in message.meanwhile if node.op == "call_module")
+    names = ", ".join(str(node.target) for node in message.layers)
+    return names + (f"  (meanwhile: {beside})" if beside else "")
 
 
-def _kind_of(leaves: Sequence[Any], spec: Any) -> tuple[Any, ...] | None:
+def _grouped_parts(network: nn.Module, refused: Sequence[nn.Module], args: Any, kwargs: Any) -> list[nn.Module]:
+    """Group what is in modules that cannot be traced: their children, or where these are not called, theirs."""
+    parts: list[nn.Module] = []
+    candidates = [child for module in refused for child in module.children()]
+    while candidates := [c for c in candidates if _layers_in(c) > 1 and not isinstance(c, Grouped | BatchNorm)]:
+        for candidate in candidates:
+            _become_grouped(candidate)
+        run_on_fakes(network, args, kwargs)
+        called = [c for c in candidates if c._grouping.given is not None]
+        for part in called:
+            part._grouping.plan_example(part, *part._grouping.given)
+        for other in set(candidates).difference(called):
+            other.ungroup()
+        parts += called
+        candidates = [child for c in candidates if c not in called for child in c.children()]
+    return parts
+
+
+def _called(graph: fx.Graph) -> list[nn.Module]:
+    return [node.meta["module"] for node in graph.nodes if node.op == "call_module"]
+
+
+def _layers_in(module: nn.Module) -> int:
+    return sum(isinstance(part, _JOINING) for part in module.modules())
+
+
+def _kind_name(module: nn.Module) -> str:
+    return (type(module)._ungrouped if isinstance(module, Grouped) else type(module)).__name__
+
+
+def _kind_of(leaves: Sequence[Any], spec: Any, as_if: type | None = None) -> tuple[Any, ...] | None:
     """What a graph takes for given about inputs beside their sizes; None for inputs that are not traced."""
     found: list[Any] = []
     for leaf in leaves:
-        if type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided:
+        kind = as_if if as_if is not None and isinstance(leaf, Tensor) else type(leaf)
+        if kind in (Tensor, nn.Parameter) and leaf.layout is torch.strided:
             found.append((leaf.dim(), leaf.dtype, leaf.device, leaf.requires_grad))
         elif isinstance(leaf, _SIMPLE):
             found.append((type(leaf), leaf))
@@ -305,8 +359,8 @@ def _kind_of(leaves: Sequence[Any], spec: Any) -> tuple[Any, ...] | None:
 _SIMPLE = (int, float, str, type(None), torch.dtype, torch.device)
 
 
-def _sizes(tensors: Sequence[Tensor]) -> list[Any]:
-    return [(t.shape, t.stride()) for t in tensors]
+def _sizes(leaves: Sequence[Any]) -> list[Any]:
+    return [(tuple(t.shape), t.stride()) for t in leaves if isinstance(t, Tensor)]
 
 
 def _with_norms(network: nn.Module) -> list[nn.Module]:

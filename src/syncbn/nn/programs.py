@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx, nn
 
 from syncbn.nn.convert import SyncBatchNormAct
-from syncbn.nn.scheduling import Finish, Message, Schedule, Start, Step
+from syncbn.nn.scheduling import Message, Schedule, Start, Step
 from syncbn.nn.sync_batch_norm import start_sync_batch_norm
 
 

@@ -173,9 +173,7 @@ class _Order:
             one = stack[-1]
             if one in known:
                 stack.pop()
-            elif one in waiting:
-                known[one] = True
-            elif any(known.get(b) for b in self.before[one]):
+            elif one in waiting or any(known.get(b) for b in self.before[one]):
                 known[one] = True
             elif left := [b for b in self.before[one] if b not in known]:
                 stack += left
@@ -204,7 +202,11 @@ def _dependencies(nodes: Sequence[fx.Node], layers: set[fx.Node]) -> dict[fx.Nod
             if ordered is not None:
                 needs[ordered] = None
             ordered = node
-        if (module := node.meta.get("module")) is not None and node not in layers and any(True for _ in module.buffers()):
+        if (
+            (module := node.meta.get("module")) is not None
+            and node not in layers
+            and any(True for _ in module.buffers())
+        ):
             if module in stateful:
                 needs[stateful[module]] = None
             stateful[module] = node

@@ -70,7 +70,7 @@ def is_hooked(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or any(module.__dict__[name] for name in HOOKS)
 
 
-def trace(network: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Traced:
+def trace(network: nn.Module, arguments: Sequence[Any], options: Mapping[str, Any]) -> Traced:
     """Trace the forward of a network.
 
     Args:
@@ -80,13 +80,46 @@ def trace(network: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, 
 
     Raises:
         Untraceable: the network's own forward cannot be traced.
+    """
+    with _tracer(network) as tracer:
+        return tracer.run(*_fakes(arguments, options))
+
+
+def run_on_fakes(network: nn.Module, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Run a network's forward on fake tensors, as far as they go; nothing is sent, and no parameter or buffer changes.
+
+    Args:
+        network: as in `trace`, like the rest.
+        arguments: see there.
+        options: see there.
+
+    Raises:
         ValueError: it does not run on these arguments.
     """
+    with _tracer(network):
+        leaves, spec = _fakes(arguments, options)
+        fakes, named = pytree.tree_unflatten(leaves, spec)
+        try:
+            network.forward(*fakes, **named)
+        except Exception as error:
+            # Fake tensors have no values, and are no plain ones.
+            if type(error).__module__.startswith("torch.") or re.search("fake|subclass", str(error), re.IGNORECASE):
+                return
+            raise ValueError(f"the network does not run on these inputs: {_reason(error)}") from error
+
+
+@contextmanager
+def _tracer(network: nn.Module) -> Iterator["_Tracer"]:
     with _patching, torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, _python_random_kept():
         with _fake_state(network, mode):
-            leaves, spec = pytree.tree_flatten((arguments, dict(options)))
-            fakes = [_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            return _Tracer(network, mode).run(fakes, spec)
+            tracer = _Tracer(network)
+            with tracer.patched():
+                yield tracer
+
+
+def _fakes(arguments: Sequence[Any], options: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
+    leaves, spec = pytree.tree_flatten((tuple(arguments), dict(options)))
+    return [_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
 
 
 class _Proxy(fx.Proxy):
@@ -158,12 +191,14 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 
 class _Tracer(TracerBase):
-    def __init__(self, network: nn.Module, mode: FakeTensorMode) -> None:
-        self.network, self.mode = network, mode
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
         self.graph = fx.Graph(tracer_cls=type(self))
         self.paths = {module: path for path, module in network.named_modules()}
         self.with_norm = {
-            m for m in self.paths if not isinstance(m, _BatchNorm) and any(isinstance(n, _BatchNorm) for n in m.modules())
+            m
+            for m in self.paths
+            if not isinstance(m, _BatchNorm) and any(isinstance(n, _BatchNorm) for n in m.modules())
         }
         self.tensors = {id(t): path for path, t in [*network.named_parameters(), *network.named_buffers()]}
         self.inlined, self.refused = dict[str, nn.Module](), dict[str, str]()
@@ -172,33 +207,17 @@ class _Tracer(TracerBase):
         self.context = _context()
 
     def run(self, leaves: list[Any], spec: pytree.TreeSpec) -> Traced:
-        with self._patched():
-            self._check_example(leaves, spec)
-            proxies = []
-            for i, leaf in enumerate(leaves):
-                proxies.append(self._placeholder(i, leaf) if isinstance(leaf, Tensor) else leaf)
-            arguments, options = pytree.tree_unflatten(proxies, spec)
-            try:
-                result = self._inline(self.network, "", arguments, options)
-                outputs, result_spec = pytree.tree_flatten(result)
-                self.graph.output([self.create_arg(output) for output in outputs])
-            except Untraceable:
-                raise
-            except Exception as error:  # the network's own code runs on proxies: anything may be raised
-                raise Untraceable(_reason(error)) from error
-        return Traced(self.graph, result_spec, self.inlined, self.refused, self.of_sizes)
-
-    def _check_example(self, leaves: list[Any], spec: pytree.TreeSpec) -> None:
-        arguments, options = pytree.tree_unflatten(leaves, spec)
+        proxies = [self._placeholder(i, leaf) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)]
+        arguments, options = pytree.tree_unflatten(proxies, spec)
         try:
-            self.network.forward(*arguments, **options)
-        except NotImplementedError:  # of fake tensors, too
-            return
-        except Exception as error:
-            # Fake tensors have no values, and are no plain ones.
-            if type(error).__module__.startswith("torch.") or re.search("fake|subclass", str(error), re.IGNORECASE):
-                return
-            raise ValueError(f"the network does not run on these inputs: {_reason(error)}") from error
+            result = self._inline(self.network, "", arguments, options)
+            outputs, result_spec = pytree.tree_flatten(result)
+            self.graph.output([self.create_arg(output) for output in outputs])
+        except Untraceable:
+            raise
+        except Exception as error:  # the network's own code runs on proxies: anything may be raised
+            raise Untraceable(_reason(error)) from error
+        return Traced(self.graph, result_spec, self.inlined, self.refused, self.of_sizes)
 
     def _placeholder(self, i: int, value: Tensor) -> _Proxy:
         node = self.graph.placeholder(f"input_{i}")
@@ -208,7 +227,7 @@ class _Tracer(TracerBase):
     # ---- what the network's code does --------------------------------------------------------------
 
     @contextmanager
-    def _patched(self) -> Iterator[None]:
+    def patched(self) -> Iterator[None]:
         """See each call of a module, each parameter and buffer that is read, and each function of torch's."""
         call, getattribute, thread = nn.Module.__call__, nn.Module.__getattr__, threading.get_ident()
 
@@ -353,7 +372,9 @@ class _Tracer(TracerBase):
 
     def _evaluate(self, node: fx.Node) -> Any:
         """The node's value for the example; notes what it changes in place and whether it is random."""
-        fakes = [leaf for leaf in pytree.tree_leaves(fx.node.map_arg((node.args, node.kwargs), _value)) if leaf is not None]
+        fakes = [
+            leaf for leaf in pytree.tree_leaves(fx.node.map_arg((node.args, node.kwargs), _value)) if leaf is not None
+        ]
         tensors = [leaf for leaf in fakes if isinstance(leaf, Tensor)]
         node.meta.update(writes=set(), ordered=False)
         unknown = any(leaf is UNKNOWN for leaf in fakes)
@@ -402,7 +423,6 @@ class _EveryFunction(TorchFunctionMode):
         return self.tracer.create_proxy("call_function", function, args, kwargs)
 
 
-
 class _SeesRandom(TorchDispatchMode):
     """Notes whether an operator draws random numbers."""
 
@@ -442,7 +462,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    own = {name: value for name, value in module.__dict__.items() if name not in ("_parameters", "_buffers", "_modules")}
+    own = {
+        name: value for name, value in module.__dict__.items() if name not in ("_parameters", "_buffers", "_modules")
+    }
     return own | module._parameters | module._buffers | module._modules
 
 
@@ -497,5 +519,3 @@ def _fake_state(network: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
     finally:
         for state, real in kept:
             state.update(real)
-
-
