@@ -113,10 +113,26 @@ def _grouped_class(kind: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(own_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            plan = None if kwargs or not self.training else self._grouping.shown
+            if plan is None or not _holds_in_graph(self._grouping, len(args)):
+                return own_forward(self, *args, **kwargs)
+            return plan.run(args)
         return self._grouping.run(self, own_forward, args, kwargs)
 
     body = {"forward": forward, "_ungrouped": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
     return type(kind)(f"Grouped{kind.__name__}", (Grouped, kind), body)
+
+
+def _holds_in_graph(grouping: "Grouping", arguments: int) -> bool:
+    """Whether torch.compile may take the example's plan: evaluated when it traces, not in the graph."""
+    plan = grouping.shown
+    if plan is None or plan.traced is None or plan.traced.of_sizes or not plan.snapshot.holds():
+        return False
+    return arguments == len([node for node in plan.traced.graph.nodes if node.op == "placeholder"])
+
+
+_holds_in_graph._dynamo_marked_constant = True  # type: ignore  # torch.compiler.assume_constant_result imports it all
 
 
 def _check_network(network: nn.Module) -> None:
@@ -222,15 +238,10 @@ class Grouping:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Grouping, ()
 
-    def run_in_graph(self, network: nn.Module, own_forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The network's forward, where torch.compile traces it: by the example's plan, if the modules are as in that."""
-        program = None if kwargs else self._program_for_graph(len(args))
-        return own_forward(network, *args, **kwargs) if program is None else program(*args)
-
     def run(self, network: nn.Module, own_forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The network's forward."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        kind = None if torch.compiler.is_compiling() else _kind_of(leaves, spec)
+        kind = _kind_of(leaves, spec)
         if kind is None:
             self.given = (args, kwargs) if any(isinstance(leaf, FakeTensor) for leaf in leaves) else None
             return own_forward(network, *args, **kwargs)

@@ -1,0 +1,296 @@
+"""group_messages: the messages of any network, and that it computes what the network did."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from graphs import counting_backend
+from ranks import RankError, run_ranks
+from syncbn import SyncBatchNorm, convert_sync_batchnorm, group_messages, new_group, revert_sync_batchnorm
+from syncbn.benchmarks.branching import NETWORKS, ConvNorm, RepVGGBlock, TwoViews
+from syncbn.benchmarks.messages import recorded
+from syncbn.nn import fold_batch_norm
+from syncbn.nn.grouping import Grouped
+
+MESSAGES = {  # before, after
+    "RepVGG": (28, 11),
+    "MobileOne": (46, 9),
+    "HRNet": (70, 23),
+    "ResNet": (22, 19),
+    "DenseNet": (6, 6),
+    "DeepLabV3's ASPP": (15, 9),
+    "feature pyramid": (33, 17),
+    "two views": (22, 9),
+}
+PIXELS = 32
+
+
+class Diamond(nn.Module):
+    """Two branches, of two layers and of one, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long = nn.Sequential(ConvNorm(3, 4, 3), ConvNorm(4, 4, 3))
+        self.short = ConvNorm(3, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.head((self.long(x) + scale * self.short(x)).mean((2, 3)))
+
+
+def synchronised(make: Any = Diamond) -> nn.Module:
+    torch.manual_seed(0)
+    return convert_sync_batchnorm(make().double())
+
+
+def images(rank: int = 0, n: int = 2) -> Tensor:
+    return torch.randn(n, 3, PIXELS, PIXELS, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+
+
+def grouped(make: Any = Diamond) -> nn.Module:
+    return group_messages(synchronised(make), images())
+
+
+def leaves(y: Any) -> list[Tensor]:
+    return [leaf for part in y for leaf in leaves(part)] if isinstance(y, list | tuple) else [y]
+
+
+def step(network: Any, x: Tensor, **options: Any) -> dict[str, Tensor]:
+    """Outputs, gradients and buffers of a training step, and the number of its messages."""
+    network.zero_grad()
+    with recorded() as messages:
+        outputs = leaves(network(x, **options))
+        sum((y.pow(3) + y).sum() for y in outputs).backward()
+    network = network.module if isinstance(network, DistributedDataParallel) else network
+    gradients = {f"gradient {name}": p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    found = {f"result {i}": y.detach() for i, y in enumerate(outputs)} | gradients
+    buffers = {name: b.clone() for name, b in network.named_buffers()}
+    return found | buffers | {"messages": torch.tensor(len(messages))}
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference, relative to the largest number of its tensor, or to the largest gradient."""
+    assert found.keys() == expected.keys()
+    gradient = max(float(v.abs().max()) for name, v in expected.items() if name.startswith("gradient "))
+    errors = [0.0]
+    for name, true in expected.items():
+        scale = gradient if name.startswith("gradient ") else max(float(true.abs().max()), 0.01)
+        errors += [] if name == "messages" else [float((found[name] - true).abs().max()) / scale]
+    return max(errors)
+
+
+# ---- networks ------------------------------------------------------------------------------------
+
+
+def networks_on_ranks(rank: int, names: list[str]) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        plain = synchronised(NETWORKS[name])
+        network = group_messages(copy.deepcopy(plain), images())
+        one_by_one, together = step(plain, images(rank)), step(network, images(rank))
+        found[name] = worst(together, one_by_one), one_by_one["messages"], together["messages"], together
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks():
+    return run_ranks(networks_on_ranks, 2, list(NETWORKS), timeout=280)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fewer_messages_and_the_same_numbers(name, on_two_ranks):
+    for error, before, after, _ in (rank[name] for rank in on_two_ranks):
+        assert error < 1e-12
+        assert (before, after) == tuple(2 * number for number in MESSAGES[name])
+
+
+def one_process(name: str, P: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return step(NETWORKS[name]().double(), torch.cat([images(rank) for rank in range(P)]))
+
+
+def joined(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What ranks found as one process would."""
+    found = {}
+    for name, first in ranks[0].items():
+        parts = [rank[name] for rank in ranks]
+        if name.startswith("result "):
+            found[name] = torch.cat(parts)
+        else:
+            found[name] = sum(parts) if name.startswith("gradient ") else first
+            assert name.startswith("gradient ") or all(torch.equal(part, first) for part in parts)
+    return found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_ranks_are_one_process(name, on_two_ranks):
+    assert worst(joined([rank[name][-1] for rank in on_two_ranks]), one_process(name, 2)) < 1e-10
+
+
+def test_four_ranks_are_one_process():
+    name = "two views"
+    ranks = run_ranks(networks_on_ranks, 4, [name], timeout=120)
+    assert worst(joined([rank[name][-1] for rank in ranks]), one_process(name, 4)) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["RepVGG", "two views"])
+def test_the_program_without_a_world(name):
+    """Which a network alone does not run: its own forward sends no message either."""
+    plain = synchronised(NETWORKS[name])
+    network = group_messages(copy.deepcopy(plain), images())
+    plan = network._grouping.shown
+    assert len(plan.schedule.messages) == plan.schedule.longest_chain == MESSAGES[name][1]
+    network.forward = lambda x: plan.run([x])
+    assert worst(step(network, images()), step(plain, images())) < 1e-12
+
+
+# ---- what a network is used for -----------------------------------------------------------------
+
+
+def uses(rank: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    x, found = images(rank), {}
+    expected = step(synchronised(), x)
+    found["before, after"] = int(expected["messages"]), int(step(grouped(), x)["messages"])
+
+    def compare(name: str, network: Any, **more: Any) -> None:
+        result = step(network, x, **more)
+        found[name] = worst(result, expected), int(result["messages"])
+
+    compare("deepcopy", copy.deepcopy(grouped()))
+    compare("pickle", pickle.loads(pickle.dumps(grouped())))
+    compare("by name", grouped(), scale=1.0)
+    compare("moved", grouped().float().double().requires_grad_())
+    found["moved"] = found["moved"][1:]  # whose parameters were rounded
+    loaded = grouped()
+    loaded.load_state_dict(synchronised().state_dict())
+    compare("state_dict", loaded)
+    compare("ungrouped", grouped().ungroup())
+    network = grouped()
+    compare("checkpoint", _Checkpointed(network))
+    compare("checkpoint, reentrant", _Checkpointed(grouped(), reentrant=True))
+    with_eval = grouped()
+    step(with_eval, x), with_eval.eval(), with_eval(x), with_eval.train()
+    found["eval and back"] = int(step(with_eval, x)["messages"])
+    found["averaged"] = step(DistributedDataParallel(grouped()), x)["gradient head.weight"]
+    found["gradient"] = expected["gradient head.weight"]
+    return found
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, network: nn.Module, reentrant: bool = False) -> None:
+        super().__init__()
+        self.__dict__["network"], self.reentrant = network, reentrant
+        self._parameters, self._buffers, self._modules = network._parameters, network._buffers, network._modules
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.network, x.requires_grad_(self.reentrant), use_reentrant=self.reentrant)
+
+
+@pytest.fixture(scope="module")
+def used():
+    return run_ranks(uses, 2, timeout=200)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["deepcopy", "pickle", "by name", "state_dict", "checkpoint", "checkpoint, reentrant"],
+)
+def test_uses(name, used):
+    for rank in used:
+        assert rank["before, after"] == (6, 4)
+        error, messages = rank[name]
+        assert error < 1e-12
+        assert messages == 4
+
+
+def test_modes_moving_and_ungrouping(used):
+    for rank in used:
+        assert rank["ungrouped"] == (0.0, 6)
+        assert rank["moved"] == (4,)
+        assert rank["eval and back"] == 4
+
+
+def test_distributed_data_parallel(used):
+    mean = (used[0]["gradient"] + used[1]["gradient"]) / 2
+    for rank in used:
+        torch.testing.assert_close(rank["averaged"], mean, rtol=1e-12, atol=1e-12)
+
+
+def hooks_and_changes(rank: int) -> dict[str, Any]:
+    """What the layers of a grouped network see, and what a change of the network after grouping does."""
+    x, found = images(rank), {}
+
+    def seen(network: nn.Module) -> list[tuple[str, Tensor]]:
+        calls: list[tuple[str, Tensor]] = []
+        for name in ("short.1", "long", "long.1.0"):
+            module = network.get_submodule(name)
+            module.register_forward_pre_hook(lambda _, inputs, name=name: calls.append((f"into {name}", inputs[0].sum())))
+            module.register_forward_hook(lambda _, inputs, y, name=name: calls.append((name, y.detach().sum())))
+        network.short[1].register_forward_hook(lambda _, inputs, y: y * 2)
+        network.long.register_full_backward_hook(lambda _, dx, dy: calls.append(("back", dy[0].sum())))
+        result = step(network, x)
+        return result, sorted((name, float(value)) for name, value in calls)
+
+    network = grouped()
+    step(network, x)  # traced without hooks
+    for name, one in (("grouped", network), ("plain", synchronised())):
+        if name == "plain":
+            step(one, x)
+        found[name] = seen(one)
+    network = grouped()
+    network.short = nn.Sequential(nn.Conv2d(3, 4, 1), SyncBatchNorm(4), nn.ReLU(), SyncBatchNorm(4)).double()
+    found["replaced"] = step(network, x)["messages"]
+    frozen = grouped()
+    frozen.short[1].eval()
+    twin = synchronised()
+    twin.short[1].eval()
+    found["frozen"] = worst(step(frozen, x), step(twin, x)), step(frozen, x)["messages"]
+    apart = synchronised()
+    apart.short[1].process_group = new_group(1)
+    apart.long[0][1].process_group = apart.long[1][1].process_group = new_group(2)
+    found["groups"] = step(group_messages(apart, x), x)["messages"]
+    return found
+
+
+def test_hooks_and_changes():
+    for rank in run_ranks(hooks_and_changes, 2, timeout=120):
+        (found, calls), (expected, expected_calls) = rank["grouped"], rank["plain"]
+        assert [name for name, _ in calls] == [name for name, _ in expected_calls]
+        assert [value for _, value in calls] == pytest.approx([value for _, value in expected_calls], rel=1e-10)
+        assert worst(found, expected) < 1e-12
+        assert rank["replaced"] == 4  # two chains of two
+        error, messages = rank["frozen"]
+        assert error < 1e-12
+        assert messages == 4
+        assert rank["groups"] == 4
+
+
+def compiled(rank: int) -> tuple[float, list[int], int]:
+    x, counts = images(rank), []
+    network = torch.compile(grouped(), backend=counting_backend(counts), fullgraph=True)
+    result = step(network._orig_mod, x)
+    found = step(network, x)
+    return worst({n.replace("_orig_mod.", ""): v for n, v in found.items()}, result | dict.fromkeys([])), counts, 0
+
+
+def parts_of_one_rank(rank: int) -> None:
+    x = images(rank)
+    network = group_messages(synchronised(), x)
+    if rank:
+        network.short[1].eval()
+    step(network, x)
+
+
+def test_a_rank_in_other_layers_is_named():
+    with pytest.raises(RankError) as error:
+        run_ranks(parts_of_one_rank, 2, timeout=60)
+    assert any("LayerMismatch" in kind and "short" in text for kind, text in error.value.errors.values())
