@@ -274,12 +274,18 @@ def test_hooks_and_changes():
         assert rank["groups"] == 4
 
 
-def compiled(rank: int) -> tuple[float, list[int], int]:
-    x, counts = images(rank), []
-    network = torch.compile(grouped(), backend=counting_backend(counts), fullgraph=True)
-    result = step(network._orig_mod, x)
-    found = step(network, x)
-    return worst({n.replace("_orig_mod.", ""): v for n, v in found.items()}, result | dict.fromkeys([])), counts, 0
+def compiled(rank: int) -> tuple[float, list[int]]:
+    x, counts = images(rank), list[int]()
+    network = grouped()
+    found = step(torch.compile(network, backend=counting_backend(counts), fullgraph=True), x)
+    found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+    return worst(found, step(synchronised(), x)), counts
+
+
+def test_a_compiled_network():
+    for error, counts in run_ranks(compiled, 2, timeout=200):
+        assert error < 1e-12
+        assert counts == [2, 2]
 
 
 def parts_of_one_rank(rank: int) -> None:
@@ -294,3 +300,241 @@ def test_a_rank_in_other_layers_is_named():
     with pytest.raises(RankError) as error:
         run_ranks(parts_of_one_rank, 2, timeout=60)
     assert any("LayerMismatch" in kind and "short" in text for kind, text in error.value.errors.values())
+
+
+# ---- on one process ------------------------------------------------------------------------------
+
+
+def test_revert_fold_and_export():
+    network, x = grouped(), images()
+    plain = synchronised().eval()
+    step(network, x)
+    plain.load_state_dict(network.state_dict())
+    expected = plain(x)
+    torch.testing.assert_close(network.eval()(x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(fold_batch_norm(network)(x), expected, rtol=1e-10, atol=1e-10)
+    scripted = torch.jit.script(network)
+    torch.testing.assert_close(scripted(x), expected, rtol=0, atol=0)
+    exported = torch.export.export(network, (x,)).module()
+    torch.testing.assert_close(exported(x), expected, rtol=1e-10, atol=1e-10)
+    kept = list(network.modules())
+    assert revert_sync_batchnorm(network) is network
+    assert list(network.modules()) == kept
+    assert not any(isinstance(module, SyncBatchNorm | Grouped) for module in network.modules())
+
+
+def test_onnx():
+    onnx = pytest.importorskip("onnxruntime")
+    network, x = grouped().float().eval(), images().float()
+    program = torch.onnx.export(network, (x,), dynamo=True, verbose=False)
+    buffer = io.BytesIO()
+    program.save(buffer)
+    (found,) = onnx.InferenceSession(buffer.getvalue()).run(None, {program.model.graph.inputs[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), network(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_network_is_what_it_was():
+    network, twin = grouped(), synchronised()
+    assert isinstance(network, Diamond)
+    assert list(network.state_dict()) == list(twin.state_dict())
+    assert [name for name, _ in network.named_modules()] == [name for name, _ in twin.named_modules()]
+    assert all(module.training for module in network.modules())
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_the_schedule_is_shown(capsys, tmp_path):
+    network = grouped()
+    network.print_schedule()
+    assert capsys.readouterr().out.splitlines() == [
+        "3 layers, 2 messages each way",
+        "   1  long.0.1  (meanwhile: short.0)",
+        "   2  long.1.1, short.1",
+    ]
+    network.draw_schedule(tmp_path / "schedule.png")
+    assert (tmp_path / "schedule.png").stat().st_size > 1000
+
+
+class Decides(nn.Module):
+    """By the values of its input, which way to go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Diamond(), Diamond()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.a(x) if x.sum() > -1e9 else self.b(x))
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.inner = Diamond(), Decides()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.inner(x)
+
+
+class Sets(Diamond):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x)
+
+
+class Saves(Diamond):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((checkpoint(self.long, x, use_reentrant=False) + self.short(x)).mean((2, 3)))
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy * 3
+
+
+class HasFunction(Diamond):
+    def forward(self, x: Tensor) -> Tensor:
+        return Double.apply(super().forward(x))
+
+
+class Stops(Diamond):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.long(x)
+        return self.head((y + self.short(x)).mean((2, 3)))
+
+
+class Draws(Diamond):
+    def forward(self, x: Tensor) -> Tensor:
+        import random
+
+        return super().forward(x) * (2 if random.random() < 2 else 1)
+
+
+UNTRACEABLE = {
+    Decides: "control flow depends on what gt computes",
+    Sets: "sets self.calls",
+    Saves: "how gradients, autocast or saved tensors",
+    HasFunction: "how gradients, autocast or saved tensors",
+    Stops: "how gradients, autocast or saved tensors",
+    Draws: "random numbers in Python",
+}
+
+
+@pytest.mark.parametrize("kind", UNTRACEABLE)
+def test_what_cannot_be_traced_is_named_and_works_as_before(kind):
+    network = synchronised(kind)
+    with pytest.warns(UserWarning, match=f"the forward of {kind.__name__} cannot be traced.*{UNTRACEABLE[kind]}"):
+        group_messages(network, images())
+    assert network._grouping.shown.program is None
+    assert worst(step(network, images()), step(synchronised(kind), images())) == 0
+
+
+def around(rank: int) -> tuple[float, int, int]:
+    network = synchronised(Around)
+    with pytest.warns(UserWarning, match="'inner' .Decides. cannot be traced"):
+        group_messages(network, images())
+    expected, found = step(synchronised(Around), images(rank)), step(network, images(rank))
+    return worst(found, expected), int(expected["messages"]), int(found["messages"])
+
+
+def test_the_rest_is_grouped_and_so_are_the_parts():
+    for error, before, after in run_ranks(around, 2, timeout=60):
+        assert error < 1e-12
+        assert (before, after) == (14, 10)  # two of `one`, two of `inner.a`, `inner.norm`
+
+
+class InPlace(nn.Module):
+    """Changes in place, whose order against the reads of the same memory counts; and random numbers in branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b, self.c = (ConvNorm(3, 3, relu=False) for _ in range(4))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        a = F.dropout(self.a(y), 0.5)
+        y.relu_()
+        b = self.b(y)
+        view = y.view(-1)
+        view += 1
+        self.count += 1
+        c = F.dropout(self.c(y), 0.5)
+        c[:, :1] = 0
+        return a + b + c * self.count
+
+
+def in_place(rank: int) -> tuple[float, int, int]:
+    network, plain, found = grouped(InPlace), synchronised(InPlace), []
+    for one in (network, plain):
+        torch.manual_seed(rank)
+        step(one, images(rank))
+        found.append(step(one, images(rank)))
+    return worst(*found), int(found[1]["messages"]), int(found[0]["messages"])
+
+
+def test_changes_in_place_and_random_numbers_keep_their_order():
+    for error, before, after in run_ranks(in_place, 2, timeout=60):
+        assert error < 1e-12
+        assert (before, after) == (8, 4)
+
+
+class Sized(Diamond):
+    """Asks for sizes, kinds and the mode."""
+
+    def forward(self, x: Tensor) -> Any:
+        assert isinstance(x, Tensor) and x.dim() == 4 and x.dtype is torch.float64
+        n, _, height, width = x.shape
+        if height % 2:
+            x = F.pad(x, (0, width % 2, 0, 1))
+        if len(x) > 2 or not self.training:
+            x = x * 2
+        y = self.long(x) + self.short(x)
+        return {"features": y, "logits": self.head(y.view(n, y.size(1), -1).mean(-1)), "other": (None, n)}
+
+
+def sizes(rank: int) -> list[tuple[float, int]]:
+    network, plain, found = grouped(Sized), synchronised(Sized), []
+    for shape in ((2, 3, 32, 32), (3, 3, 17, 16), (2, 3, 32, 32)):
+        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+        with recorded() as messages:
+            y = network(x)
+        true = plain(x)
+        assert list(y) == list(true) and y["other"] == true["other"]
+        found.append((float((y["logits"] - true["logits"]).abs().max()), len(messages)))
+    return found
+
+
+def test_sizes_are_asked_for():
+    assert run_ranks(sizes, 2, timeout=60) == [[(0.0, 2)] * 3] * 2
+
+
+BAD = {
+    "no norm": (lambda: nn.Sequential(nn.Linear(3, 3)), "no SyncBatchNorm; its norms: none: there is nothing"),
+    "other norms": (lambda: nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3)), "2 LayerNorm: there is nothing"),
+    "not converted": (Diamond, "3 BatchNorm2d: convert it with convert_sync_batchnorm"),
+    "a layer": (lambda: SyncBatchNorm(3), "single layer"),
+    "compiled": (lambda: torch.compile(synchronised()), "OptimizedModule: group the network in it"),
+    "no module": (lambda: 3, "expected a torch.nn.Module"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_networks(name):
+    make, text = BAD[name]
+    with pytest.raises(ValueError, match=text):
+        group_messages(make(), images())
+
+
+@pytest.mark.parametrize("inputs", [(), (images()[:, :2],), (images(), 1.0, 2), (images().float(),), (3,)])
+def test_bad_inputs(inputs):
+    network = synchronised()
+    with pytest.raises(ValueError, match="^group_messages: the network does not run on these inputs: ") as error:
+        group_messages(network, *inputs)
+    assert "\n" not in str(error.value)
+    assert type(network) is Diamond

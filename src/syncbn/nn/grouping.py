@@ -54,6 +54,7 @@ def group_messages(network: nn.Module, *example_inputs: Any) -> nn.Module:
     """
     check_module(network, "group_messages")
     _check_network(network)
+    run_on_fakes(network, example_inputs, {})
     if not isinstance(network, Grouped):
         _become_grouped(network)
     network._grouping.plan_example(network, example_inputs, {})
@@ -263,7 +264,6 @@ class Grouping:
             for module in modes:
                 module.training = True
         try:
-            run_on_fakes(network, args, kwargs)
             kind = _kind_of(*pytree.tree_flatten((tuple(args), dict(kwargs))), as_if=Tensor)
             self.shown = self._planned(network, kind or (), args, kwargs, with_parts=True)
             self.plans.appendleft(self.shown)

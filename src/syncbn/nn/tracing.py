@@ -105,7 +105,7 @@ def run_on_fakes(network: nn.Module, arguments: Sequence[Any], options: Mapping[
             # Fake tensors have no values, and are no plain ones.
             if type(error).__module__.startswith("torch.") or re.search("fake|subclass", str(error), re.IGNORECASE):
                 return
-            raise ValueError(f"the network does not run on these inputs: {_reason(error)}") from error
+            raise ValueError(f"group_messages: the network does not run on these inputs: {_reason(error)}") from error
 
 
 @contextmanager
