@@ -12,7 +12,7 @@ import random
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -103,18 +103,19 @@ def run_on_fakes(network: nn.Module, arguments: Sequence[Any], options: Mapping[
             network.forward(*fakes, **named)
         except Exception as error:
             # Fake tensors have no values, and are no plain ones.
-            if type(error).__module__.startswith("torch.") or re.search("fake|subclass", str(error), re.IGNORECASE):
+            of_fakes = isinstance(error, RuntimeError) and re.search("fake|subclass", str(error), re.IGNORECASE)
+            if of_fakes or type(error).__module__.startswith("torch."):
                 return
             raise ValueError(f"group_messages: the network does not run on these inputs: {_reason(error)}") from error
 
 
 @contextmanager
 def _tracer(network: nn.Module) -> Iterator["_Tracer"]:
-    with _patching, torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, _python_random_kept():
-        with _fake_state(network, mode):
-            tracer = _Tracer(network)
-            with tracer.patched():
-                yield tracer
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _patching, torch.enable_grad(), mode, _python_random_kept(), _fake_state(network, mode):
+        tracer = _Tracer(network)
+        with tracer.patched():
+            yield tracer
 
 
 def _fakes(arguments: Sequence[Any], options: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
@@ -122,29 +123,43 @@ def _fakes(arguments: Sequence[Any], options: Mapping[str, Any]) -> tuple[list[A
     return [_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
 
 
+class _Traced(Tensor):
+    """A tensor of the graph. Whatever is asked of it goes through `_EveryFunction`."""
+
+    is_traced = True
+    node: fx.Node
+
+    @staticmethod
+    def of(node: fx.Node) -> "_Traced":
+        value = node.meta["value"]
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            _Traced, value.shape, value.stride(), dtype=value.dtype, device=value.device
+        )
+        made.node = node
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise Untraceable(f"it calls {function} in a way that a graph does not see")
+
+
 class _Proxy(fx.Proxy):
-    """A value of the graph, which looks like the example's."""
+    """A value of the graph that is no tensor, or unknown; a size, mostly."""
 
     @property
     def __class__(self) -> type:  # what isinstance asks, too
-        value = self.node.meta["value"]
-        return Tensor if isinstance(value, Tensor) else type(value)
+        return type(self.tracer.known(self.node, "isinstance"))
 
     def __getattr__(self, name: str) -> Any:
-        if self.tracer.has_method(self.node, name):
+        if callable(getattr(self.tracer.known(self.node, name), name)):
             return partial(_call_method, self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node"):
-            raise Untraceable(f"it sets .{name} of a tensor")
-        super().__setattr__(name, value)
 
     def __bool__(self) -> bool:
         return bool(self.tracer.asked(self.node))
 
     def __len__(self) -> int:
-        return len(self.tracer.asked(self.node, structure=True))
+        return len(self.tracer.known(self.node, "len"))  # the same for all sizes
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
@@ -170,24 +185,12 @@ class _Proxy(fx.Proxy):
     def __contains__(self, item: Any) -> bool:
         return item in self.tracer.asked(self.node)
 
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
     def __hash__(self) -> int:
         return id(self)
 
 
 def _call_method(proxy: _Proxy, name: str, *args: Any, **kwargs: Any) -> Any:
     return proxy.tracer.create_proxy("call_method", name, (proxy, *args), kwargs)
-
-
-def _in_place(name: str) -> Callable[[Any, Any], Any]:
-    function = getattr(operator, name)
-    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
-    setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
 
 class _Tracer(TracerBase):
@@ -219,10 +222,10 @@ class _Tracer(TracerBase):
             raise Untraceable(_reason(error)) from error
         return Traced(self.graph, result_spec, self.inlined, self.refused, self.of_sizes)
 
-    def _placeholder(self, i: int, value: Tensor) -> _Proxy:
+    def _placeholder(self, i: int, value: Tensor) -> Any:
         node = self.graph.placeholder(f"input_{i}")
         node.meta.update(value=value, writes=set(), ordered=False)
-        return _Proxy(node, self)
+        return self.proxy_of(node)
 
     # ---- what the network's code does --------------------------------------------------------------
 
@@ -259,13 +262,13 @@ class _Tracer(TracerBase):
             raise Untraceable(f"it calls a {type(module).__name__} that is not among its modules")
         if module not in self.with_norm or is_hooked(module) or type(module).__module__.startswith("torch.nn.parallel"):
             return self.create_proxy("call_module", path, args, kwargs)
-        last = next(iter(reversed(self.graph.nodes)))
+        last = next(iter(reversed(self.graph.nodes)), None)
         try:
             return self._inline(module, path, args, kwargs)
         except Exception as error:  # as above
             if path not in self.refused:
                 self.refused[path] = _reason(error)
-            while (node := next(iter(reversed(self.graph.nodes)))) is not last:
+            while (node := next(iter(reversed(self.graph.nodes)), None)) is not last:
                 self.graph.erase_node(node)
             return self.create_proxy("call_module", path, args, kwargs)
 
@@ -293,30 +296,25 @@ class _Tracer(TracerBase):
             raise Untraceable(f"it uses a tensor of size {list(tensor.shape)} that is neither parameter nor buffer")
         return path
 
-    def has_method(self, node: fx.Node, name: str) -> bool:
-        """Whether a value's attribute is a method; AttributeError where it has none of that name."""
+    def known(self, node: fx.Node, asked: str) -> Any:
+        """The example's value, of whose kind the network's Python code asks."""
         value = node.meta["value"]
         if value is UNKNOWN:
-            raise Untraceable(f"it reads .{name} of what {_target_name(node)} returns, which only a run can tell")
-        with self._aside():
-            return callable(getattr(value, name))
+            raise Untraceable(f"it asks {asked} of what {_target_name(node)} returns, which only a run can tell")
+        return value
 
-    def path_of_module(self, module: nn.Module) -> str:
-        """Asked for by a BatchNorm whose forward is called directly."""
-        return self.paths[module]
-
-    def asked(self, node: fx.Node, structure: bool = False) -> Any:
+    def asked(self, node: fx.Node) -> Any:
         """The example's value, for the network's Python code."""
         value = node.meta["value"]
-        if structure and isinstance(value, tuple | list | Mapping):  # the same for all sizes
-            return value
-        if structure and isinstance(value, Tensor):
-            with self._aside():
-                value = range(len(value))
         if value is UNKNOWN or isinstance(value, Tensor):
             raise Untraceable(f"its control flow depends on what {_target_name(node)} computes")
         self.of_sizes = True
         return value
+
+    def proxy_of(self, node: fx.Node) -> Any:
+        """What stands for a node."""
+        with self._aside():
+            return _Traced.of(node) if isinstance(node.meta["value"], Tensor) else _Proxy(node, self)
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -339,10 +337,10 @@ class _Tracer(TracerBase):
         with self._aside():
             value = node.meta["value"] = self._evaluate(node)
         if value is UNKNOWN or value is None or _has_tensors(value):
-            return None if value is None else _Proxy(node, self)
-        name = args[1] if target is getattr else target
+            return None if value is None else self.proxy_of(node)
+        name = _asked_name(target, args)
         if name not in _OF_KIND and (type(value) in (int, float, torch.Size) or isinstance(value, tuple | list)):
-            return _Proxy(node, self)
+            return self.proxy_of(node)
         if name not in _OF_KIND and not str(name).startswith("is_"):
             self.of_sizes = True
         if not node.meta["writes"]:
@@ -352,7 +350,7 @@ class _Tracer(TracerBase):
     def create_arg(self, a: Any) -> Any:
         """An argument with the nodes in the place of their proxies."""
         kind = type(a)
-        if kind is _Proxy:
+        if kind in (_Proxy, _Traced):
             return a.node
         if isinstance(a, Tensor):
             return self._attribute(a).node
@@ -366,7 +364,7 @@ class _Tracer(TracerBase):
             return {key: self.create_arg(value) for key, value in a.items()}
         if kind is slice:
             return slice(*map(self.create_arg, (a.start, a.stop, a.step)))
-        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(a)) or _holds_proxy(a):
+        if _holds_proxy(a) or any(map(_is_proxy, pytree.tree_leaves(a))):
             raise Untraceable(f"it puts tensors into a {kind.__name__}")
         return a
 
@@ -420,7 +418,37 @@ class _EveryFunction(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.tracer.active or function is torch._C._set_grad_enabled:
             return function(*args, **kwargs)
+        if function in _CONCRETE:
+            return self._concrete(function, *args, **kwargs)
+        if getattr(function, "__name__", "") == "__set__":
+            raise Untraceable(f"it sets .{_asked_name(function, args)} of a tensor")
+        if getattr(function, "__name__", "") == "__get__":
+            name = _asked_name(function, args)
+            return self.tracer.create_proxy("call_function", getattr, (args[0], name), {})
         return self.tracer.create_proxy("call_function", function, args, kwargs)
+
+    def _concrete(self, function: Any, tensor: Any, *args: Any) -> Any:
+        """What Python needs to know now."""
+        if function is Tensor.__len__:
+            return operator.index(tensor.shape[0])
+        if function is Tensor.__iter__:
+            return iter([tensor[i] for i in range(tensor.shape[0])])
+        if function is Tensor.__format__ or function is Tensor.__repr__:
+            return "a traced tensor"
+        if function is Tensor.__hash__:
+            return id(tensor)
+        node = getattr(tensor, "node", None)
+        what = "a tensor's values" if node is None else f"what {_target_name(node)} computes"
+        raise Untraceable(f"its control flow depends on {what}")
+
+
+_CONCRETE = {
+    getattr(Tensor, name)
+    for name in (
+        *("__len__", "__iter__", "__hash__", "__format__", "__repr__", "__bool__", "__int__", "__float__"),
+        *("__index__", "__complex__", "__contains__", "__array__", "item", "tolist", "numpy", "is_nonzero", "data_ptr"),
+    )
+}
 
 
 class _SeesRandom(TorchDispatchMode):
@@ -448,7 +476,19 @@ def _has_tensors(value: Any) -> bool:
 
 def _holds_proxy(a: Any) -> bool:
     """Whether an object that torch cannot take apart has a proxy among its attributes."""
-    return any(type(value) is _Proxy for value in getattr(a, "__dict__", {}).values())
+    return any(map(_is_proxy, getattr(a, "__dict__", {}).values()))
+
+
+def _is_proxy(a: Any) -> bool:
+    return type(a) in (_Proxy, _Traced)
+
+
+def _asked_name(target: Any, args: Sequence[Any]) -> str:
+    """The attribute or method of a tensor that a function is, if it is one."""
+    if target is getattr:
+        return str(args[1])
+    name = getattr(target, "__name__", str(target))
+    return getattr(target.__self__, "__name__", name) if name == "__get__" else name
 
 
 def _target_name(node: fx.Node) -> str:
