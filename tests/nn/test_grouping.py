@@ -464,13 +464,13 @@ class InPlace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
-        a = F.dropout(self.a(y), 0.5)
-        y.relu_()
-        b = self.b(y)
+        a = F.dropout(self.a(y * 2), 0.5)
+        y.mul_(0.5)
+        b = self.b(y * 2)
         view = y.view(-1)
         view += 1
-        self.count += 1
-        c = F.dropout(self.c(y), 0.5)
+        self.count.add_(1)
+        c = F.dropout(self.c(y * 2), 0.5)
         c[:, :1] = 0
         return a + b + c * self.count
 

@@ -27,7 +27,7 @@ from syncbn.nn.convert import SyncBatchNormAct
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.programs import compiled
 from syncbn.nn.scheduling import Message, Schedule, schedule
-from syncbn.nn.sync_batch_norm import BatchNorm, SyncBatchNorm
+from syncbn.nn.sync_batch_norm import SyncBatchNorm
 from syncbn.nn.tracing import HOOKS, Traced, Untraceable, is_hooked, run_on_fakes, trace
 
 _JOINING = (SyncBatchNorm, SyncBatchNormAct)
@@ -324,21 +324,32 @@ def _describe(message: Message) -> str:
 
 
 def _grouped_parts(network: nn.Module, refused: Sequence[nn.Module], args: Any, kwargs: Any) -> list[nn.Module]:
-    """Group what is in modules that cannot be traced: their children, or where these are not called, theirs."""
+    """Group what is in modules that cannot be traced: their children, or where these are not called, theirs.
+
+    What fake tensors do not reach is planned when it first runs.
+    """
     parts: list[nn.Module] = []
     candidates = [child for module in refused for child in module.children()]
-    while candidates := [c for c in candidates if _layers_in(c) > 1 and not isinstance(c, Grouped | BatchNorm)]:
+    while candidates := [c for c in candidates if _layers_in(c) > 1 and not isinstance(c, Grouped)]:
         for candidate in candidates:
             _become_grouped(candidate)
-        run_on_fakes(network, args, kwargs)
-        called = [c for c in candidates if c._grouping.given is not None]
-        for part in called:
-            part._grouping.plan_example(part, *part._grouping.given)
-        for other in set(candidates).difference(called):
-            other.ungroup()
-        parts += called
-        candidates = [child for c in candidates if c not in called for child in c.children()]
+        complete = run_on_fakes(network, args, kwargs)
+        left = []
+        for part in candidates:
+            given = part._grouping.given
+            if given is None and (complete or _has_no_forward(part)):
+                left += part.ungroup().children()  # type: ignore[operator]
+                continue
+            parts.append(part)
+            if given is not None:
+                part._grouping.plan_example(part, *given)
+        candidates = left
     return parts
+
+
+def _has_no_forward(part: nn.Module) -> bool:
+    """Whether it is a list of modules, or the like."""
+    return type(part)._ungrouped.forward is nn.Module.forward  # type: ignore[attr-defined]
 
 
 def _called(graph: fx.Graph) -> list[nn.Module]:

@@ -85,13 +85,16 @@ def trace(network: nn.Module, arguments: Sequence[Any], options: Mapping[str, An
         return tracer.run(*_fakes(arguments, options))
 
 
-def run_on_fakes(network: nn.Module, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+def run_on_fakes(network: nn.Module, arguments: Sequence[Any], options: Mapping[str, Any]) -> bool:
     """Run a network's forward on fake tensors, as far as they go; nothing is sent, and no parameter or buffer changes.
 
     Args:
         network: as in `trace`, like the rest.
         arguments: see there.
         options: see there.
+
+    Returns:
+        Whether it ran to its end.
 
     Raises:
         ValueError: it does not run on these arguments.
@@ -105,8 +108,9 @@ def run_on_fakes(network: nn.Module, arguments: Sequence[Any], options: Mapping[
             # Fake tensors have no values, and are no plain ones.
             of_fakes = isinstance(error, RuntimeError) and re.search("fake|subclass", str(error), re.IGNORECASE)
             if of_fakes or type(error).__module__.startswith("torch."):
-                return
+                return False
             raise ValueError(f"group_messages: the network does not run on these inputs: {_reason(error)}") from error
+    return True
 
 
 @contextmanager
