@@ -1,8 +1,11 @@
 """group_messages: the messages of any network, and that it computes what the network did."""
 
 import copy
+import importlib
 import io
 import pickle
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +34,16 @@ MESSAGES = {  # before, after
     "two views": (22, 9),
 }
 PIXELS = 32
+
+
+def cadene() -> nn.Module:
+    """Inception-BN branch by branch, as others write it."""
+    sys.path.append(str(Path(__file__).parents[1] / "models" / "weights"))
+    return importlib.import_module("reference_networks").CadeneBNInception(5, 0.125)
+
+
+ALL = {**NETWORKS, "Inception-BN": cadene}
+MESSAGES["Inception-BN"] = (69, 33)
 
 
 class Diamond(nn.Module):
@@ -93,7 +106,7 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 def networks_on_ranks(rank: int, names: list[str]) -> dict[str, Any]:
     found = {}
     for name in names:
-        plain = synchronised(NETWORKS[name])
+        plain = synchronised(ALL[name])
         network = group_messages(copy.deepcopy(plain), images())
         one_by_one, together = step(plain, images(rank)), step(network, images(rank))
         found[name] = worst(together, one_by_one), one_by_one["messages"], together["messages"], together
@@ -102,10 +115,10 @@ def networks_on_ranks(rank: int, names: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def on_two_ranks():
-    return run_ranks(networks_on_ranks, 2, list(NETWORKS), timeout=280)
+    return run_ranks(networks_on_ranks, 2, list(ALL), timeout=280)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL)
 def test_fewer_messages_and_the_same_numbers(name, on_two_ranks):
     for error, before, after, _ in (rank[name] for rank in on_two_ranks):
         assert error < 1e-12
@@ -114,7 +127,7 @@ def test_fewer_messages_and_the_same_numbers(name, on_two_ranks):
 
 def one_process(name: str, P: int) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    return step(NETWORKS[name]().double(), torch.cat([images(rank) for rank in range(P)]))
+    return step(ALL[name]().double(), torch.cat([images(rank) for rank in range(P)]))
 
 
 def joined(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -130,7 +143,7 @@ def joined(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL)
 def test_two_ranks_are_one_process(name, on_two_ranks):
     assert worst(joined([rank[name][-1] for rank in on_two_ranks]), one_process(name, 2)) < 1e-10
 
@@ -144,7 +157,7 @@ def test_four_ranks_are_one_process():
 @pytest.mark.parametrize("name", ["RepVGG", "two views"])
 def test_the_program_without_a_world(name):
     """Which a network alone does not run: its own forward sends no message either."""
-    plain = synchronised(NETWORKS[name])
+    plain = synchronised(ALL[name])
     network = group_messages(copy.deepcopy(plain), images())
     plan = network._grouping.shown
     assert len(plan.schedule.messages) == plan.schedule.longest_chain == MESSAGES[name][1]

@@ -4,6 +4,7 @@ Written from their papers, of stock layers. Sizes: images of 32 x 32 and up.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +132,7 @@ class HRModule(nn.Module):
         """Features of each resolution, (N, C, H, W), (N, 2C, H/2, W/2), ..."""
         xs = [branch(x) for branch, x in zip(self.branches, xs, strict=True)]
         fused = []
+        row: Any
         for row in self.fuse:
             y = row[0](xs[0])
             for j in range(1, len(xs)):
@@ -174,6 +176,7 @@ class HRNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C, H/2, W/2), all resolutions side by side."""
         xs = [self.stem(x)]
+        transition: Any
         for transition, stage in zip(self.transitions, self.stages, strict=True):
             new = transition["new"](xs[-1])
             if "first" in transition:

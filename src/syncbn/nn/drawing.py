@@ -33,8 +33,8 @@ def draw(schedules: Sequence[Schedule], path: Path) -> None:
             axes.plot([left, column], [above, row], color="0.8", linewidth=1, zorder=1)
     box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "0.5"}
     with plain_text(*(name for row in texts for name in row)):
-        for i, row in enumerate(texts):
-            for k, name in enumerate(row):
+        for i, names in enumerate(texts):
+            for k, name in enumerate(names):
                 axes.text(k, i, name, ha="center", va="center", fontsize=8, bbox=box, zorder=2)
         axes.set(xlim=(-0.6, columns - 0.4), ylim=(len(rows) - 0.5, -0.5), xticks=[], ylabel="message")
         axes.set_yticks(range(len(rows)), [str(i + 1) for i in range(len(rows))], fontsize=8)

@@ -57,7 +57,7 @@ def group_messages(network: nn.Module, *example_inputs: Any) -> nn.Module:
     run_on_fakes(network, example_inputs, {})
     if not isinstance(network, Grouped):
         _become_grouped(network)
-    network._grouping.plan_example(network, example_inputs, {})
+    _grouping_of(network).plan_example(network, example_inputs, {})
     return network
 
 
@@ -92,24 +92,30 @@ class Grouped:
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, arguments, *state = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *state = reduced
         if make is not copyreg.__newobj__:  # type: ignore[attr-defined]
             raise TypeError(f"{type(self).__name__} has a way of its own to be copied: call .ungroup() first")
         return _new_grouped, (type(self)._ungrouped, *arguments[1:]), *state  # type: ignore[attr-defined]
 
 
-def _new_grouped(kind: type[nn.Module]) -> nn.Module:
+def _new_grouped(kind: Any) -> nn.Module:
     made = _grouped_class(kind)
     return made.__new__(made)
 
 
+def _grouping_of(network: Any) -> "Grouping":
+    return network._grouping
+
+
 def _become_grouped(network: nn.Module) -> None:
     network.__dict__["_grouping"] = Grouping()
-    network.__class__ = _grouped_class(type(network))
+    kind: Any = type(network)
+    network.__class__ = _grouped_class(kind)
 
 
 @functools.cache
-def _grouped_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _grouped_class(kind: Any) -> Any:
     own_forward = kind.forward
 
     @functools.wraps(own_forward)
@@ -303,7 +309,7 @@ class Grouping:
     def schedules(self) -> list[Schedule]:
         """That of the example, or of the network's parts."""
         own = [] if self.shown is None or self.shown.schedule is None else [self.shown.schedule]
-        return own + [one for part in self.parts for one in part._grouping.schedules()]
+        return own + [one for part in self.parts for one in _grouping_of(part).schedules()]
 
     def describe(self) -> str:
         """A line for each message of a training step, and how many there are."""
@@ -336,20 +342,20 @@ def _grouped_parts(network: nn.Module, refused: Sequence[nn.Module], args: Any, 
         complete = run_on_fakes(network, args, kwargs)
         left = []
         for part in candidates:
-            given = part._grouping.given
+            given = _grouping_of(part).given
             if given is None and (complete or _has_no_forward(part)):
                 left += part.ungroup().children()  # type: ignore[operator]
                 continue
             parts.append(part)
             if given is not None:
-                part._grouping.plan_example(part, *given)
+                _grouping_of(part).plan_example(part, *given)
         candidates = left
     return parts
 
 
-def _has_no_forward(part: nn.Module) -> bool:
+def _has_no_forward(part: Any) -> bool:
     """Whether it is a list of modules, or the like."""
-    return type(part)._ungrouped.forward is nn.Module.forward  # type: ignore[attr-defined]
+    return type(part)._ungrouped.forward is nn.Module.forward
 
 
 def _called(graph: fx.Graph) -> list[nn.Module]:
@@ -361,7 +367,8 @@ def _layers_in(module: nn.Module) -> int:
 
 
 def _kind_name(module: nn.Module) -> str:
-    return (type(module)._ungrouped if isinstance(module, Grouped) else type(module)).__name__
+    kind: Any = type(module)
+    return kind._ungrouped.__name__ if issubclass(kind, Grouped) else kind.__name__
 
 
 def _kind_of(leaves: Sequence[Any], spec: Any, as_if: type | None = None) -> tuple[Any, ...] | None:
@@ -402,7 +409,7 @@ def _parents(network: nn.Module, graph: fx.Graph) -> Iterator[nn.Module]:
 
 def _key_of(node: fx.Node) -> Hashable | None:
     """What layers of a message have in common; None of what is no layer that can join one."""
-    layer = node.meta.get("module")
+    layer: Any = node.meta.get("module")
     if type(layer) not in _JOINING or not layer.training or is_hooked(layer) or not set(node.kwargs) <= {"residual"}:
         return None
     x = node.args[0] if node.args else None

@@ -143,14 +143,18 @@ class _Traced(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise Untraceable(f"it calls {function} in a way that a graph does not see")
 
 
 class _Proxy(fx.Proxy):
     """A value of the graph that is no tensor, or unknown; a size, mostly."""
 
-    @property
+    tracer: Any
+
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # what isinstance asks, too
         return type(self.tracer.known(self.node, "isinstance"))
 
@@ -166,7 +170,7 @@ class _Proxy(fx.Proxy):
         return len(self.tracer.known(self.node, "len"))  # the same for all sizes
 
     def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(len(self)))
+        return (self[i] for i in range(len(self)))  # type: ignore[index]
 
     def __index__(self) -> int:
         return operator.index(self.tracer.asked(self.node))
@@ -200,7 +204,7 @@ def _call_method(proxy: _Proxy, name: str, *args: Any, **kwargs: Any) -> Any:
 class _Tracer(TracerBase):
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.graph = fx.Graph(tracer_cls=type(self))
+        self.graph = fx.Graph()
         self.paths = {module: path for path, module in network.named_modules()}
         self.with_norm = {
             m
@@ -272,7 +276,9 @@ class _Tracer(TracerBase):
         except Exception as error:  # as above
             if path not in self.refused:
                 self.refused[path] = _reason(error)
-            while (node := next(iter(reversed(self.graph.nodes)), None)) is not last:
+            for node in reversed(list(self.graph.nodes)):
+                if node is last:
+                    break
                 self.graph.erase_node(node)
             return self.create_proxy("call_module", path, args, kwargs)
 
@@ -394,7 +400,7 @@ class _Tracer(TracerBase):
     def _compute(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
         if node.op == "get_attr":
-            owner, _, name = node.target.rpartition(".")
+            owner, _, name = str(node.target).rpartition(".")
             module = self.network.get_submodule(owner)
             return module._parameters.get(name) if name in module._parameters else module._buffers[name]
         if node.op == "call_module":
@@ -551,9 +557,11 @@ def _fake_state(network: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
     """Parameters and buffers are fake for now, so that no code changes them."""
     fakes: dict[int, Tensor] = {}
     kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    states: Any
     try:
         for module in network.modules():
-            for state in (module._parameters, module._buffers):
+            states = (module._parameters, module._buffers)
+            for state in states:
                 kept.append((state, dict(state)))
                 for name, t in state.items():
                     if t is not None:
