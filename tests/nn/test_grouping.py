@@ -17,7 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from graphs import counting_backend
 from ranks import RankError, run_ranks
-from syncbn import SyncBatchNorm, convert_sync_batchnorm, group_messages, new_group, revert_sync_batchnorm
+from syncbn import (
+    SyncBatchNorm,
+    convert_sync_batchnorm,
+    estimate_population_statistics,
+    group_messages,
+    new_group,
+    revert_sync_batchnorm,
+)
 from syncbn.benchmarks.branching import NETWORKS, ConvNorm
 from syncbn.benchmarks.messages import recorded
 from syncbn.nn import fold_batch_norm
@@ -272,6 +279,14 @@ def hooks_and_changes(rank: int) -> dict[str, Any]:
     apart = synchronised()
     apart.short[1].process_group = new_group(1)
     apart.long[0][1].process_group = apart.long[1][1].process_group = new_group(2)
+    with_global = grouped()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, y: None)
+    found["global hook"] = step(with_global, x)["messages"]
+    handle.remove()
+    estimated, twin = grouped(), synchronised()
+    for one in (estimated, twin):
+        estimate_population_statistics(one, [x, x + 1], 2)
+    found["estimated"] = worst(step(estimated, x), step(twin, x))
     found["groups"] = step(group_messages(apart, x), x)["messages"]
     return found
 
@@ -287,6 +302,8 @@ def test_hooks_and_changes():
         assert error < 1e-12
         assert messages == 4
         assert rank["groups"] == 4
+        assert rank["global hook"] == 6
+        assert rank["estimated"] < 1e-12
 
 
 def compiled(rank: int) -> tuple[float, list[int]]:
@@ -400,6 +417,16 @@ class Sets(Diamond):
         return super().forward(x)
 
 
+class Keeps(Diamond):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return super().forward(x)
+
+
 class Saves(Diamond):
     def forward(self, x: Tensor) -> Tensor:
         return self.head((checkpoint(self.long, x, use_reentrant=False) + self.short(x)).mean((2, 3)))
@@ -437,6 +464,7 @@ class Draws(Diamond):
 UNTRACEABLE = {
     Decides: "control flow depends on what gt computes",
     Sets: "sets self.calls",
+    Keeps: "sets self.seen, a list",
     Saves: "how gradients, autocast or saved tensors",
     HasFunction: "how gradients, autocast or saved tensors",
     Stops: "how gradients, autocast or saved tensors",
@@ -450,6 +478,7 @@ def test_what_cannot_be_traced_is_named_and_works_as_before(kind):
     with pytest.warns(UserWarning, match=f"the forward of {kind.__name__} cannot be traced.*{UNTRACEABLE[kind]}"):
         group_messages(network, images())
     assert network._grouping.shown.program is None
+    assert not hasattr(network, "calls") and not getattr(network, "seen", None)
     assert worst(step(network, images()), step(synchronised(kind), images())) == 0
 
 

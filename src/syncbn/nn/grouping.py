@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 from syncbn.distributed import active_group
@@ -248,7 +249,7 @@ class Grouping:
     def run(self, network: nn.Module, own_forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The network's forward."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        kind = _kind_of(leaves, spec)
+        kind = None if _has_any_global_hook() else _kind_of(leaves, spec)
         if kind is None:
             self.given = (args, kwargs) if any(isinstance(leaf, FakeTensor) for leaf in leaves) else None
             return own_forward(network, *args, **kwargs)

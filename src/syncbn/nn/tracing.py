@@ -136,7 +136,7 @@ class _Traced(Tensor):
     @staticmethod
     def of(node: fx.Node) -> "_Traced":
         value = node.meta["value"]
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(
             _Traced, value.shape, value.stride(), dtype=value.dtype, device=value.device
         )
         made.node = node
@@ -289,7 +289,7 @@ class _Tracer(TracerBase):
             result = module.forward(*args, **kwargs)
         finally:
             self.active = was
-        changed = [name for name, value in _attributes(module).items() if before.get(name, before) is not value]
+        changed = [name for name, value in _attributes(module).items() if not _is_same(before.get(name, before), value)]
         if changed:
             raise Untraceable(f"its forward sets self.{changed[0]}")
         if _random_states() != drawn:
@@ -512,10 +512,17 @@ def _reason(error: BaseException) -> str:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    own = {
-        name: value for name, value in module.__dict__.items() if name not in ("_parameters", "_buffers", "_modules")
-    }
-    return own | module._parameters | module._buffers | module._modules
+    """Values by name, and of lists and the like how long they are, too."""
+    own = {name: value for name, value in module.__dict__.items() if name not in _STATE}
+    grown = {f"{name}, a {type(v).__name__}": len(v) for name, v in own.items() if isinstance(v, list | dict | set)}
+    return own | grown | module._parameters | module._buffers | module._modules
+
+
+def _is_same(before: Any, now: Any) -> bool:
+    return before is now or (type(before) is type(now) is int and before == now)
+
+
+_STATE = ("_parameters", "_buffers", "_modules")
 
 
 def _random_states() -> tuple[Any, ...]:
@@ -554,20 +561,22 @@ def _like(x: Tensor) -> Tensor:
 
 @contextmanager
 def _fake_state(network: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Parameters and buffers are fake for now, so that no code changes them."""
+    """Parameters and buffers are fake for now; afterwards the modules' attributes are what they were."""
     fakes: dict[int, Tensor] = {}
-    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    states: Any
+    kept: list[tuple[Any, Any]] = []
     try:
         for module in network.modules():
-            states = (module._parameters, module._buffers)
-            for state in states:
-                kept.append((state, dict(state)))
+            lists = [value for value in module.__dict__.values() if isinstance(value, list)]
+            kept += [(one, list(one)) for one in lists]
+            states: list[Any] = [module.__dict__, module._parameters, module._buffers, module._modules]
+            kept += [(state, dict(state)) for state in states]
+            for state in states[1:3]:
                 for name, t in state.items():
                     if t is not None:
-                        fake = fakes.setdefault(id(t), t) if isinstance(t, FakeTensor) else fakes.get(id(t))
-                        fakes[id(t)] = state[name] = mode.from_tensor(t) if fake is None else fake
+                        fakes.setdefault(id(t), t if isinstance(t, FakeTensor) else mode.from_tensor(t))
+                        state[name] = fakes[id(t)]
         yield
     finally:
         for state, real in kept:
-            state.update(real)
+            state.clear()
+            (state.extend if isinstance(state, list) else state.update)(real)
