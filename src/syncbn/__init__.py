@@ -14,6 +14,7 @@ from syncbn.nn import (
     convert_sync_batchnorm,
     estimate_population_statistics,
     fold_batch_norm,
+    group_messages,
     revert_sync_batchnorm,
     sync_batch_norm_group,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "estimate_population_statistics",
     "fold_batch_norm",
+    "group_messages",
     "new_group",
     "recompute_activations",
     "revert_sync_batchnorm",
