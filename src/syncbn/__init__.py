@@ -9,12 +9,12 @@ from types import ModuleType
 
 from syncbn.collectives.agreement import LayerMismatch
 from syncbn.collectives.groups import new_group
+from syncbn.grouping import group_messages
 from syncbn.nn import (
     SyncBatchNorm,
     convert_sync_batchnorm,
     estimate_population_statistics,
     fold_batch_norm,
-    group_messages,
     revert_sync_batchnorm,
     sync_batch_norm_group,
 )

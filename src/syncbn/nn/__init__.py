@@ -6,7 +6,6 @@ merges layers into the convolutions before them. `checks` are the messages to us
 
 from syncbn.nn.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.nn.fold import fold_batch_norm
-from syncbn.nn.grouping import group_messages
 from syncbn.nn.per_activation import PerActivationBatchNorm
 from syncbn.nn.population import estimate_population_statistics
 from syncbn.nn.sync_batch_norm import (
@@ -25,7 +24,6 @@ __all__ = [
     "convert_sync_batchnorm",
     "estimate_population_statistics",
     "fold_batch_norm",
-    "group_messages",
     "revert_sync_batchnorm",
     "start_sync_batch_norm",
     "sync_batch_norm_group",

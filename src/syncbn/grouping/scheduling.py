@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from syncbn.nn.tracing import UNKNOWN, storage_of
+from syncbn.grouping.tracing import UNKNOWN, storage_of
 
 
 @dataclass
-class Message:
+class SharedMessage:
     """Layers that share one.
 
     Attributes:
@@ -35,14 +35,14 @@ class Message:
 class Start:
     """A step: send the message."""
 
-    message: Message
+    message: SharedMessage
 
 
 @dataclass(frozen=True)
 class Finish:
     """A step: wait for the message and normalise."""
 
-    message: Message
+    message: SharedMessage
 
 
 Step = fx.Node | Start | Finish
@@ -53,7 +53,7 @@ class Schedule:
     """Steps in their order, the messages among them, and the least number of messages that the graph allows."""
 
     steps: list[Step]
-    messages: list[Message]
+    messages: list[SharedMessage]
     longest_chain: int
 
 
@@ -71,9 +71,9 @@ def schedule(graph: fx.Graph, key_of: Callable[[fx.Node], Hashable | None]) -> S
     grouped = defaultdict[tuple[int, Hashable], list[fx.Node]](list)
     for node, level in levels.items():
         grouped[level, keys[node]].append(node)
-    by_level = defaultdict[int, list[Message]](list)
+    by_level = defaultdict[int, list[SharedMessage]](list)
     for (level, _), layers in sorted(grouped.items(), key=lambda item: item[0][0]):
-        by_level[level].append(Message(level, layers))
+        by_level[level].append(SharedMessage(level, layers))
     steps = order.steps(by_level)
     return Schedule(steps, [m for ms in by_level.values() for m in ms], max(order.depth.values(), default=0))
 
@@ -127,7 +127,7 @@ class _Order:
         """Whether something is computed for this layer alone."""
         return any(b not in self.layers and b.op.startswith("call") and len(b.users) == 1 for b in self.before[layer])
 
-    def steps(self, by_level: dict[int, list[Message]]) -> list[Step]:
+    def steps(self, by_level: dict[int, list[SharedMessage]]) -> list[Step]:
         """All nodes, each message started when its inputs are there and finished when what else can run has run."""
         steps: list[Step] = []
         done = set[fx.Node]()

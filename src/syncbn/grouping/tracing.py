@@ -8,9 +8,7 @@ example, and the graph then holds for inputs of these sizes only. What it asks o
 """
 
 import operator
-import random
 import re
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import TracerBase
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from syncbn.grouping.fakes import context_of_thread, fake_state, fakes_of, python_random_kept, random_states
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Of a tensor, what every input of the same kind has.
@@ -82,7 +82,7 @@ def trace(network: nn.Module, arguments: Sequence[Any], options: Mapping[str, An
         Untraceable: the network's own forward cannot be traced.
     """
     with _tracer(network) as tracer:
-        return tracer.run(*_fakes(arguments, options))
+        return tracer.run(*fakes_of(arguments, options))
 
 
 def run_on_fakes(network: nn.Module, arguments: Sequence[Any], options: Mapping[str, Any]) -> bool:
@@ -100,7 +100,7 @@ def run_on_fakes(network: nn.Module, arguments: Sequence[Any], options: Mapping[
         ValueError: it does not run on these arguments.
     """
     with _tracer(network):
-        leaves, spec = _fakes(arguments, options)
+        leaves, spec = fakes_of(arguments, options)
         fakes, named = pytree.tree_unflatten(leaves, spec)
         try:
             network.forward(*fakes, **named)
@@ -116,15 +116,10 @@ def run_on_fakes(network: nn.Module, arguments: Sequence[Any], options: Mapping[
 @contextmanager
 def _tracer(network: nn.Module) -> Iterator["_Tracer"]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _patching, torch.enable_grad(), mode, _python_random_kept(), _fake_state(network, mode):
+    with _patching, torch.enable_grad(), mode, python_random_kept(), fake_state(network, mode):
         tracer = _Tracer(network)
         with tracer.patched():
             yield tracer
-
-
-def _fakes(arguments: Sequence[Any], options: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
-    leaves, spec = pytree.tree_flatten((tuple(arguments), dict(options)))
-    return [_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
 
 
 class _Traced(Tensor):
@@ -215,7 +210,7 @@ class _Tracer(TracerBase):
         self.inlined, self.refused = dict[str, nn.Module](), dict[str, str]()
         self.of_sizes = False
         self.active = False  # whether the network's code runs on proxies
-        self.context = _context()
+        self.context = context_of_thread()
 
     def run(self, leaves: list[Any], spec: pytree.TreeSpec) -> Traced:
         proxies = [self._placeholder(i, leaf) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)]
@@ -283,7 +278,7 @@ class _Tracer(TracerBase):
             return self.create_proxy("call_module", path, args, kwargs)
 
     def _inline(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
-        before, drawn = _attributes(module), _random_states()
+        before, drawn = _attributes(module), random_states()
         was, self.active = self.active, True
         try:
             result = module.forward(*args, **kwargs)
@@ -292,7 +287,7 @@ class _Tracer(TracerBase):
         changed = [name for name, value in _attributes(module).items() if not _is_same(before.get(name, before), value)]
         if changed:
             raise Untraceable(f"its forward sets self.{changed[0]}")
-        if _random_states() != drawn:
+        if random_states() != drawn:
             raise Untraceable("its forward draws random numbers in Python or NumPy")
         self.inlined[path] = module
         return result
@@ -339,7 +334,7 @@ class _Tracer(TracerBase):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
         """Add a node; returns the example's value where Python may as well have that."""
-        if _context() != self.context:
+        if context_of_thread() != self.context:
             raise Untraceable("it changes how gradients, autocast or saved tensors are handled")
         node = self.graph.create_node(kind, target, self.create_arg(tuple(args)), self.create_arg(dict(kwargs)))
         if kind == "call_module":
@@ -523,60 +518,3 @@ def _is_same(before: Any, now: Any) -> bool:
 
 
 _STATE = ("_parameters", "_buffers", "_modules")
-
-
-def _random_states() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    drawn = None if numpy is None else numpy.random.get_state(legacy=False)["state"]
-    return random.getstate(), None if drawn is None else (drawn["pos"], int(drawn["key"][0]), int(drawn["key"][-1]))
-
-
-@contextmanager
-def _python_random_kept() -> Iterator[None]:
-    numpy, state = sys.modules.get("numpy"), random.getstate()
-    of_numpy = None if numpy is None else numpy.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(of_numpy)
-
-
-def _context() -> tuple[Any, ...]:
-    devices = ("cpu", "cuda")
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch._C._autograd._top_saved_tensors_default_hooks(False),
-        *(torch.is_autocast_enabled(device) for device in devices),
-        *(torch.get_autocast_dtype(device) for device in devices),
-    )
-
-
-def _like(x: Tensor) -> Tensor:
-    fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    return fake.requires_grad_(x.requires_grad)
-
-
-@contextmanager
-def _fake_state(network: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Parameters and buffers are fake for now; afterwards the modules' attributes are what they were."""
-    fakes: dict[int, Tensor] = {}
-    kept: list[tuple[Any, Any]] = []
-    try:
-        for module in network.modules():
-            lists = [value for value in module.__dict__.values() if isinstance(value, list)]
-            kept += [(one, list(one)) for one in lists]
-            states: list[Any] = [module.__dict__, module._parameters, module._buffers, module._modules]
-            kept += [(state, dict(state)) for state in states]
-            for state in states[1:3]:
-                for name, t in state.items():
-                    if t is not None:
-                        fakes.setdefault(id(t), t if isinstance(t, FakeTensor) else mode.from_tensor(t))
-                        state[name] = fakes[id(t)]
-        yield
-    finally:
-        for state, real in kept:
-            state.clear()
-            (state.extend if isinstance(state, list) else state.update)(real)

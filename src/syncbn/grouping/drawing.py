@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import fx
 
-from syncbn.nn.scheduling import Message, Schedule
+from syncbn.grouping.scheduling import Schedule, SharedMessage
 from syncbn.pictures import plain_text
 
 _HEIGHT, _WIDTH = 0.4, 0.09  # inches: of a line, of a letter
@@ -41,7 +41,7 @@ def draw(schedules: Sequence[Schedule], path: Path) -> None:
         figure.savefig(path)
 
 
-def _text(message: Message) -> list[str]:
+def _text(message: SharedMessage) -> list[str]:
     return [str(node.target) for node in message.layers]
 
 

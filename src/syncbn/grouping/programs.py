@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from syncbn.grouping.scheduling import Schedule, SharedMessage, Start, Step
 from syncbn.nn.convert import SyncBatchNormAct
-from syncbn.nn.scheduling import Message, Schedule, Start, Step
 from syncbn.nn.sync_batch_norm import start_sync_batch_norm
 
 
@@ -70,7 +70,7 @@ class _Writer:
             return [f"{self.names[node]} = {self._call(node)}"]
         return self._finish(message)
 
-    def _finish(self, message: Message) -> list[str]:
+    def _finish(self, message: SharedMessage) -> list[str]:
         residuals = [_residual(node) for node in message.layers]
         given = "" if not any(residuals) else f"[{', '.join(map(self._expression, residuals))}]"
         names = [self.names[node] for node in message.layers]
@@ -83,7 +83,7 @@ class _Writer:
                 lines.append(f"{name} = {it}.act({it}.drop({name}))")
         return lines
 
-    def _layers(self, message: Message) -> str:
+    def _layers(self, message: SharedMessage) -> str:
         return ", ".join(self._global(node.meta["module"], "m") for node in message.layers)
 
     def _call(self, node: fx.Node) -> str:

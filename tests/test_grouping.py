@@ -27,8 +27,8 @@ from syncbn import (
 )
 from syncbn.benchmarks.branching import NETWORKS, ConvNorm
 from syncbn.benchmarks.harness.messages import recorded
+from syncbn.grouping.network import Grouped
 from syncbn.nn import fold_batch_norm
-from syncbn.nn.grouping import Grouped
 
 MESSAGES = {  # before, after
     "RepVGG": (28, 11),
@@ -45,7 +45,7 @@ PIXELS = 32
 
 def cadene() -> nn.Module:
     """Inception-BN branch by branch, as others write it."""
-    sys.path.append(str(Path(__file__).parents[1] / "models" / "weights"))
+    sys.path.append(str(Path(__file__).parent / "models" / "weights"))
     return importlib.import_module("reference_networks").CadeneBNInception(5, 0.125)
 
 

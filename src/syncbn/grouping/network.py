@@ -23,13 +23,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 from syncbn.collectives.groups import active_group
+from syncbn.grouping.programs import compiled
+from syncbn.grouping.scheduling import Schedule, SharedMessage, schedule
+from syncbn.grouping.tracing import HOOKS, Traced, Untraceable, is_hooked, run_on_fakes, trace
 from syncbn.nn.checks import check_module
 from syncbn.nn.convert import SyncBatchNormAct
 from syncbn.nn.group_reference import GroupReference
-from syncbn.nn.programs import compiled
-from syncbn.nn.scheduling import Message, Schedule, schedule
 from syncbn.nn.sync_batch_norm import SyncBatchNorm
-from syncbn.nn.tracing import HOOKS, Traced, Untraceable, is_hooked, run_on_fakes, trace
 
 _JOINING = (SyncBatchNorm, SyncBatchNormAct)
 _MOST_PLANS = 32
@@ -73,7 +73,7 @@ class Grouped:
 
     def draw_schedule(self, path: str | Path) -> None:
         """Draw the layers by message, and which needs which, to an image file."""
-        from syncbn.nn.drawing import draw
+        from syncbn.grouping.drawing import draw
 
         draw(self._grouping.schedules(), Path(path))
 
@@ -204,7 +204,7 @@ class Snapshot:
 _WATCHED = (int, float, str, type(None), tuple, torch.dtype, torch.device, GroupReference, FunctionType, MethodType)
 
 
-class Plan(NamedTuple):
+class TracedPlan(NamedTuple):
     """How a network runs.
 
     Attributes:
@@ -237,8 +237,8 @@ class Grouping:
     """A grouped network's plans; copies begin without any."""
 
     def __init__(self) -> None:
-        self.plans = deque[Plan](maxlen=_MOST_PLANS)
-        self.shown: Plan | None = None  # of the example
+        self.plans = deque[TracedPlan](maxlen=_MOST_PLANS)
+        self.shown: TracedPlan | None = None  # of the example
         self.parts: list[nn.Module] = []  # of a network that cannot be traced as a whole: those that are grouped
         self.said = set[str]()  # which parts cannot be traced
         self.given: tuple[Any, Any] | None = None  # the last inputs that were not traced: those of `run_on_fakes`
@@ -260,7 +260,7 @@ class Grouping:
             if any(layer.training and layer._group() is not None for layer in layers):
                 plan = self._planned(network, kind, args, kwargs)
             else:
-                plan = Plan(kind, None, Snapshot(_with_norms(network)))
+                plan = TracedPlan(kind, None, Snapshot(_with_norms(network)))
             self.plans.appendleft(plan)
         return own_forward(network, *args, **kwargs) if plan.program is None else plan.run(tensors)
 
@@ -278,7 +278,7 @@ class Grouping:
             for module, training in modes.items():
                 module.training = training
 
-    def _planned(self, network: nn.Module, kind: Any, args: Any, kwargs: Any, with_parts: bool = False) -> Plan:
+    def _planned(self, network: nn.Module, kind: Any, args: Any, kwargs: Any, with_parts: bool = False) -> TracedPlan:
         traced, refused = None, {}
         try:
             traced = trace(network, args, kwargs)
@@ -290,7 +290,7 @@ class Grouping:
         if with_parts:
             self.parts = _grouped_parts(network, [network.get_submodule(path) for path in refused], args, kwargs)
         if traced is None:
-            return Plan(kind, None, Snapshot(_with_norms(network)))
+            return TracedPlan(kind, None, Snapshot(_with_norms(network)))
         for module in _called(traced.graph):
             if is_hooked(module) and not isinstance(module, Grouped) and _layers_in(module) > 1:
                 _become_grouped(module)  # from outside it is one node; its hooks see it called
@@ -298,7 +298,7 @@ class Grouping:
         program = compiled(network, traced.graph, order)
         snapshot = Snapshot(dict.fromkeys([*_with_norms(network), *_parents(network, traced.graph)]))
         sizes = _sizes(pytree.tree_leaves((args, kwargs))) if traced.of_sizes else None
-        return Plan(kind, sizes, snapshot, traced, order, program)
+        return TracedPlan(kind, sizes, snapshot, traced, order, program)
 
     def _say(self, path: str, module: nn.Module, reason: str) -> None:
         if path not in self.said:
@@ -324,7 +324,7 @@ class Grouping:
         return "\n".join(lines)
 
 
-def _describe(message: Message) -> str:
+def _describe(message: SharedMessage) -> str:
     beside = ", ".join(str(node.target) for node in message.meanwhile if node.op == "call_module")
     names = ", ".join(str(node.target) for node in message.layers)
     return names + (f"  (meanwhile: {beside})" if beside else "")
