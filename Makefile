@@ -6,7 +6,7 @@ BIN := .venv/bin
 PACKAGE := .venv/package
 INSTALLED := .venv/installed
 
-.PHONY: train test test-gpu test-cluster lint format benchmark docs clean
+.PHONY: train test test-slow test-gpu test-cluster lint format benchmark docs clean
 
 # Two processes: on GPUs where there are two, else on the CPU, also on a Mac, whose GPU takes no part in groups of
 # processes. One GPU holds one process.
@@ -18,10 +18,14 @@ train: $(PACKAGE)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# What takes over 20 s a test: kernels compiled for a GPU, a graph of a whole network.
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m 'slow and not cluster'
+
 # As root, with Debian's slurmctld, slurmd, slurm-client, munge, iproute2, buildah, debootstrap, openssh-server and pdsh;
 # tests that miss something are skipped.
 test-cluster: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'cluster or slow'
+	$(BIN)/python -m pytest -m cluster
 
 # On a machine with an NVIDIA GPU: the kernels and whole steps against float64, then every figure, in ten minutes.
 test-gpu: $(INSTALLED)

@@ -10,5 +10,5 @@ exclude_patterns = ["_build"]
 suppress_warnings = ["myst.xref_missing"]  # links to files of the repository, which stand as they are on its site
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, so that ranks do not fight for cores; a folder to run commands in; float64."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: neither the collector nor the search for layers' names need look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -2,30 +2,46 @@
 
 import contextlib
 import datetime
+import gc
 import multiprocessing as mp
 import os
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(  # what ranks would else import one by one, 2 s each
-    [
-        "torch",
-        "torch.distributed",
-        "torch._dynamo",
-        "torch.utils.checkpoint",
-        "torch.nn.parallel",
-        "torch.optim",
-        "syncbn",
-        "syncbn.training.classifier",
-    ]
-)
+
+
+def _start_server() -> None:
+    """The process that the ranks are forked from: where it is not running yet."""
+    _context.set_forkserver_preload(["rank_preload"])  # which it looks for on its own path, and skips in silence
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+
+
+def fork(fn: Callable, *args: Any) -> mp.process.BaseProcess:
+    """Start fn(*args) in a process of its own, where torch and syncbn.training are imported already."""
+    _start_server()
+    process = _context.Process(target=fn, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def under_torchrun(rank: int, P: int, store: dist.TCPStore) -> dict[str, str]:
+    """The environment that torchrun gives a rank of one host, with its agent's store."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": P, "LOCAL_WORLD_SIZE": P}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "OMP_NUM_THREADS": 1}
+    names |= {"TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_USE_AGENT_STORE": True}
+    return {name: str(value) for name, value in names.items()}
 
 
 class RankError(AssertionError):
@@ -37,6 +53,7 @@ class RankError(AssertionError):
 
 
 def _rank_main(fn: Callable, rank: int, P: int, port: int, seconds: float, pipe: Connection, args: tuple) -> None:
+    assert gc.get_freeze_count(), "the server has not imported rank_preload"
     torch.set_num_threads(1)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(P)
     timeout = datetime.timedelta(seconds=seconds)
@@ -61,13 +78,9 @@ def run_ranks(fn: Callable, P: int, *args: Any, timeout: float = 60, group_timeo
     pipes, processes = [], []
     for rank in range(P):
         ours, theirs = _context.Pipe()
-        process = _context.Process(
-            target=_rank_main, args=(fn, rank, P, server.port, group_timeout, theirs, args), daemon=True
-        )
-        process.start()
+        processes.append(fork(_rank_main, fn, rank, P, server.port, group_timeout, theirs, args))
         theirs.close()
         pipes.append(ours)
-        processes.append(process)
     try:
         return _collect(pipes, timeout)
     finally:

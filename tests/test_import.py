@@ -24,6 +24,7 @@ ORDER = [
     "functional",
     "exchange",
     "nn",
+    "grouping",
     "preprocessing",
     "models",
     "data",

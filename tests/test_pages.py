@@ -11,23 +11,26 @@ from syncbn.benchmarks.command import SECTIONS, parser
 from syncbn.cli import VERBS
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 OF_LIGHTNING = {"fit", "validate", "test", "predict", "statistics"}
 PACKAGES = ["syncbn", "syncbn.nn", "syncbn.models", "syncbn.training", "syncbn.data"]
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
+def without_blocks(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
 def anchors(page: Path) -> set[str]:
     """The places in a page that a link can name, as GitHub and MyST make them from headings."""
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", without_blocks(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @each_page
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text()):
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", re.sub(r"`[^`]+`", "", without_blocks(page))):
         path, _, anchor = " ".join(link.split()).partition("#")
         target = page.parent / path if path else page
         assert target.exists(), link

@@ -105,7 +105,7 @@ def test_the_readme_is_read_in_two_minutes():
     assert len(README.split()) <= 950
 
 
-@pytest.mark.parametrize("target", ["train", "test", "benchmark"])
+@pytest.mark.parametrize("target", ["train", "test", "test-slow", "benchmark"])
 def test_make_knows_its_targets(target):
     subprocess.run(["make", "--dry-run", target], cwd=REPOSITORY, check=True, capture_output=True, timeout=60)
 

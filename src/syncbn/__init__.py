@@ -1,5 +1,6 @@
 """Synchronised BatchNorm for PyTorch: P ranks normalise as one batch, exactly.
 
+The layer, from the bottom: `ops`, `collectives`, `functional`, `nn`. Around it: `models`, `data`, `training`.
 `syncbn.models` and `syncbn.training` are imported when first used: this module costs little more than torch.
 """
 
@@ -8,6 +9,7 @@ from types import ModuleType
 
 from syncbn.collectives.agreement import LayerMismatch
 from syncbn.collectives.groups import new_group
+from syncbn.grouping import group_messages
 from syncbn.nn import (
     SyncBatchNorm,
     convert_sync_batchnorm,
@@ -25,6 +27,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "estimate_population_statistics",
     "fold_batch_norm",
+    "group_messages",
     "new_group",
     "recompute_activations",
     "revert_sync_batchnorm",

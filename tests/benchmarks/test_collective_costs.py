@@ -8,7 +8,7 @@ import pytest
 
 from syncbn.benchmarks import collectives
 from syncbn.benchmarks.collectives import ALGORITHMS, GATHERED, GROUPED, PER_LAYER, Constants
-from syncbn.benchmarks.harness.messages import ALL_REDUCE, Message
+from syncbn.benchmarks.harness.messages import ALL_REDUCE, RecordedMessage
 from syncbn.benchmarks.harness.peers import ALL_GATHER
 
 CHANNELS, LAYERS = 10_016, 69  # of Inception-BN's norms, all together
@@ -44,7 +44,7 @@ def test_cost_of_one_message(P, algorithm, reduced, gathered):
     alpha, beta = 10.0, 0.25
     constants = {c: Constants({"ring": alpha, "tree": alpha}, beta) for c in (ALL_REDUCE, ALL_GATHER)}
     for collective, (hops, sent) in ((ALL_REDUCE, reduced), (ALL_GATHER, gathered)):
-        found = collectives.time_of([Message(collective, 80, 0)], constants, chosen, P)
+        found = collectives.time_of([RecordedMessage(collective, 80, 0)], constants, chosen, P)
         assert found == pytest.approx(hops * alpha + sent * beta)
 
 

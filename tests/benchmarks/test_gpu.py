@@ -19,7 +19,7 @@ from syncbn.benchmarks.gpu import targets as gpu_targets
 from syncbn.benchmarks.gpu.step import GRAPH, StepSetting, TrainingStep, build, verify
 from syncbn.benchmarks.gpu.timing import Replay, captured
 from syncbn.benchmarks.harness import measure, report
-from syncbn.benchmarks.harness.measure import Row
+from syncbn.benchmarks.harness.measure import Measurement
 from syncbn.benchmarks.harness.peers import stock_inception
 from syncbn.models import inception_bn
 
@@ -60,7 +60,7 @@ def test_dry_run(tmp_path):
 def test_the_compiled_layer_is_timed_beside_ours(group_of_one, monkeypatch):
     """Without the compiler, which would take longer than all else here."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: None)
-    options = gpu_layer.Options("cpu", torch.float32, False, rounds=2, warmup=0, bandwidth=1e9)
+    options = gpu_layer.TimingOptions("cpu", torch.float32, False, rounds=2, warmup=0, bandwidth=1e9)
     rows = gpu_layer.measure_shape((4, 8, 6, 6), "channels_last", options, compiled=True)
     assert [(row.section, row.contender) for row in rows] == [
         ("forward", "nn.BatchNorm2d, compiled"),
@@ -115,7 +115,7 @@ def test_a_failure_costs_no_other_figure(tmp_path):
     def fails():
         raise RuntimeError("out of luck")
 
-    row = Row("step", "step, 2 x 32 px", "channels_last", 1, "syncbn", 1.0, 1.0, 1.0, 1.0)
+    row = Measurement("step", "step, 2 x 32 px", "channels_last", 1, "syncbn", 1.0, 1.0, 1.0, 1.0)
     session = gpu_command.Session(tmp_path / "partial.csv", 60, report.console())
     session.measure("first", lambda: [row])
     session.measure("second", fails)
@@ -133,13 +133,15 @@ def test_every_target_is_found_in_the_results():
     for name, factor in factors.items():
         for batch in (256, 32):
             for unit, value in (("images/s", 100 / factor), ("MiB at most", 10 * factor)):
-                rows.append(Row("step", f"step, {batch} x 224 px", "", 1, name, value, value, value, 1 / factor, unit))
+                rows.append(
+                    Measurement("step", f"step, {batch} x 224 px", "", 1, name, value, value, value, 1 / factor, unit)
+                )
         for direction in ("forward", "backward"):
-            rows.append(Row(direction, "256x64x112x112", "", 1, name, 2 * factor, 1, 1, 1 / factor))
-            rows.append(Row(direction, "32x8x7x7", "", 1, name, 2 * factor, 1, 1, 1 / factor))
+            rows.append(Measurement(direction, "256x64x112x112", "", 1, name, 2 * factor, 1, 1, 1 / factor))
+            rows.append(Measurement(direction, "32x8x7x7", "", 1, name, 2 * factor, 1, 1, 1 / factor))
     for direction, over in (("forward", 1.1), ("backward", 1.2)):
-        rows.append(Row(direction, "256x64x112x112", "", 1, "floor", 1, 1, 1, over))
-        rows.append(Row(direction, "32x8x7x7", "", 1, "floor", 1, 1, 1, 9.0))  # too small to count
+        rows.append(Measurement(direction, "256x64x112x112", "", 1, "floor", 1, 1, 1, over))
+        rows.append(Measurement(direction, "32x8x7x7", "", 1, "floor", 1, 1, 1, 9.0))  # too small to count
     found = [target.found(rows) for target in gpu_targets.TARGETS]
     assert found == pytest.approx([1.1, 1.2, 4, 2, 200, 8, 6, 8, 0.25])
     assert [target.found([]) for target in gpu_targets.TARGETS] == [None] * len(found)
@@ -208,7 +210,7 @@ def test_the_forward_of_a_backward_to_be_captured_runs_where_graphs_are_captured
     with gpu_command.group_of_one("cpu"):
         for graphs in (False, True):
             forwards.clear()
-            options = gpu_layer.Options("cpu", torch.float32, graphs, rounds=1, warmup=0, bandwidth=1e9)
+            options = gpu_layer.TimingOptions("cpu", torch.float32, graphs, rounds=1, warmup=0, bandwidth=1e9)
             gpu_layer.measure_shape((4, 8, 6, 6), "channels_last", options, compiled=False)
             assert forwards == [["cpu"] if graphs else []] * 3
 

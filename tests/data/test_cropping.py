@@ -6,7 +6,7 @@ import pytest
 from photos import ImagesInMemory, encode, noise, originals, smooth
 
 from syncbn.data.transforms.augmentation import draw
-from syncbn.data.transforms.cropping import ATTEMPTS, RandomCrop, Window, cut_and_resize, reduction_for
+from syncbn.data.transforms.cropping import ATTEMPTS, CropWindow, RandomCrop, cut_and_resize, reduction_for
 from syncbn.random_streams import AUGMENTATION_STREAM, random_stream
 
 DRAWS = 8000
@@ -62,9 +62,9 @@ def test_area_and_aspect_where_some_do_not_fit(height, width):
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        ((100, 1000), Window(0, 433, 100, 133)),
-        ((1000, 100), Window(433, 0, 133, 100)),
-        ((100, 120), Window(0, 0, 100, 120)),
+        ((100, 1000), CropWindow(0, 433, 100, 133)),
+        ((1000, 100), CropWindow(433, 0, 133, 100)),
+        ((100, 120), CropWindow(0, 0, 100, 120)),
     ],
 )
 def test_where_no_attempt_fits_the_centre_is_taken(shape, expected):
@@ -90,14 +90,16 @@ def test_crops_out_of_range_are_refused(option):
 
 def test_reduction_leaves_enough_pixels():
     everything = (1, 2, 4, 8)
-    assert reduction_for(Window(0, 0, 447, 900), 224, everything) == 1
-    assert reduction_for(Window(0, 0, 448, 900), 224, everything) == 2
-    assert reduction_for(Window(0, 0, 900, 896), 224, everything) == 4
-    assert reduction_for(Window(0, 0, 9000, 9000), 224, everything) == 8
-    assert reduction_for(Window(0, 0, 9000, 9000), 224, (1,)) == 1
+    assert reduction_for(CropWindow(0, 0, 447, 900), 224, everything) == 1
+    assert reduction_for(CropWindow(0, 0, 448, 900), 224, everything) == 2
+    assert reduction_for(CropWindow(0, 0, 900, 896), 224, everything) == 4
+    assert reduction_for(CropWindow(0, 0, 9000, 9000), 224, everything) == 8
+    assert reduction_for(CropWindow(0, 0, 9000, 9000), 224, (1,)) == 1
 
 
-@pytest.mark.parametrize("window", [Window(13, 411, 259, 300), Window(0, 0, 601, 903), Window(301, 603, 300, 300)])
+@pytest.mark.parametrize(
+    "window", [CropWindow(13, 411, 259, 300), CropWindow(0, 0, 601, 903), CropWindow(301, 603, 300, 300)]
+)
 @pytest.mark.parametrize("size", [32, 64, 140])
 def test_reduced_decoding_keeps_the_geometry(window, size):
     """On an image whose colours tell the place, to half a pixel of the result."""
@@ -119,10 +121,10 @@ def test_reduced_decoding_gives_nearly_the_same_pixels(size, bound):
     reduced_ones = 0
     for index in range(len(photos)):
         photo = photos.photo(index)
-        window = Window(photo.height // 10, photo.width // 10, photo.height * 4 // 5, photo.width * 4 // 5)
+        window = CropWindow(photo.height // 10, photo.width // 10, photo.height * 4 // 5, photo.width * 4 // 5)
         reduction = reduction_for(window, size, photo.reductions)
         reduced_ones += reduction > 1
-        nearest = Window(*(reduction * place for place in window.reduced(reduction)))
+        nearest = CropWindow(*(reduction * place for place in window.reduced(reduction)))
         full = nearest.cut(photo.pixels(1))
         expected = cv2.resize(
             full, (full.shape[1] // reduction, full.shape[0] // reduction), interpolation=cv2.INTER_AREA
@@ -134,12 +136,12 @@ def test_reduced_decoding_gives_nearly_the_same_pixels(size, bound):
 
 def test_the_result_depends_on_bytes_window_and_size_alone():
     content = encode(noise(300, 400))
-    first, again = (cut_and_resize(ImagesInMemory(content).photo(), Window(3, 5, 200, 220), 64) for _ in range(2))
+    first, again = (cut_and_resize(ImagesInMemory(content).photo(), CropWindow(3, 5, 200, 220), 64) for _ in range(2))
     assert np.array_equal(first, again)
 
 
 def test_strong_shrinking_without_a_jpeg_averages():
     image = noise(640, 640)
-    cropped = cut_and_resize(ImagesInMemory(image).photo(), Window(0, 0, 640, 640), 64)
+    cropped = cut_and_resize(ImagesInMemory(image).photo(), CropWindow(0, 0, 640, 640), 64)
     blocks = image.reshape(64, 10, 64, 10, 3).mean((1, 3))
     assert np.abs(cropped - blocks).max() <= 0.51

@@ -70,6 +70,29 @@ def test_labels_without_names_of_classes(tmp_path, labels, classes):
     assert classes[sets.test.label(0)] == str(labels[2])
 
 
+def test_numbers_are_those_of_the_names_that_their_own_file_has(tmp_path):
+    write_table(tmp_path / "train-0.parquet", range(3), labels=[0, 1, 2])
+    write_table(tmp_path / "train-1.parquet", range(3), labels=[0, 1, 2], names=["cat", "ant", "bee"])
+    write_table(tmp_path / "validation-0.parquet", range(3), labels=[0, 1, 2], names=["bee", "cat", "ant"])
+    sets = open_image_sets(str(tmp_path))
+    assert [NAMES[sets.train.label(index)] for index in range(6)] == ["ant", "bee", "cat", "cat", "ant", "bee"]
+    assert [NAMES[sets.validation.label(index)] for index in range(3)] == ["bee", "cat", "ant"]
+    write_table(tmp_path / "validation-0.parquet", range(3), labels=[0, 1, 2], names=["bee", "dog", "ant"])
+    with pytest.raises(ValueError, match="hold the label dog, which is none of the 3 classes"):
+        open_image_sets(str(tmp_path))
+
+
+def test_labels_that_are_floating_point_numbers(tmp_path):
+    for split in ("train", "validation"):
+        write_table(tmp_path / f"{split}-0.parquet", range(3), names=None, labels=[2.0, 1.0, 3.0])
+    sets = open_image_sets(str(tmp_path))
+    assert sets.train.classes == ("0", "1", "2", "3")
+    assert [sets.train.label(index) for index in range(3)] == [2, 1, 3]
+    write_table(tmp_path / "train-0.parquet", range(3), names=None, labels=[0.0, float("nan"), 1.0])
+    with pytest.raises(ValueError, match="hold the label nan: a whole number or a name is needed"):
+        open_image_sets(str(tmp_path))
+
+
 def test_row_groups_are_shuffled_in_windows_and_read_once(folder, monkeypatch):
     monkeypatch.setattr(parquet_module, "SHARD_BYTES", 1)
     sets = open_image_sets(str(folder))

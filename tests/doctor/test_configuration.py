@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from syncbn.doctor.configuration import Plan, checkpoint_bytes
+from syncbn.doctor.configuration import FitConfiguration, checkpoint_bytes
 
 
 def test_a_checkpoint_holds_weights_momenta_and_their_average():
@@ -12,7 +12,7 @@ def test_a_checkpoint_holds_weights_momenta_and_their_average():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, about LightningCLI
 def test_the_world_is_known_without_the_data(tmp_path):
-    plan = Plan(
+    plan = FitConfiguration(
         ["--config", "configs/fashion_mnist.yaml", "--data", str(tmp_path / "missing"), "--trainer.devices", "1"]
     )
     assert "no data at" in str(plan.error) and plan.data is None and plan.model is None

@@ -114,33 +114,44 @@ class Branches(nn.Module):
         return pending.finish()[0] + b
 
 
-def graphs_of_branches(rank, frozen):
-    torch.manual_seed(0)
-    net, found = Branches(), []
-    net.requires_grad_(not frozen)
-    net.norm.requires_grad_(True)
-    y = torch.compile(net, fullgraph=True, backend=operators_backend(found))(torch.randn(2, 3, 6, 6))
-    y.sum().backward()
-    return found
+def graphs_of_branches(rank):
+    """Of all parameters, and where those of the convolutions are frozen."""
+    graphs = {False: [], True: []}
+    for frozen, found in graphs.items():
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        net = Branches()
+        net.requires_grad_(not frozen)
+        net.norm.requires_grad_(True)
+        y = torch.compile(net, fullgraph=True, backend=operators_backend(found))(torch.randn(2, 3, 6, 6))
+        y.sum().backward()
+    return graphs[False], graphs[True]
 
 
-def test_other_branches_lie_between_a_message_and_its_use():
-    for forward, backward in run_ranks(graphs_of_branches, 2, False, timeout=120, group_timeout=60):
+@pytest.fixture(scope="module")
+def branches():
+    """The graphs of each rank, by whether its convolutions were frozen."""
+    whole, frozen = zip(*run_ranks(graphs_of_branches, 2, timeout=120, group_timeout=60), strict=True)
+    return {False: whole, True: frozen}
+
+
+def test_other_branches_lie_between_a_message_and_its_use(branches):
+    for forward, backward in branches[False]:
         for graph, convolution in ((forward, "convolution"), (backward, "convolution_backward")):
             names = [name.split(".")[1] for name in graph]
             between = names[names.index("all_reduce") : names.index("wait_tensor")]
             assert convolution in between, graph
 
 
-def test_no_message_goes_back_where_no_input_wants_a_gradient():
-    for forward, backward in run_ranks(graphs_of_branches, 2, True, timeout=120, group_timeout=60):
+def test_no_message_goes_back_where_no_input_wants_a_gradient(branches):
+    for forward, backward in branches[True]:
         assert len([name for name in forward if "all_reduce" in name]) == 1
         assert not [name for name in backward if "all_reduce" in name]
 
 
-def test_nothing_in_the_graphs_makes_the_host_wait():
+def test_nothing_in_the_graphs_makes_the_host_wait(branches):
     """Nor do they copy from the host: torch would use no CUDA graphs."""
-    for found in run_ranks(graphs_of_branches, 2, False, timeout=120, group_timeout=60):
+    for found in branches[False]:
         names = {name for graph in found for name in graph}
         assert {"syncbn.forward_message.default", "syncbn.backward_sums.default"} <= names
         assert not [n for n in names if n.split(".")[1] in WAIT]

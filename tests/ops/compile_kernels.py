@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from syncbn.ops import triton_kernels
-from syncbn.ops.triton_plan import MOST_REGISTERS, Plan, aligned_to, plan_of
+from syncbn.ops.triton_plan import MOST_REGISTERS, KernelPlan, aligned_to, plan_of
 
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -146,7 +146,7 @@ def main():
             for absent in (BARE, WITH_RESIDUAL, NO_SUMS) if name == "normalize" else (BARE, WITH_RESIDUAL):
                 compiled(name, plan, absent, "*fp64", tl.float64)
     for absent in (set(), {"count", "steps"}):
-        plan = Plan((33, 1, 1, 0, 1, 33), (1, 1), {"BLOCK_C": 1024, "num_warps": 4, "maxnreg": MOST_REGISTERS})
+        plan = KernelPlan((33, 1, 1, 0, 1, 33), (1, 1), {"BLOCK_C": 1024, "num_warps": 4, "maxnreg": MOST_REGISTERS})
         compiled("update_running", plan, absent)
 
 

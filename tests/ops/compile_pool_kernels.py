@@ -33,7 +33,7 @@ def arguments_of(name, shape, pool, dtype, rows):
     """What the host would launch the kernel with."""
     launch = Launch()
     max_pool._kernels = lambda: type("Kernels", (), {name: launch})
-    window = max_pool.Window(pool[0], *((number, number) for number in pool[1:3]), pool[3])
+    window = max_pool.PoolWindow(pool[0], *((number, number) for number in pool[1:3]), pool[3])
     x = max_pool._empty(shape, torch.empty(0, dtype=dtype, device="meta"), rows)
     y = max_pool._empty(max_pool._output_shape(x.shape, window), x, rows)
     if name == "max_pool":

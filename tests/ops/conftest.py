@@ -6,7 +6,7 @@ import torch
 from syncbn.ops import triton_passes
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fresh_memory_is_not_a_number():
     torch.use_deterministic_algorithms(True)  # under which torch fills it
     assert torch.empty(2).isnan().all()

@@ -16,6 +16,7 @@ def test_kernels_under_the_interpreter(file):
 
 
 @NEEDS_TRITON
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kernels_compile_for_a_gpu(tmp_path):
     """To machine code of compute capability 9.0, with as many registers as the plan reckons with."""

@@ -13,7 +13,7 @@ from norm_problems import ROWS, assert_near, laid_out, problem
 from exactness import TOLERANCE
 from syncbn import ops
 from syncbn.ops import aten, reference, triton_passes
-from syncbn.ops.triton_plan import Plan
+from syncbn.ops.triton_plan import KernelPlan
 
 SHAPES = [(3, 5), (1, 3, 2, 2), (2, 70, 5, 5), (5, 7, 1, 1), (3, 1, 9, 9), (2, 3, 2, 3, 4), (3, 5, 40, 29)]
 FLOAT32 = TOLERANCE[torch.float32]
@@ -250,7 +250,7 @@ def test_addresses_have_64_bits(monkeypatch):
         part.copy_(torch.randn(C * S, generator=generator))
     x = torch.stack([near, far]).view(2, C, S)
     tile = {"BLOCK_C": 4, "BLOCK_I": 8, "ALIGNED": 8, "ONE_BLOCK": False, "STAGES": 2}
-    plan = Plan((C, 2, S, apart, S, 1), (1, 2), tile)
+    plan = KernelPlan((C, 2, S, apart, S, 1), (1, 2), tile)
     monkeypatch.setattr(triton_passes, "_plan", lambda x, tensors: plan)
     near = near.view(1, C, S)
     assert_near(

@@ -2,14 +2,17 @@
 
 import json
 import os
-import subprocess
+import runpy
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+
+from ranks import fork, under_torchrun
 
 IGNORED = (
     "ignore:.*isinstance.treespec, LeafSpec.:FutureWarning",
@@ -40,16 +43,25 @@ def untouched_environment() -> Iterator[None]:
     sys.argv[:] = words
 
 
+def _work(worker: Path, variables: dict[str, str], output: Path) -> None:
+    os.environ.update(variables)
+    os.chdir(output.parent)
+    sys.argv[:] = [str(worker), variables["WORLD_SIZE"], str(output)]
+    sys.path.insert(0, str(worker.parent))
+    runpy.run_path(str(worker), run_name="__main__")
+    os._exit(0)
+
+
 def result_of_worker(worker: Path, ranks: int, folder: Path) -> Any:
     """What a script that trains on so many ranks writes as JSON to a file in the folder."""
     output = folder / f"{ranks}.json"
-    finished = subprocess.run(
-        [sys.executable, str(worker), str(ranks), str(output)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [fork(_work, worker, under_torchrun(rank, ranks, store), output) for rank in range(ranks)]
+    deadline = time.monotonic() + 120
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    found = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert found == [0] * ranks, "its errors are above"
     return json.loads(output.read_text())

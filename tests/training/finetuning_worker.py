@@ -1,7 +1,7 @@
 """Fine-tunes a narrow network for a few steps on P ranks, in double precision, once for each policy.
 
-Usage: ``python finetuning_worker.py RANKS OUTPUT.json``; rank 0 writes, for each policy, the loss of every step over
-the global batch, norms of the parameters and running statistics, the validation's metrics, and its confusion matrix.
+Usage: ``finetuning_worker.py RANKS OUTPUT.json`` on each rank; rank 0 writes, for each policy, the loss of every step
+over the global batch, norms of the parameters and running statistics, the validation's metrics and confusion matrix.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Trains a narrow Inception-BN for a few steps on P ranks, in single and in double precision.
 
-Usage: ``python invariance_worker.py RANKS OUTPUT.json``; rank 0 writes, for each precision, the loss of every step over
-the global batch, and the loss and accuracy of the validation after them.
+Usage: ``invariance_worker.py RANKS OUTPUT.json`` on each rank; rank 0 writes, for each precision, the loss of every
+step over the global batch, and the loss and accuracy of the validation after them.
 """
 
 import json

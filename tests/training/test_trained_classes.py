@@ -113,6 +113,7 @@ def test_a_run_does_not_go_on_with_other_classes(trained, data, first, capsys):
     with pytest.raises(SystemExit):
         main(resume(trained, data))
     assert f"error: the class {first}" in said(capsys)
+    assert "finished" in Path("run/starts.jsonl").read_text().splitlines()[-1], "as if nobody had asked"
 
 
 def test_the_same_names_are_matched(trained, capsys):
@@ -128,7 +129,7 @@ def test_tables_are_in_the_order_of_the_checkpoint(trained, capsys):
     report = ["--trainer.callbacks=syncbn.training.ClassReport"]
     main([*words_of("validate", trained, "turned", data="fewer"), *report])
     assert "accuracy 100.00 % (top-5 100.00 %) on 16 images" in (text := said(capsys))
-    assert "1 of its 3 classes have no image" in text
+    assert "1 of the 3 classes of the checkpoint have no image" in text
     with Path("confusion_val.csv").open() as lines:
         table = list(csv.reader(lines))
     assert table[0][1:] == ["banana", "cherry", "apple"]

@@ -39,8 +39,8 @@ from rich.console import Console
 from rich.table import Table
 
 from syncbn.benchmarks.harness import measure, report
-from syncbn.benchmarks.harness.measure import Row
-from syncbn.benchmarks.harness.messages import ALL_REDUCE, Message, recorded
+from syncbn.benchmarks.harness.measure import Measurement
+from syncbn.benchmarks.harness.messages import ALL_REDUCE, RecordedMessage, recorded
 from syncbn.benchmarks.harness.peers import ALL_GATHER
 from syncbn.benchmarks.harness.world import run_ranks
 from syncbn.benchmarks.step import CONTENDERS, Setting
@@ -77,7 +77,7 @@ class Constants(NamedTuple):
     beta: float
 
 
-def bytes_sent(message: Message, P: int) -> float:
+def bytes_sent(message: RecordedMessage, P: int) -> float:
     """What each of P ranks sends over the wire for one message."""
     return message.given * (2 * (P - 1) / P if message.collective == ALL_REDUCE else P - 1)
 
@@ -95,11 +95,13 @@ def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, f
 
 def constants_of(collective: str, sizes: Sequence[int], seconds: Sequence[float], P: int) -> Constants:
     """Alpha and beta from times of messages that each of P ranks gave so many bytes to."""
-    constant, slope = fit_line([bytes_sent(Message(collective, n, 0), P) for n in sizes], seconds)
+    constant, slope = fit_line([bytes_sent(RecordedMessage(collective, n, 0), P) for n in sizes], seconds)
     return Constants({a.name: constant / a.hops[collective](P) for a in ALGORITHMS}, slope)
 
 
-def time_of(messages: Sequence[Message], constants: dict[str, Constants], algorithm: Algorithm, P: int) -> float:
+def time_of(
+    messages: Sequence[RecordedMessage], constants: dict[str, Constants], algorithm: Algorithm, P: int
+) -> float:
     """Seconds of the messages, one after another, on P ranks."""
     return sum(
         algorithm.hops[m.collective](P) * constants[m.collective].alpha[algorithm.name]
@@ -108,7 +110,7 @@ def time_of(messages: Sequence[Message], constants: dict[str, Constants], algori
     )
 
 
-def count_messages(rank: int, worlds: Sequence[int]) -> Iterator[tuple[int, dict[str, list[Message]]]]:
+def count_messages(rank: int, worlds: Sequence[int]) -> Iterator[tuple[int, dict[str, list[RecordedMessage]]]]:
     """For each number of ranks, the messages of one of them in a step, by scheme. Replaces the process group."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -127,11 +129,11 @@ def count_messages(rank: int, worlds: Sequence[int]) -> Iterator[tuple[int, dict
 
 
 def measure_on_rank(
-    rank: int, sizes: Sequence[int], steps: dict[str, list[Message]], rounds: int, warmup: int
-) -> Iterator[list[Row]]:
+    rank: int, sizes: Sequence[int], steps: dict[str, list[RecordedMessage]], rounds: int, warmup: int
+) -> Iterator[list[Measurement]]:
     """Time single collectives of each size, then all messages of a step of each scheme."""
     P, device = dist.get_world_size(), device_of_rank()
-    singles = {f"{NAMES[c]} {n}": timed([Message(c, n, 0)], P, device) for n in sizes for c in NAMES}
+    singles = {f"{NAMES[c]} {n}": timed([RecordedMessage(c, n, 0)], P, device) for n in sizes for c in NAMES}
     together = measure.time_in_turns(singles, rounds, warmup, least_ms=1.0)
     for n in sizes:
         times = {name: together[f"{name} {n}"] for name in NAMES.values()}
@@ -141,7 +143,7 @@ def measure_on_rank(
     yield rows_of("messages of a step, sent", "Inception-BN", P, times, GROUPED)
 
 
-def timed(messages: Sequence[Message], P: int, device: torch.device) -> Callable[[], None]:
+def timed(messages: Sequence[RecordedMessage], P: int, device: torch.device) -> Callable[[], None]:
     """Sends the messages one after another, each waited for."""
     collectives = [message.prepare(P, device) for message in messages]
 
@@ -161,17 +163,17 @@ def device_of_rank() -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
-def rows_of(section: str, shape: str, P: int, times: dict[str, list[float]], first: str) -> list[Row]:
+def rows_of(section: str, shape: str, P: int, times: dict[str, list[float]], first: str) -> list[Measurement]:
     """One row for each contender; its ratio is of the time of the one named to its own."""
     rows = []
     for name, own in times.items():
         p20, median, p80 = (measure.percentile(own, q) for q in (0.2, 0.5, 0.8))
         ratio = measure.percentile([a / b for a, b in zip(times[first], own, strict=True)], 0.5)
-        rows.append(Row(section, shape, "", P, name, median, p20, p80, ratio))
+        rows.append(Measurement(section, shape, "", P, name, median, p20, p80, ratio))
     return rows
 
 
-def fitted(rows: Sequence[Row], P: int) -> dict[str, Constants]:
+def fitted(rows: Sequence[Measurement], P: int) -> dict[str, Constants]:
     """The constants of both collectives, from the rows of `measure_on_rank`."""
     found = {}
     for collective, name in NAMES.items():
@@ -181,7 +183,7 @@ def fitted(rows: Sequence[Row], P: int) -> dict[str, Constants]:
     return found
 
 
-def project(counts: dict[int, dict[str, list[Message]]], constants: dict[str, Constants]) -> list[Row]:
+def project(counts: dict[int, dict[str, list[RecordedMessage]]], constants: dict[str, Constants]) -> list[Measurement]:
     """Time, messages, bytes and receive memory of a step, for each number of ranks and scheme."""
     rows = []
     for P, schemes in counts.items():
@@ -191,12 +193,15 @@ def project(counts: dict[int, dict[str, list[Message]]], constants: dict[str, Co
             figures["bytes sent"] = sum(bytes_sent(m, P) for m in messages)
             figures["receive memory, bytes"] = sum(m.received for m in messages)
             figures["largest receive buffer, bytes"] = max(m.received for m in messages)
-            rows += [Row("projected", "Inception-BN", "", P, scheme, v, v, v, 1.0, unit) for unit, v in figures.items()]
+            rows += [
+                Measurement("projected", "Inception-BN", "", P, scheme, v, v, v, 1.0, unit)
+                for unit, v in figures.items()
+            ]
     grouped = {(row.ranks, row.unit): row.median for row in rows if row.contender == GROUPED}
     return [replace(row, ratio=grouped[row.ranks, row.unit] / row.median) for row in rows]
 
 
-def show(rows: Sequence[Row], constants: dict[str, Constants], P: int, console: Console, quick: bool) -> None:
+def show(rows: Sequence[Measurement], constants: dict[str, Constants], P: int, console: Console, quick: bool) -> None:
     """Print the constants, what they say of the messages that were sent, and the projection."""
     for collective, name in NAMES.items():
         alpha, beta = constants[collective].alpha["ring"], constants[collective].beta
@@ -224,7 +229,7 @@ def launched() -> bool:
     return dist.is_torchelastic_launched()
 
 
-def results_of_ranks(P: int, *args: object) -> Iterator[list[Row]]:
+def results_of_ranks(P: int, *args: object) -> Iterator[list[Measurement]]:
     """What `measure_on_rank` yields, on the ranks that torchrun started, or else on P processes here."""
     if not launched():
         yield from run_ranks(measure_on_rank, P, *args)
@@ -274,7 +279,7 @@ def run(
             counts[p] = found
             bar.update(task, advance=1)
         task = bar.add_task("collectives", total=len(sizes) + 1)
-        rows: list[Row] = []
+        rows: list[Measurement] = []
         for more in results_of_ranks(P, sizes, counts[P], rounds, warmup):
             rows += more
             bar.update(task, advance=1)
@@ -283,10 +288,10 @@ def run(
     constants = fitted(rows, P)
     rows += project(dict(sorted(counts.items())), constants)
     show(rows, constants, P, console, quick)
-    publish(rows, output, P, console, quick)
+    publish_projection(rows, output, P, console, quick)
 
 
-def publish(rows: Sequence[Row], output: Path, P: int, console: Console, quick: bool) -> None:
+def publish_projection(rows: Sequence[Measurement], output: Path, P: int, console: Console, quick: bool) -> None:
     """Write the CSV and the figure."""
     from syncbn.benchmarks.harness.plot import plot_projection
 

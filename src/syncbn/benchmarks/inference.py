@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.benchmarks.harness import measure, report
-from syncbn.benchmarks.harness.measure import FORMATS, OURS, Row
+from syncbn.benchmarks.harness.measure import FORMATS, OURS, Measurement
 from syncbn.inference.graphs import GRAPHS
 from syncbn.models import InceptionBN, inception_bn
 from syncbn.models.weights import load_network
@@ -65,7 +65,7 @@ def make_contenders(network: InceptionBN, images: Tensor, folder: Path) -> dict[
     return contenders
 
 
-def measure_network(network: InceptionBN, pixels: int, batch: int, rounds: int, folder: Path) -> list[Row]:
+def measure_network(network: InceptionBN, pixels: int, batch: int, rounds: int, folder: Path) -> list[Measurement]:
     """Latency (a batch of 1) or time of a batch, in both memory formats."""
     rows = []
     images = torch.randn(batch, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
@@ -107,7 +107,7 @@ def run(
         pixels, batch, width, rounds = [32], [2], 0.125, 2
     network = network_of_noise(width) if weights is None else load_network(weights)
     console = report.console()
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     with report.progress(console) as progress, tempfile.TemporaryDirectory() as name:
         task = progress.add_task("", total=None)
         for side in pixels or [224]:
@@ -117,7 +117,7 @@ def run(
                 progress.update(task, description=f"{count} x {side} px")
                 rows += measure_network(network, side, count, rounds, folder)
     title = report.titled("Inference: CPU time of a batch, folded (syncbn) and not", quick)
-    report.publish(rows, output, "inference", title, 1, console)
+    report.publish_results(rows, output, "inference", title, 1, console)
     for row in rows:
         images = int(row.shape.partition(" ")[0])
         console.print(f"{row.contender}, {row.shape}, {row.memory_format}: {1000 * images / row.median:.1f} images/s")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from syncbn.benchmarks.harness import measure, report
 from syncbn.benchmarks.harness.cable import delayed_cable
-from syncbn.benchmarks.harness.measure import OURS, Row
+from syncbn.benchmarks.harness.measure import OURS, Measurement
 from syncbn.benchmarks.harness.world import run_ranks
 from syncbn.benchmarks.step import CONTENDERS, Setting, Trainer, verify
 from syncbn.collectives.channel import Ticket
@@ -118,7 +118,7 @@ class ModuleSetting:
 
 def time_with_waits(
     section: str, shape: str, run: Callable[[], Any], others: Mapping[str, Callable[[], Any]], rounds: int, warmup: int
-) -> list[Row]:
+) -> list[Measurement]:
     """Time a computation of syncbn's, the same waiting for its messages, and others; note how long both waited."""
     watched = {OURS: Watched(run, TimedReduction), WAITING: Watched(run, WaitingReduction)}
     times = measure.time_in_turns({**watched, **others}, rounds, warmup, least_ms=0)
@@ -127,7 +127,7 @@ def time_with_waits(
     return measure.rows_of(section, shape, "contiguous", RANKS, times) + waited
 
 
-def measure_step(rank: int, setting: Setting, rounds: int, warmup: int) -> Iterator[list[Row]]:
+def measure_step(rank: int, setting: Setting, rounds: int, warmup: int) -> Iterator[list[Measurement]]:
     """Verify, then time a training step of each contender."""
     verify(setting, rank, RANKS, MAKERS)
     images, labels = (t.chunk(RANKS)[rank] for t in setting.whole_batch(RANKS))
@@ -137,7 +137,7 @@ def measure_step(rank: int, setting: Setting, rounds: int, warmup: int) -> Itera
     yield time_with_waits("step", str(setting), steps.pop(OURS), steps, rounds, warmup)
 
 
-def measure_module(rank: int, setting: ModuleSetting, rounds: int, warmup: int) -> Iterator[list[Row]]:
+def measure_module(rank: int, setting: ModuleSetting, rounds: int, warmup: int) -> Iterator[list[Measurement]]:
     """Time a module's forward, then its backward, with and without waiting; the numbers of both are the same."""
     module, x = setting.build(rank)
     x.requires_grad_()
@@ -153,13 +153,15 @@ def measure_module(rank: int, setting: ModuleSetting, rounds: int, warmup: int) 
         yield time_with_waits(section, str(setting), run, {}, rounds, warmup)
 
 
-def measure_on_rank(rank: int, step: Setting, module: ModuleSetting, rounds: int, warmup: int) -> Iterator[list[Row]]:
+def measure_on_rank(
+    rank: int, step: Setting, module: ModuleSetting, rounds: int, warmup: int
+) -> Iterator[list[Measurement]]:
     """What each process runs."""
     yield from measure_step(rank, step, rounds, warmup)
     yield from measure_module(rank, module, rounds, warmup)
 
 
-def show_hidden(rows: list[Row], console: Console) -> None:
+def show_hidden(rows: list[Measurement], console: Console) -> None:
     """Print how much of the messages' time was hidden."""
     for row in rows:
         if row.unit == WAITED and row.contender == WAITING:
@@ -202,12 +204,12 @@ def run(
     if quick:
         delay_ms, batch, module_batch, rounds, warmup = 1.0, 2, 1, 1, 0
     settings = Setting(pixels, batch, width), ModuleSetting(module, module_batch)
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     with delayed_cable(delay_ms) as hosts, report.progress(console) as bar:
         task = bar.add_task(f"two hosts, {delay_ms:g} ms each way", total=3)
         for more in run_ranks(measure_on_rank, RANKS, *settings, rounds, warmup, hosts=hosts):
             rows += more
             bar.update(task, advance=1)
     title = f"Inception-BN on two hosts, {delay_ms:g} ms each way, one thread each, float32"
-    report.publish(rows, output, "latency", report.titled(title, quick), 1, console)
+    report.publish_results(rows, output, "latency", report.titled(title, quick), 1, console)
     show_hidden(rows, console)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.benchmarks.harness import measure, report
-from syncbn.benchmarks.harness.measure import FORMATS, OURS, Row
+from syncbn.benchmarks.harness.measure import FORMATS, OURS, Measurement
 from syncbn.benchmarks.harness.peers import ARITHMETIC, EXCHANGE, PeerBatchNorm
 from syncbn.benchmarks.harness.world import run_ranks
 from syncbn.models.table import STEM_CONV1, STEM_CONV2, STEM_REDUCE, TABLE
@@ -170,7 +170,7 @@ def oracle(problem: Problem, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor
     }
 
 
-def measure_problem(problem: Problem, section: str, rounds: int, warmup: int) -> list[Row]:
+def measure_problem(problem: Problem, section: str, rounds: int, warmup: int) -> list[Measurement]:
     """Verify and time all contenders at one shape."""
     layers = contenders(problem.shape[1], section, problem.activation)
     x, dy = prepare(layers, problem)
@@ -181,7 +181,7 @@ def measure_problem(problem: Problem, section: str, rounds: int, warmup: int) ->
 
 def measure_on_rank(
     rank: int, ranks: int, shapes: list[Shape], formats: list[str], activation: Activation, rounds: int, warmup: int
-) -> Iterator[list[Row]]:
+) -> Iterator[list[Measurement]]:
     """What each process runs in part "ranks"."""
     for shape in shapes:
         for memory_format in formats:
@@ -189,7 +189,7 @@ def measure_on_rank(
             yield measure_problem(problem, "ranks", rounds, warmup)
 
 
-def over_the_network(rows: list[Row], layers: Mapping[tuple[int, int], int]) -> Iterator[str]:
+def over_the_network(rows: list[Measurement], layers: Mapping[tuple[int, int], int]) -> Iterator[str]:
     """Lines that add up the medians over all layers of Inception-BN, not each shape once."""
     totals: dict[tuple[str, int, str], Counter[str]] = {}
     for row in rows:
@@ -241,14 +241,14 @@ def run(
     torch.set_num_threads(threads or torch.get_num_threads())
     shapes = [(batch, C, side, side) for C, side in layers]
     for name in ("alone", "ranks") if part == "both" else (part,):
-        rows: list[Row] = []
+        rows: list[Measurement] = []
         processes = [1] if name == "alone" else ranks
         with report.progress(console) as bar:
             task = bar.add_task(name, total=len(shapes) * len(formats) * len(processes))
             for P in processes:
                 arguments = (shapes, list(formats), activation, rounds, warmup)
                 if name == "alone":
-                    found: Iterator[list[Row]] = (
+                    found: Iterator[list[Measurement]] = (
                         measure_problem(Problem(shape, memory_format, activation), name, rounds, warmup)
                         for shape in shapes
                         for memory_format in formats
@@ -261,7 +261,7 @@ def run(
                     bar.update(task, advance=1, description=last)
         used = torch.get_num_threads() if name == "alone" else 1
         title = f'One layer, part "{name}": forward and backward, float32, {used} thread(s) a rank'
-        report.publish(
+        report.publish_results(
             rows, output, f"layer-{name}" + ("-relu" if activation else ""), report.titled(title, quick), used, console
         )
         for line in over_the_network(rows, layers):

@@ -35,7 +35,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from syncbn.benchmarks.harness import measure, report
-from syncbn.benchmarks.harness.measure import OURS, Row
+from syncbn.benchmarks.harness.measure import OURS, Measurement
 from syncbn.data import (
     Augmentation,
     BatchedImages,
@@ -59,10 +59,10 @@ AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 # pixels aside or of swapped colours by 20 to 50. On a single photo (quilt, 13) the two cannot be told apart.
 MEAN_DIFFERENCE = 5.0
 KEEP_MEMORY = False
-Window = tuple[int, int, int, int]  # top, left, height, width
+Box = tuple[int, int, int, int]  # top, left, height, width
 
 
-def random_window(height: int, width: int) -> Window:
+def random_window(height: int, width: int) -> Box:
     """GoogLeNet's crop, as torchvision's RandomResizedCrop draws it."""
     for _ in range(10):
         area = height * width * random.uniform(*AREA)
@@ -76,7 +76,7 @@ def random_window(height: int, width: int) -> Window:
 # ---- contenders: a file, a window or None for a random one, mirrored or None for at random --------
 
 
-def opencv(path: Path, window: Window | None = None, mirrored: bool | None = None) -> np.ndarray:
+def opencv(path: Path, window: Box | None = None, mirrored: bool | None = None) -> np.ndarray:
     """uint8 RGB, (PIXELS, PIXELS, 3)."""
     image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR_RGB)
     assert image is not None, path
@@ -86,7 +86,7 @@ def opencv(path: Path, window: Window | None = None, mirrored: bool | None = Non
     return cv2.flip(image, 1) if mirrored else image
 
 
-def pillow_image(path: Path, window: Window | None, mirrored: bool | None) -> Image.Image:
+def pillow_image(path: Path, window: Box | None, mirrored: bool | None) -> Image.Image:
     """RGB, of PIXELS x PIXELS."""
     with Image.open(path) as file:
         image = file.convert("RGB")
@@ -96,12 +96,12 @@ def pillow_image(path: Path, window: Window | None, mirrored: bool | None) -> Im
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
-def pillow(path: Path, window: Window | None = None, mirrored: bool | None = None) -> np.ndarray:
+def pillow(path: Path, window: Box | None = None, mirrored: bool | None = None) -> np.ndarray:
     """uint8 RGB, (PIXELS, PIXELS, 3)."""
     return np.asarray(pillow_image(path, window, mirrored))
 
 
-def torchvision_style(path: Path, window: Window | None = None, mirrored: bool | None = None) -> torch.Tensor:
+def torchvision_style(path: Path, window: Box | None = None, mirrored: bool | None = None) -> torch.Tensor:
     """float32 RGB of 0..1, (3, PIXELS, PIXELS)."""
     image = torch.from_numpy(np.array(pillow_image(path, window, mirrored)))
     return image.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
@@ -149,7 +149,7 @@ def verify(paths: Sequence[Path], images: BatchedImages) -> None:
             raise measure.WrongContender(f"{name!r} is off by {off}")
 
 
-def averaged(image: np.ndarray, window: Window) -> np.ndarray:
+def averaged(image: np.ndarray, window: Box) -> np.ndarray:
     """A window of an image, each pixel the mean of those it stands for: (PIXELS, PIXELS, 3)."""
     top, left, height, width = window
     return cv2.resize(image[top : top + height, left : left + width], (PIXELS, PIXELS), interpolation=cv2.INTER_AREA)
@@ -158,7 +158,7 @@ def averaged(image: np.ndarray, window: Window) -> np.ndarray:
 # ---- sections ------------------------------------------------------------------------------------
 
 
-def measure_decoding(dataset: ImageFolderDataset, augmentation: Augmentation, rounds: int) -> list[Row]:
+def measure_decoding(dataset: ImageFolderDataset, augmentation: Augmentation, rounds: int) -> list[Measurement]:
     """All photos once a round, each contender in turn."""
     paths = [dataset.path(index) for index in range(len(dataset))]
     verify(paths, BatchedImages(dataset, PIXELS))
@@ -185,7 +185,7 @@ def measure_decoding(dataset: ImageFolderDataset, augmentation: Augmentation, ro
     return measure.rows_of("decode", f"a photo to {PIXELS} px", "contiguous", 1, per_photo)
 
 
-def measure_workers(dataset: ImageDataset, augmentation: Augmentation, rounds: int, images: int) -> list[Row]:
+def measure_workers(dataset: ImageDataset, augmentation: Augmentation, rounds: int, images: int) -> list[Measurement]:
     """Images per second of wall time behind one and two workers, without their start."""
     rates: dict[int, list[float]] = {1: [], 2: []}
     repeated = Selection(dataset, np.arange(images) % len(dataset))
@@ -212,7 +212,9 @@ def steady_rate(loader: DataLoader[ImageBatch]) -> float:
     return count / (time.perf_counter() - start)
 
 
-def measure_memory(photos: ImageFolderDataset, augmentation: Augmentation, images: int, folder: Path) -> list[Row]:
+def measure_memory(
+    photos: ImageFolderDataset, augmentation: Augmentation, images: int, folder: Path
+) -> list[Measurement]:
     """Megabytes resident in this process after each tenth of the images, read from shards without workers.
 
     Raises:
@@ -227,7 +229,7 @@ def measure_memory(photos: ImageFolderDataset, augmentation: Augmentation, image
     batches = BatchedImages(shards, PIXELS, augmentation, reader=WindowReader(shards, sampler, order))
     options: Any = {"batch_sampler": sampler, "collate_fn": keep_batch}
     loader = DataLoader(batches, **options)
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     seen, epoch = 0, 0
     while seen < images:
         sampler.set_epoch(epoch)
@@ -267,13 +269,13 @@ def resident_megabytes() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def row(section: str, shape: str, values: list[float], ratio: float, unit: str) -> Row:
+def row(section: str, shape: str, values: list[float], ratio: float, unit: str) -> Measurement:
     """A line that is no time."""
     p20, median, p80 = (measure.percentile(values, q) for q in (0.2, 0.5, 0.8))
-    return Row(section, shape, "contiguous", 1, OURS, median, p20, p80, ratio, unit)
+    return Measurement(section, shape, "contiguous", 1, OURS, median, p20, p80, ratio, unit)
 
 
-def print_other_rows(rows: Sequence[Row], console: Console) -> None:
+def print_other_rows(rows: Sequence[Measurement], console: Console) -> None:
     """Print what the table leaves out."""
     for found in rows:
         if found.unit != "ms":
@@ -322,7 +324,7 @@ def run(
         dataset = ImageFolderDataset(folder)
         if quick:
             rounds, images = 2, 200
-        rows: list[Row] = []
+        rows: list[Measurement] = []
         if part in ("all", "decode"):
             rows += measure_decoding(dataset, augmentation, rounds)
         if part in ("all", "workers"):
@@ -331,5 +333,5 @@ def run(
             rows += measure_memory(dataset, augmentation, images, folder)
     if part in ("all", "decode"):
         title = f"Loader: CPU time of a photo{'' if photos else ' (made up)'}, {augmentation}"
-        report.publish(rows, output, "loader", report.titled(title, quick), 1, console)
+        report.publish_results(rows, output, "loader", report.titled(title, quick), 1, console)
     print_other_rows(rows, console)

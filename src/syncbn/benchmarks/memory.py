@@ -27,7 +27,7 @@ from syncbn.benchmarks.gpu.layer import CUDNN
 from syncbn.benchmarks.gpu.step import KEPT, StepSetting, build, verify
 from syncbn.benchmarks.harness import measure, report
 from syncbn.benchmarks.harness.live_tensors import MEBIBYTE, live_bytes
-from syncbn.benchmarks.harness.measure import OURS, Row
+from syncbn.benchmarks.harness.measure import OURS, Measurement
 
 KEEP_MEMORY = True
 CONTENDERS = (OURS, KEPT, CUDNN)
@@ -38,11 +38,11 @@ def measure_courses(setting: StepSetting) -> dict[str, list[int]]:
     return {name: live_bytes(partial(build, name, setting)) for name in CONTENDERS}
 
 
-def rows_of(setting: StepSetting, courses: Mapping[str, list[int]]) -> list[Row]:
+def rows_of(setting: StepSetting, courses: Mapping[str, list[int]]) -> list[Measurement]:
     """Each contender's peak; the ratio is syncbn's to it."""
     peaks = {name: max(course) / MEBIBYTE for name, course in courses.items()}
     return [
-        Row("memory", str(setting), "channels_last", 1, name, v, v, v, peaks[OURS] / v, "MiB at most")
+        Measurement("memory", str(setting), "channels_last", 1, name, v, v, v, peaks[OURS] / v, "MiB at most")
         for name, v in peaks.items()
     ]
 

@@ -30,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.benchmarks.harness import measure, report
-from syncbn.benchmarks.harness.measure import FORMATS, OURS, Row
+from syncbn.benchmarks.harness.measure import FORMATS, OURS, Measurement
 from syncbn.benchmarks.harness.messages import recorded
 from syncbn.benchmarks.harness.peers import Arithmetic, PeerBatchNorm, stock_inception
 from syncbn.benchmarks.harness.world import run_ranks
@@ -184,7 +184,9 @@ def messages(trainer: Trainer, images: Tensor, labels: Tensor) -> Counter[str]:
     return totals
 
 
-def measure_on_rank(rank: int, ranks: int, settings: list[Setting], rounds: int, warmup: int) -> Iterator[list[Row]]:
+def measure_on_rank(
+    rank: int, ranks: int, settings: list[Setting], rounds: int, warmup: int
+) -> Iterator[list[Measurement]]:
     """What each process runs."""
     for setting in settings:
         verify(setting, rank, ranks)
@@ -202,7 +204,7 @@ def measure_on_rank(rank: int, ranks: int, settings: list[Setting], rounds: int,
         yield rows
 
 
-def show_messages(rows: list[Row], console: Console) -> None:
+def show_messages(rows: list[Measurement], console: Console) -> None:
     """Print collectives and bytes of the last setting; bytes depend on the width alone."""
     counts = [row for row in rows if row.unit != "ms" and row.shape == rows[-1].shape]
     units = list(dict.fromkeys(row.unit for row in counts))
@@ -249,12 +251,12 @@ def run(
         given = f"--step.pixels {pixels} --step.batch {batch} --step.width {width}"
         raise ValueError(f"one value for each setting: got {given}")
     settings = [Setting(*s, f) for s in zip(pixels, batch, width, strict=True) for f in formats]
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     with report.progress(console) as bar:
         task = bar.add_task("Inception-BN", total=len(settings))
         for more in run_ranks(measure_on_rank, ranks, ranks, settings, rounds, warmup):
             rows += more
             bar.update(task, advance=1, description=f"{more[0].shape}, {more[0].memory_format}")
     title = f"Training step of Inception-BN, {ranks} ranks of one thread, float32"
-    report.publish(rows, output, "step", report.titled(title, quick), 1, console)
+    report.publish_results(rows, output, "step", report.titled(title, quick), 1, console)
     show_messages(rows, console)

@@ -1,6 +1,11 @@
 """Images in, batches out.
 
-The DataModule is imported when it is first used: `syncbn prepare` need not wait for Lightning.
+What is on the disk: `datasets`. What is done to one image: `transforms`. Which images make up which batch: `loading`.
+`preparation` writes shards, `labels` follows the class names of a checkpoint, `look_through` finds broken photos, and
+`show` draws what the network sees.
+
+The DataModule, which puts these together, is imported when it is first used: `syncbn prepare` need not wait for
+Lightning.
 """
 
 from importlib import import_module

@@ -107,17 +107,18 @@ def match_classes(
     enough = len(names) == len(trained) or (len(names) < len(trained) and not whole)
     if unknown and enough and numbered and (are_numbers(names) or are_numbers(trained)):
         labels = np.arange(len(names))
-        remark = f"classes without names: the numbers in {here} are taken for the places in {there}"
+        remarks = [f"classes without names: the numbers in {here} are taken for the places in {there}"]
     elif unknown or (whole and lacking) or len({*names}) < len(names) or len({*trained}) < len(trained):
         raise ValueError(_difference(names, trained, whole, here, there))
     else:
         places = {name: label for label, name in enumerate(trained)}
         labels = np.array([places[name] for name in names], dtype=np.int64)
         moved = np.count_nonzero(labels != np.arange(len(labels)))
-        remark = f"{moved:,} of {len(names):,} classes have another number in {there}: matched by their names"
+        moves = f"{moved:,} of {len(names):,} classes have another number in {there}: matched by their names"
+        remarks = [moves] if moved else []
     if len(names) < len(trained):
-        remark += f"; {len(trained) - len(names):,} of its {len(trained):,} classes have no image"
-    return ClassMatch(labels, remark)
+        remarks.append(f"{len(trained) - len(names):,} of the {len(trained):,} classes of {there} have no image")
+    return ClassMatch(labels, "; ".join(remarks))
 
 
 def _difference(names: Sequence[str], trained: Sequence[str], whole: bool, here: str, there: str) -> str:
@@ -129,10 +130,10 @@ def _difference(names: Sequence[str], trained: Sequence[str], whole: bool, here:
     for owner, classes, other, known in pairs:
         if missing := [name for name in classes if name not in set(known)]:
             lacks = [name for name in known if name not in set(classes)]
-            first = f", of which {lacks[0]!r} is none of the former" if lacks else ""
+            nor = f", nor {lacks[0]!r} of {other} one of {owner}" if lacks else ""
             return (
-                f"the class {missing[0]!r} of {owner} ({len(classes):,} classes) is none of those of {other}"
-                f" ({len(known):,}{first}): {remedy}"
+                f"the class {missing[0]!r} of {owner} ({len(classes):,} classes) is no class of {other}"
+                f" ({len(known):,}){nor}: {remedy}"
             )
     owner, twice = next(
         (owner, name) for owner, classes, *_ in pairs for name, count in Counter(classes).items() if count > 1

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from syncbn.doctor.configuration import Plan
+from syncbn.doctor.configuration import FitConfiguration
 from syncbn.doctor.facts import Facts, Placement, collect_facts
 from syncbn.doctor.findings import World
 from syncbn.doctor.launch import placement_by_environment, placement_by_lightning
@@ -105,7 +105,7 @@ class Examination:
         placement, plan = placement_by_environment(), None
         processes: list[subprocess.Popen] = []
         if placement is None:
-            plan = Plan(self.words)
+            plan = FitConfiguration(self.words)
             processes = start_other_ranks(plan.trainer)
             placement = placement_by_lightning(plan.trainer)
         try:
@@ -114,11 +114,11 @@ class Examination:
             for process in processes:
                 end(process)
 
-    def _meet(self, placement: Placement, plan: Plan | None) -> int:
+    def _meet(self, placement: Placement, plan: FitConfiguration | None) -> int:
         meeting = Meeting(placement, self.timeout)
         placement = replace(placement, port=meeting.tcp_store.port)
         meeting.tell("host", placement.host)
-        plan = plan or Plan(self.words)
+        plan = plan or FitConfiguration(self.words)
         facts = collect_facts(placement, plan.configuration(reads_data=placement.local_rank == 0))
         meeting.tell("facts", facts.to_json())
         return self._lead(meeting, facts) if placement.rank == 0 else self._follow(meeting, facts)

@@ -49,7 +49,7 @@ class PlannedFit(SyncBNCLI):
         pass
 
 
-class Plan:
+class FitConfiguration:
     """What became of the words of a fit.
 
     Args:

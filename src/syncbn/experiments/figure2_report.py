@@ -33,7 +33,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Row:
+class Figure2Row:
     """A line of the table: one model with one seed.
 
     Attributes:
@@ -47,7 +47,7 @@ class Row:
     ratio: float | None
 
 
-def compare(results: Sequence[Result]) -> list[Row]:
+def compare(results: Sequence[Result]) -> list[Figure2Row]:
     """Compare each training with that of the plain Inception of the same seed, which is the first of its seed."""
     rows = []
     reference: dict[int, ValidationCurve] = {}
@@ -56,7 +56,7 @@ def compare(results: Sequence[Result]) -> list[Row]:
         steps = own = None
         if inception.best is not None:
             steps, own = (curve.steps_to(inception.best) for curve in (result.curve, inception))
-        rows.append(Row(result, steps, own / steps if own and steps else None))
+        rows.append(Figure2Row(result, steps, own / steps if own and steps else None))
     return rows
 
 
@@ -99,7 +99,7 @@ def _points(results: Sequence[Result], batch_size: int) -> Iterable[Sequence[Any
             yield result.model.name, result.seed, steps, steps * batch_size, top1
 
 
-def _csv_row(row: Row) -> Sequence[Any]:
+def _csv_row(row: Figure2Row) -> Sequence[Any]:
     curve, model = row.result.curve, row.result.model
     last = curve.top1[-1] if len(curve.top1) else None
     found = (row.steps_to_match, row.ratio, curve.best, last, curve.diverged_after, row.result.seconds)
@@ -141,7 +141,7 @@ def _plot(results: Sequence[Result], path: Path, scale: Scale) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _markdown(rows: Sequence[Row], settings: dict[str, Any], revisions: Sequence[str], scale: str) -> str:
+def _markdown(rows: Sequence[Figure2Row], settings: dict[str, Any], revisions: Sequence[str], scale: str) -> str:
     seeds = sorted({row.result.seed for row in rows})
     header = ["model", "steps to match", "ratio", "paper: steps", "paper: ratio", "maximum", "paper: maximum"]
     paper_reference = rows[0].result.model.paper_steps
@@ -164,7 +164,7 @@ def _markdown(rows: Sequence[Row], settings: dict[str, Any], revisions: Sequence
     return "\n\n".join(parts) + "\n"
 
 
-def _training_times(rows: Sequence[Row]) -> list[str]:
+def _training_times(rows: Sequence[Figure2Row]) -> list[str]:
     """How long each training took, where that was noted."""
     noted = [(row.result, row.result.seconds) for row in rows if row.result.seconds is not None]
     times = [f"{result.model.label}, seed {result.seed}: {seconds / 60:,.1f}" for result, seconds in noted]
@@ -185,7 +185,7 @@ def _in_words(settings: dict[str, Any]) -> str:
     return ", ".join(words) + "." if words else "nothing."
 
 
-def _cells(model: Model, rows: Sequence[Row], paper_reference: float | None) -> list[str]:
+def _cells(model: Model, rows: Sequence[Figure2Row], paper_reference: float | None) -> list[str]:
     """The model's row of the table."""
     unmatched = sum(row.steps_to_match is None for row in rows)
     bests = [100 * row.result.curve.best for row in rows if row.result.curve.best is not None]

@@ -26,7 +26,7 @@ MULTICROP = 144
 
 
 @dataclass(frozen=True)
-class Row:
+class Table4Row:
     """A line of the table.
 
     Attributes:
@@ -47,10 +47,10 @@ class Row:
 
 
 PAPER = (
-    Row("paper: GoogLeNet ensemble", 224, 144, 7, None, 0.0667),
-    Row("paper: BN-Inception single crop", 224, 1, 1, 0.252, 0.0782),
-    Row("paper: BN-Inception multicrop", 224, 144, 1, 0.2199, 0.0582),
-    Row("paper: BN-Inception ensemble", 224, 144, 6, 0.201, 0.049),
+    Table4Row("paper: GoogLeNet ensemble", 224, 144, 7, None, 0.0667),
+    Table4Row("paper: BN-Inception single crop", 224, 1, 1, 0.252, 0.0782),
+    Table4Row("paper: BN-Inception multicrop", 224, 144, 1, 0.2199, 0.0582),
+    Table4Row("paper: BN-Inception ensemble", 224, 144, 6, 0.201, 0.049),
 )
 
 
@@ -134,7 +134,7 @@ def evaluate_all(
     members: Mapping[str, ImageClassifier],
     cut: Mapping[int, ImageDataModule],
     classes_by_name: bool = True,
-) -> list[Row]:
+) -> list[Table4Row]:
     """Each network with 1 and with 144 crops, and where there are several, all together with 144.
 
     Args:
@@ -194,11 +194,11 @@ def of_data(data: ImageDataModule, hparams: Mapping[str, Any]) -> dict[str, Any]
     return {**hparams, "num_classes": data.num_classes, "in_channels": data.channels}
 
 
-def evaluate(trainer: Trainer, model: Evaluated, data: ImageDataModule, name: str, models: int) -> Row:
+def evaluate(trainer: Trainer, model: Evaluated, data: ImageDataModule, name: str, models: int) -> Table4Row:
     """Validate, with as many crops as the data are cut into."""
     [metrics] = trainer.validate(model, datamodule=data, verbose=False)
     errors = (1 - metrics["val_top1"], 1 - metrics["val_top5"])
-    return Row(name, data.image_size, data.crops.count, models, *errors)
+    return Table4Row(name, data.image_size, data.crops.count, models, *errors)
 
 
 def revision_of_checkpoint(path: Path) -> str:
@@ -212,7 +212,7 @@ def steps_of_checkpoint(path: str) -> int:
 
 
 def markdown(
-    rows: Sequence[Row],
+    rows: Sequence[Table4Row],
     images: str,
     revisions: Sequence[str] = (),
     scale: Scale | None = None,

@@ -72,13 +72,12 @@ class Normalization:
             norms: of each input.
             running: of each, the moving averages that the pass may update.
         """
-        with unseen_by_selective_checkpoints():
-            if self.started is not None:
-                return self._finish_started(self.started, norms, running)
-            if only_operators([*self.tensors, *(norm.tensors.residual for norm in norms)]):
-                outputs, statistics = composed(norms, self.route)
-                return Normalized(outputs, [s.detach() for s in statistics], False, [False] * len(norms))
-            return self._alone(norms, running)
+        if self.started is not None:
+            return self._finish_started(self.started, norms, running)
+        if only_operators([*self.tensors, *(norm.tensors.residual for norm in norms)]):
+            outputs, statistics = composed(norms, self.route)
+            return Normalized(outputs, [s.detach() for s in statistics], False, [False] * len(norms))
+        return self._alone(norms, running)
 
     def _finish_started(
         self, started: FusedStarted | CompiledStarted, norms: Sequence[Norm], running: Sequence[ops.Running | None]

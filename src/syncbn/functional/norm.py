@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from syncbn import ops
 from syncbn.collectives.agreement import LayerName
 
-Row = TypeVar("Row", bound=Any)  # a named tuple
+Fields = TypeVar("Fields", bound=Any)  # a named tuple
 
 
 class Tensors(NamedTuple):
@@ -52,7 +52,7 @@ def flatten(rows: Iterable[tuple[Any, ...]]) -> list[Any]:
     return [field for row in rows for field in row]
 
 
-def restore(kind: type[Row], flat: Sequence[Any]) -> list[Row]:
+def restore(kind: type[Fields], flat: Sequence[Any]) -> list[Fields]:
     """The rows of a list that `flatten` made: named tuples of one kind."""
     width = len(kind._fields)
     return [kind(*row) for row in zip(*[iter(flat)] * width, strict=True)]

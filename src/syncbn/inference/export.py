@@ -30,7 +30,7 @@ from syncbn.models.weights import (
 from syncbn.nn import fold_batch_norm, revert_sync_batchnorm
 from syncbn.preprocessing import Preprocessing
 
-Format = Literal["onnx", "torchscript", "exported", "safetensors", "cadene", "slim"]
+ExportFormat = Literal["onnx", "torchscript", "exported", "safetensors", "cadene", "slim"]
 
 SUFFIXES = {
     **{"onnx": ".onnx", "torchscript": ".torchscript.pt", "exported": ".pt2"},
@@ -58,7 +58,7 @@ OF_BATCH_NORM = ("stem_norm", "conv_bias", "gamma", "eps", "momentum")
 
 def export(
     weights: Path,
-    format: Format = "onnx",
+    format: ExportFormat = "onnx",
     output: Path | None = None,
     fold: bool | None = None,
     preprocessing: bool = False,
@@ -122,7 +122,7 @@ def export(
     print(output)
 
 
-def choose_graph(format: Format, opset: int | None, ir_version: int | None) -> Graph | None:
+def choose_graph(format: ExportFormat, opset: int | None, ir_version: int | None) -> Graph | None:
     """How a format of graphs is written; None of weights.
 
     Raises:
@@ -152,7 +152,7 @@ class ExportJob:
 
     network: Any
     card: ModelCard
-    format: Format
+    format: ExportFormat
     graph: Graph | None
     fold: bool
     preprocessing: bool
@@ -335,7 +335,7 @@ class CheckImages:
             yield pixels[:, 0]
 
 
-def default_output(weights: Path, format: Format) -> Path:
+def default_output(weights: Path, format: ExportFormat) -> Path:
     """Beside the weights, with the suffix of the format."""
     return weights.with_suffix(SUFFIXES[format])
 

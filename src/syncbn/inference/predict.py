@@ -15,7 +15,7 @@ from syncbn.data.datasets.image_folder import in_words
 from syncbn.data.loading.batches import BatchedImages, ImageBatch, keep_batch
 from syncbn.data.loading.samplers import SampleKey
 from syncbn.inference.images import prepare_images, search_images
-from syncbn.inference.writers import Embedding, Format, Prediction, choose_writer, opened_writer
+from syncbn.inference.writers import Embedding, Prediction, PredictionFormat, choose_writer, opened_writer
 from syncbn.models.weights import ModelCard, build_network, check_input, read_weights, require_folder
 from syncbn.nn import fold_batch_norm
 from syncbn.paths import ExpandingParser
@@ -27,7 +27,7 @@ def predict(
     weights: Path,
     images: list[str],
     top_k: int | None = None,
-    format: Format | None = None,
+    format: PredictionFormat | None = None,
     output: Path | None = None,
     batch_size: int = 32,
     crops: int = 1,

@@ -17,7 +17,7 @@ from rich.table import Table
 from syncbn.models.weights import ModelCard
 from syncbn.paths import open_text
 
-Format = Literal["table", "csv", "jsonl", "npz"]
+PredictionFormat = Literal["table", "csv", "jsonl", "npz"]
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ OF_EMBEDDINGS: dict[str, type[Writer]] = {
 """By the name of the format; the first is taken where none is asked for."""
 
 
-def choose_writer(format: Format | None, output: Path | None, card: ModelCard) -> type[Writer]:
+def choose_writer(format: PredictionFormat | None, output: Path | None, card: ModelCard) -> type[Writer]:
     """The writer of a format.
 
     Raises:

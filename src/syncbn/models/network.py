@@ -29,7 +29,7 @@ from syncbn.models.blocks import (
     sibling_conv,
     start_norm_activation,
 )
-from syncbn.models.table import DEPTH_MULTIPLIER, STEM_CONV1, STEM_CONV2, STEM_REDUCE, TABLE, Row, scale_channels
+from syncbn.models.table import DEPTH_MULTIPLIER, STEM_CONV1, STEM_CONV2, STEM_REDUCE, TABLE, ModuleRow, scale_channels
 from syncbn.models.variants import ACTIVATIONS, VariantSpec, require, require_choice, resolve_variant
 from syncbn.ops.max_pool import max_pool2d
 from syncbn.recomputing import joined, recompute_activations
@@ -150,7 +150,7 @@ class InceptionModule(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, row: Row, spec: UnitSpec, activation_size: tuple[int, int] | None = None
+        self, in_channels: int, row: ModuleRow, spec: UnitSpec, activation_size: tuple[int, int] | None = None
     ) -> None:
         super().__init__()
 
@@ -363,7 +363,7 @@ def final_size(image_size: tuple[int, int], stem: str, padding: str) -> tuple[in
     return side(image_size[0]), side(image_size[1])
 
 
-def _resolve(row: Row, variant: VariantSpec, width_multiplier: float) -> Row:
+def _resolve(row: ModuleRow, variant: VariantSpec, width_multiplier: float) -> ModuleRow:
     """The row as this network has it: the variant's projection, then all channels scaled."""
     if row.name in ("4c", "4d"):
         row = dataclasses.replace(row, projection=variant.projection_4cd)

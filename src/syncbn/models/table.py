@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Row:
+class ModuleRow:
     """One module: a line of Figure 5. Numbers are output channels; None where the branch is missing."""
 
     name: str
@@ -32,16 +32,16 @@ DEPTH_MULTIPLIER = 8  # of the separable first convolution
 # 4c and 4d by their filters, as printed. The size column's 576 channels would need projections of 96.
 TABLE = (
     #         size  1x1  3x3: reduce, 3x3  double: reduce, 3x3  pool   proj  stride
-    Row("3a", 28, 64, 64, 64, 64, 96, "avg", 32, 1),
-    Row("3b", 28, 64, 64, 96, 64, 96, "avg", 64, 1),
-    Row("3c", 28, None, 128, 160, 64, 96, "max", None, 2),
-    Row("4a", 14, 224, 64, 96, 96, 128, "avg", 128, 1),
-    Row("4b", 14, 192, 96, 128, 96, 128, "avg", 128, 1),
-    Row("4c", 14, 160, 128, 160, 128, 160, "avg", 128, 1),
-    Row("4d", 14, 96, 128, 192, 160, 192, "avg", 128, 1),
-    Row("4e", 14, None, 128, 192, 192, 256, "max", None, 2),
-    Row("5a", 7, 352, 192, 320, 160, 224, "avg", 128, 1),
-    Row("5b", 7, 352, 192, 320, 192, 224, "max", 128, 1),
+    ModuleRow("3a", 28, 64, 64, 64, 64, 96, "avg", 32, 1),
+    ModuleRow("3b", 28, 64, 64, 96, 64, 96, "avg", 64, 1),
+    ModuleRow("3c", 28, None, 128, 160, 64, 96, "max", None, 2),
+    ModuleRow("4a", 14, 224, 64, 96, 96, 128, "avg", 128, 1),
+    ModuleRow("4b", 14, 192, 96, 128, 96, 128, "avg", 128, 1),
+    ModuleRow("4c", 14, 160, 128, 160, 128, 160, "avg", 128, 1),
+    ModuleRow("4d", 14, 96, 128, 192, 160, 192, "avg", 128, 1),
+    ModuleRow("4e", 14, None, 128, 192, 192, 256, "max", None, 2),
+    ModuleRow("5a", 7, 352, 192, 320, 160, 224, "avg", 128, 1),
+    ModuleRow("5b", 7, 352, 192, 320, 192, 224, "max", 128, 1),
 )
 
 

@@ -1,4 +1,8 @@
-"""Modules: the synchronised BatchNorm and what is done with whole networks of it."""
+"""Modules: the synchronised BatchNorm (`sync_batch_norm`) and what is done with whole networks of it.
+
+`convert` makes any network's layers synchronised and back, `population` estimates statistics for inference, `fold`
+merges layers into the convolutions before them. `checks` are the messages to users.
+"""
 
 from syncbn.nn.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.nn.fold import fold_batch_norm

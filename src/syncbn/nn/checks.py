@@ -38,6 +38,8 @@ def check_dense(x: Any, what: str) -> None:
 
 
 def _is_tensor_with_values(x: Any) -> bool:
+    if getattr(type(x), "is_traced", False):
+        raise ValueError("the network starts its layers itself, which group_messages leaves as it is")
     return isinstance(x, Tensor) and not is_lazy(x) and not torch.masked.is_masked_tensor(x)
 
 

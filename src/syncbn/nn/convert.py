@@ -82,6 +82,8 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     for layer in list(module.modules()):
         if isinstance(layer, SyncBatchNorm):
             _become_local(layer)
+        if hasattr(type(layer), "ungroup"):  # what `group_messages` made of it, without messages to group any more
+            layer.ungroup()  # type: ignore[operator]
     return module
 
 

@@ -23,6 +23,7 @@ from syncbn.nn.checks import as_dense, check_dense, check_list, check_residual, 
 from syncbn.nn.group_reference import GroupReference
 from syncbn.nn.naming import layer_names
 from syncbn.nn.scripting import scripted_batch_norm
+from syncbn.recomputing import unseen_by_selective_checkpoints
 
 _thread = threading.local()  # its number; ranks may start their threads in another order
 _threads = count()
@@ -292,7 +293,8 @@ class PendingBatchNorm:
             raise ValueError(f"expected {len(self.entries)} residuals, one or None an input, got {len(residuals)}")
         for entry, residual in zip(self.entries, residuals, strict=True):
             entry.take(residual)
-        normalised = iter(self._normalize())
+        with unseen_by_selective_checkpoints():  # the updates of moving averages, too
+            normalised = iter(self._normalize())
         outputs = [next(normalised) if e.uses_batch else e.from_running_statistics() for e in self.entries]
         if not self.split:
             return [e.laid_out(y) for e, y in zip(self.entries, outputs, strict=True)]

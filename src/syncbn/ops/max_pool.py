@@ -25,7 +25,7 @@ MOST_ALIGNED = 16  # elements
 MOST_WARPS = 4
 
 
-class Window(NamedTuple):
+class PoolWindow(NamedTuple):
     """A square kernel and how it moves; stride and padding of rows and columns. As F.max_pool2d's arguments."""
 
     kernel: int
@@ -58,7 +58,7 @@ def max_pool2d(
     """
     if not _takes(input, kernel_size):
         return F.max_pool2d(input, kernel_size, stride, padding, ceil_mode=ceil_mode)
-    window = Window(kernel_size, _pair(stride), _pair(padding), ceil_mode)
+    window = PoolWindow(kernel_size, _pair(stride), _pair(padding), ceil_mode)
     if torch.is_grad_enabled() and input.requires_grad:
         return _MaxPool.apply(input, window)
     return _pooled(input, window, with_positions=False)[0]
@@ -80,7 +80,7 @@ class _MaxPool(torch.autograd.Function):
     """Keeps nothing but the positions."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:
+    def forward(ctx: Any, x: Tensor, window: PoolWindow) -> Tensor:
         y, positions = _pooled(x, window, with_positions=True)
         ctx.save_for_backward(positions)
         ctx.window, ctx.shape, ctx.rows = window, x.shape, _rows(x)
@@ -95,7 +95,7 @@ class _Gradient(torch.autograd.Function):
     """dx from dy, to which it is linear: its own backward picks the elements to which this one adds."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, positions: Tensor, window: Window, shape: torch.Size, rows: bool) -> Tensor:
+    def forward(ctx: Any, dy: Tensor, positions: Tensor, window: PoolWindow, shape: torch.Size, rows: bool) -> Tensor:
         ctx.save_for_backward(positions)
         ctx.window, ctx.width = window, shape[3]
         return _input_gradient(dy, positions, window, shape, rows)
@@ -108,7 +108,7 @@ class _Gradient(torch.autograd.Function):
         return ddy, None, None, None, None
 
 
-def _places(positions: Tensor, window: Window, width: int) -> Tensor:
+def _places(positions: Tensor, window: PoolWindow, width: int) -> Tensor:
     """The element h * width + w of the input that each position names, int64 (N, C, OH, OW)."""
     kernel, (stride_h, stride_w), (padding_h, padding_w), _ = window
     OH, OW = positions.shape[2:]
@@ -118,7 +118,7 @@ def _places(positions: Tensor, window: Window, width: int) -> Tensor:
     return (top + position // kernel) * width + left + position % kernel
 
 
-def _pooled(x: Tensor, window: Window, with_positions: bool) -> tuple[Tensor, Tensor | None]:
+def _pooled(x: Tensor, window: PoolWindow, with_positions: bool) -> tuple[Tensor, Tensor | None]:
     if 1 not in (x.stride(1), x.stride(3)):
         x = x.contiguous()
     y = _empty(_output_shape(x.shape, window), x, _rows(x))
@@ -138,13 +138,13 @@ def _empty(shape: Sequence[int], like: Tensor, rows: bool) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _output_shape(shape: torch.Size, window: Window) -> torch.Size:
+def _output_shape(shape: torch.Size, window: PoolWindow) -> torch.Size:
     """As torch has it, which also refuses what it refuses."""
     kernel, stride, padding, ceil_mode = window
     return F.max_pool2d(torch.empty(shape, device="meta"), kernel, stride, padding, ceil_mode=ceil_mode).shape
 
 
-def _input_gradient(dy: Tensor, positions: Tensor, window: Window, shape: torch.Size, rows: bool) -> Tensor:
+def _input_gradient(dy: Tensor, positions: Tensor, window: PoolWindow, shape: torch.Size, rows: bool) -> Tensor:
     if dy.stride(1 if rows else 3) != 1 or not as_stored(
         dy
     ):  # channels cut out of a wider gradient are read where they lie
@@ -160,7 +160,7 @@ def _launch(
     kernel: str,
     tensors: Sequence[Tensor | None],
     strided: Sequence[Tensor],
-    window: Window,
+    window: PoolWindow,
     shape: torch.Size,
     out_shape: torch.Size,
     pixels: Sequence[int],

@@ -37,7 +37,7 @@ from syncbn.ops.common import (
     step_of,
     stored,
 )
-from syncbn.ops.triton_plan import COUNTERS, Plan, aligned_to, plan_of
+from syncbn.ops.triton_plan import COUNTERS, KernelPlan, aligned_to, plan_of
 
 _KNOWN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _STREAMS = 64  # that get counters at once
@@ -286,7 +286,7 @@ def _kernels() -> Any:
     return import_module("syncbn.ops.triton_kernels")  # imports Triton, which `import syncbn` must not
 
 
-def _plan(x: Tensor, tensors: int) -> Plan:
+def _plan(x: Tensor, tensors: int) -> KernelPlan:
     """Of a pass that reads so many tensors like x. Both passes of a direction have the same.
 
     So the second finds in the cache what the first read last.
@@ -295,7 +295,7 @@ def _plan(x: Tensor, tensors: int) -> Plan:
     return plan_of(x.shape, not in_rows(x), x.element_size(), tensors, _multiprocessors(x.device), step)
 
 
-def _plan_beside(other: Tensor, x: Tensor, tensors: int) -> tuple[Plan, tuple[int, int]]:
+def _plan_beside(other: Tensor, x: Tensor, tensors: int) -> tuple[KernelPlan, tuple[int, int]]:
     """The plan of a pass over x and `other`, and outer and inner stride of that one: see triton_parts.py."""
     plan = _plan(x, tensors)
     if other.stride() == x.stride():
@@ -356,7 +356,7 @@ def _empty_like(v: Tensor | None) -> Tensor | None:
     return None if v is None else torch.empty_like(v).contiguous()
 
 
-def _workspace(x: Tensor, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
+def _workspace(x: Tensor, plan: KernelPlan) -> tuple[Tensor | None, Tensor | None]:
     """Where programs leave their sums, and counters of those that did; none where nothing is split."""
     if plan.splits == 1:
         return None, None

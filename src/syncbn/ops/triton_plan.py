@@ -44,7 +44,7 @@ COUNTERS = 1024  # one for each channel block of an activation whose sums are sp
 
 
 @dataclass(frozen=True)
-class Plan:
+class KernelPlan:
     """What a kernel needs to know of the activation, and its grid.
 
     Attributes:
@@ -67,7 +67,7 @@ class Plan:
 @lru_cache(maxsize=4096)
 def plan_of(
     shape: Sequence[int], planes: bool, element_size: int, tensors: int, multiprocessors: int, step: int | None = None
-) -> Plan:
+) -> KernelPlan:
     """The plan of a pass over an activation.
 
     Args:
@@ -100,10 +100,10 @@ def plan_of(
         "ONE_BLOCK": outer == 1,
         "STAGES": MOST_STAGES if chunks > splits else 2,
     }
-    return Plan(layout, (channel_blocks, splits), {**constants, "num_warps": warps, "maxnreg": MOST_REGISTERS})
+    return KernelPlan(layout, (channel_blocks, splits), {**constants, "num_warps": warps, "maxnreg": MOST_REGISTERS})
 
 
-def aligned_to(plan: Plan, step: int) -> Plan:
+def aligned_to(plan: KernelPlan, step: int) -> KernelPlan:
     """The plan for planes of which one tensor's images lie `step` elements apart."""
     aligned = gcd(plan.tile["ALIGNED"], step)
     return plan if aligned == plan.tile["ALIGNED"] else replace(plan, tile={**plan.tile, "ALIGNED": aligned})

@@ -1,7 +1,8 @@
-"""Lightning around the network: the module, its optimiser, callbacks, plugins and strategies.
+"""Lightning around the network. `command` is ``syncbn fit``, `classifier` the module, `evaluation` its accuracies.
 
-Names are imported when they are first used: Lightning loads this package for every Trainer (see `plugins`),
-and that should cost nothing.
+By folder: `configuration` (what is asked for), `optimization`, `finetuning`, `strategies`, `launch`, `monitoring`,
+`checkpoints` and `run` (the run folder). Names are imported when they are first used: Lightning loads this package for
+every Trainer (see `plugins`), and that should cost nothing.
 """
 
 from importlib import import_module

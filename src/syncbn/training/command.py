@@ -240,9 +240,9 @@ class SyncBNCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers, the callbacks and the strategy of a run."""
-        if self.subcommand == "fit":  # of a run that goes on, as its checkpoint is loaded
-            compare_classes(self.datamodule, self._get(self.config, "ckpt_path"))
         say(self.datamodule.remark_on_classes)
+        if self.subcommand == "fit":
+            compare_classes(self.datamodule, self._get(self.config, "ckpt_path"))
         # As a restart will find it in the run's config, whatever the defaults are then.
         self._get(self.config, "data")["exif_orientation"] = self.datamodule.exif_orientation
         kwargs |= follow_launcher(sys.argv, os.environ)
@@ -296,6 +296,7 @@ class SyncBNCLI(LightningCLI):
             folder = self.resume_point.folder
             config = dump_config(self._parser(self.subcommand), self.config[self.config["subcommand"]])
             check_config(folder, yaml.safe_load(config))
+            compare_classes(self.datamodule, self.resume_point.checkpoint)  # other ranks as they load it
             where = self.resume_point.checkpoint or "the beginning, there is no whole checkpoint yet"
             print(f"syncbn: goes on in {folder} from {where}", file=sys.stderr, flush=True)
         record_start(folder, job, self.resume_point)

@@ -36,7 +36,7 @@ import torch._functorch.config as functorch_config
 import torch.distributed as dist
 from rich.console import Console
 
-from syncbn.benchmarks.gpu.layer import Options, measure_shape
+from syncbn.benchmarks.gpu.layer import TimingOptions, measure_shape
 from syncbn.benchmarks.gpu.pool import Pool, measure_pool, pools
 from syncbn.benchmarks.gpu.step import (
     CADENE,
@@ -53,7 +53,7 @@ from syncbn.benchmarks.gpu.step import (
 from syncbn.benchmarks.gpu.targets import show_targets
 from syncbn.benchmarks.gpu.timing import copy_bandwidth
 from syncbn.benchmarks.harness import measure, report
-from syncbn.benchmarks.harness.measure import OURS, Row
+from syncbn.benchmarks.harness.measure import OURS, Measurement
 from syncbn.benchmarks.layer import layer_shapes
 
 KEEP_MEMORY = False
@@ -78,11 +78,11 @@ class Session:
     def __init__(self, path: Path, seconds: float, console: Console) -> None:
         self.path, self.console = path, console
         self.end = time.monotonic() + seconds
-        self.rows: list[Row] = []
+        self.rows: list[Measurement] = []
         self.failed: list[str] = []
         self.left_out: list[str] = []
 
-    def measure(self, what: str, run: Callable[[], list[Row]], needs: float = 0.0) -> None:
+    def measure(self, what: str, run: Callable[[], list[Measurement]], needs: float = 0.0) -> None:
         """Add the rows of `run`, unless fewer than `needs` seconds are left."""
         if self.end - time.monotonic() < needs:
             self.left_out.append(what)
@@ -144,7 +144,7 @@ def run(
     with group_of_one(device), functorch_config.patch(donated_buffer=False), convolutions_tried_out:
         bandwidth = copy_bandwidth(rounds, device)
         console.print(f"{name}: a copy moves {bandwidth / 1e12:.2f} TB/s")
-        options = Options(device, DTYPES[dtype], graphs, rounds, warmup, bandwidth)
+        options = TimingOptions(device, DTYPES[dtype], graphs, rounds, warmup, bandwidth)
         steps = [StepSetting(n, 224, 1.0, device) for n in batches]
         shapes = [(N, C, side, side) for N in batches for C, side in layer_shapes()]
         max_pools = [pool for N in batches for pool in pools(N)]
@@ -166,7 +166,7 @@ def run(
             f"a copy moves {bandwidth / 1e12:.2f} TB/s",
             quick,
         )
-        report.publish(session.rows, output, "-".join(words), title, torch.get_num_threads(), console)
+        report.publish_results(session.rows, output, "-".join(words), title, torch.get_num_threads(), console)
         show_targets(session.rows, console)
     if session.left_out:
         console.print(f"left out after {seconds:.0f} s: {'; '.join(session.left_out)}", markup=False)
@@ -188,12 +188,12 @@ def measure_steps(session: Session, settings: list[StepSetting], rounds: int, wa
         session.measure(f"{setting}, memory", partial(measure_memory, setting, eager))
 
 
-def _verified(setting: StepSetting) -> list[Row]:
+def _verified(setting: StepSetting) -> list[Measurement]:
     verify(setting)
     return []
 
 
-def measure_pools(session: Session, max_pools: Sequence[Pool], formats: Sequence[str], options: Options) -> None:
+def measure_pools(session: Session, max_pools: Sequence[Pool], formats: Sequence[str], options: TimingOptions) -> None:
     """Each pool in each memory format."""
     for pool in max_pools:
         for memory_format in formats:
@@ -201,7 +201,7 @@ def measure_pools(session: Session, max_pools: Sequence[Pool], formats: Sequence
 
 
 def measure_layers(
-    session: Session, shapes: list[tuple[int, int, int, int]], formats: Sequence[str], options: Options
+    session: Session, shapes: list[tuple[int, int, int, int]], formats: Sequence[str], options: TimingOptions
 ) -> None:
     """All shapes, largest first; then, while time is left, the compiled stock layer at each."""
     for compiled in (False, True) if options.device == "cuda" else (False,):

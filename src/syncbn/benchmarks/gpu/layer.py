@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.benchmarks.gpu.timing import captured, on_capture_stream, time_in_turns
 from syncbn.benchmarks.harness import measure
-from syncbn.benchmarks.harness.measure import FORMATS, OURS, Row
+from syncbn.benchmarks.harness.measure import FORMATS, OURS, Measurement
 from syncbn.benchmarks.layer import Shape
 from syncbn.nn import SyncBatchNorm
 from syncbn.ops import reference
@@ -59,7 +59,7 @@ def stock(kind: type[nn.BatchNorm2d], bn: _BatchNorm) -> nn.BatchNorm2d:
     return kind(bn.num_features, bn.eps, cast(float, bn.momentum), device=bn.weight.device)
 
 
-class Options(NamedTuple):
+class TimingOptions(NamedTuple):
     """How to time.
 
     Attributes:
@@ -126,13 +126,15 @@ def backward_of(layer: _BatchNorm, x: Tensor, dy: Tensor) -> Callable[[], Any]:
     return partial(torch.autograd.grad, layer(x), (x, layer.weight, layer.bias), dy, retain_graph=True)
 
 
-def normal(shape: Sequence[int], memory_format: str, options: Options, generator: torch.Generator) -> Tensor:
+def normal(shape: Sequence[int], memory_format: str, options: TimingOptions, generator: torch.Generator) -> Tensor:
     """An activation of normal numbers."""
     numbers = torch.randn(tuple(shape), generator=generator, device=options.device)
     return numbers.to(options.dtype, memory_format=FORMATS[memory_format])
 
 
-def time_prepared(prepare: Mapping[str, Callable[[], Callable[[], Any]]], options: Options) -> dict[str, list[float]]:
+def time_prepared(
+    prepare: Mapping[str, Callable[[], Callable[[], Any]]], options: TimingOptions
+) -> dict[str, list[float]]:
     """Time in turns, by contender, what each of `prepare` returns; replayed as CUDA graphs where the options say so."""
     with on_capture_stream(options.device) if options.graphs else nullcontext():
         runs = {name: make() for name, make in prepare.items()}
@@ -141,14 +143,14 @@ def time_prepared(prepare: Mapping[str, Callable[[], Callable[[], Any]]], option
     return time_in_turns(runs, options.rounds, options.warmup, options.device)
 
 
-def measure_shape(shape: Shape, memory_format: str, options: Options, compiled: bool) -> list[Row]:
+def measure_shape(shape: Shape, memory_format: str, options: TimingOptions, compiled: bool) -> list[Measurement]:
     """Verify and time the contenders at one shape, both directions."""
     torch.compiler.reset()  # else it gives up compiling after a few shapes
     generator = torch.Generator(options.device).manual_seed(0)
     x, dy = (normal(shape, memory_format, options, generator) for _ in range(2))
     layers = contenders(shape[1], options.device, compiled)
     verify(layers, x.requires_grad_(), dy)
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     for direction, tensors in TENSORS_MOVED.items():
         if direction == "forward":
             prepare = {name: partial(forward_of, layer, x) for name, layer in layers.items()}

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn.benchmarks.gpu.layer import FLOOR, TOLERANCE, Options, normal, time_prepared
+from syncbn.benchmarks.gpu.layer import FLOOR, TOLERANCE, TimingOptions, normal, time_prepared
 from syncbn.benchmarks.harness import measure
-from syncbn.benchmarks.harness.measure import OURS, Row
+from syncbn.benchmarks.harness.measure import OURS, Measurement
 from syncbn.models.table import STEM_CONV1, STEM_CONV2, TABLE
 from syncbn.ops.max_pool import max_pool2d
 
@@ -71,7 +71,7 @@ def backward_of(pool: Pool, max_pool: Callable[..., Tensor], x: Tensor, dy: Tens
     return partial(torch.autograd.grad, pool.of(max_pool, x), x, dy, retain_graph=True)
 
 
-def measure_pool(pool: Pool, memory_format: str, options: Options) -> list[Row]:
+def measure_pool(pool: Pool, memory_format: str, options: TimingOptions) -> list[Measurement]:
     """Verify and time the contenders at one pool, both directions.
 
     The floor is the time in which x (forward) or dx (backward), y or dy, and a byte for each of its elements move.
@@ -80,7 +80,7 @@ def measure_pool(pool: Pool, memory_format: str, options: Options) -> list[Row]:
     x = normal((pool.batch, pool.C, pool.side, pool.side), memory_format, options, generator).requires_grad_()
     dy = normal(pool.of(F.max_pool2d, x).shape, memory_format, options, generator)
     verify(pool, x, dy)
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     for direction in ("forward", "backward"):
         if direction == "forward":
             prepare = {name: partial(forward_of, pool, max_pool, x) for name, max_pool in CONTENDERS.items()}

@@ -22,7 +22,7 @@ from syncbn.benchmarks.gpu.layer import (
 from syncbn.benchmarks.gpu.timing import captured, time_in_turns
 from syncbn.benchmarks.harness import measure
 from syncbn.benchmarks.harness.live_tensors import MEBIBYTE, live_bytes
-from syncbn.benchmarks.harness.measure import FORMATS, OURS, Row
+from syncbn.benchmarks.harness.measure import FORMATS, OURS, Measurement
 from syncbn.benchmarks.harness.peers import stock_inception
 from syncbn.benchmarks.step import CLASSES, OracleNorm, state_and_gradients
 from syncbn.models import InceptionBN, inception_bn
@@ -156,7 +156,7 @@ def verify(setting: StepSetting) -> None:
         measure.verify(name, errors, TOLERANCE)
 
 
-def measure_step(setting: StepSetting, names: list[str], rounds: int, warmup: int) -> list[Row]:
+def measure_step(setting: StepSetting, names: list[str], rounds: int, warmup: int) -> list[Measurement]:
     """Time a step of each contender; the first must be syncbn."""
     steps = {name: build(name, setting) for name in names}
     times = time_in_turns(steps, rounds, warmup, setting.device)
@@ -168,12 +168,12 @@ def measure_step(setting: StepSetting, names: list[str], rounds: int, warmup: in
     return rows
 
 
-def measure_memory(setting: StepSetting, names: list[str]) -> list[Row]:
+def measure_memory(setting: StepSetting, names: list[str]) -> list[Measurement]:
     """The most memory that tensors take in a step of each contender, parameters and optimiser among it."""
     peak = peak_on_gpu if setting.device == "cuda" else peak_on_cpu
     found = {name: peak(partial(build, name, setting)) / MEBIBYTE for name in names}
     return [
-        Row("step", str(setting), "channels_last", 1, name, v, v, v, found[OURS] / v, PEAK_MEMORY)
+        Measurement("step", str(setting), "channels_last", 1, name, v, v, v, found[OURS] / v, PEAK_MEMORY)
         for name, v in found.items()
     ]
 

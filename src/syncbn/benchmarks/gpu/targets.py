@@ -9,7 +9,7 @@ from rich.table import Table
 
 from syncbn.benchmarks.gpu.layer import CUDNN, FLOOR, STOCK_SYNC, TENSORS_MOVED
 from syncbn.benchmarks.gpu.step import CADENE, GRAPH, IMAGES_PER_SECOND, PEAK_MEMORY
-from syncbn.benchmarks.harness.measure import OURS, Row
+from syncbn.benchmarks.harness.measure import OURS, Measurement
 
 LARGE = 25e6  # elements: 50 MB in bfloat16
 
@@ -20,10 +20,10 @@ class Target(NamedTuple):
     figure: str
     target: str
     predicted: str
-    found: Callable[[Sequence[Row]], float | None]
+    found: Callable[[Sequence[Measurement]], float | None]
 
 
-def over_floor(rows: Sequence[Row], direction: str) -> float | None:
+def over_floor(rows: Sequence[Measurement], direction: str) -> float | None:
     """Geometric mean, over activations of 50 MB and more, of time over the floor's."""
     ratios = [
         row.ratio
@@ -33,13 +33,13 @@ def over_floor(rows: Sequence[Row], direction: str) -> float | None:
     return statistics.geometric_mean(ratios) if ratios else None
 
 
-def layer_speedup(rows: Sequence[Row], contender: str) -> float | None:
+def layer_speedup(rows: Sequence[Measurement], contender: str) -> float | None:
     """Geometric mean, over all shapes and both directions, of the contender's time over syncbn's."""
     ratios = [1 / row.ratio for row in rows if row.section in TENSORS_MOVED and row.contender == contender]
     return statistics.geometric_mean(ratios) if ratios else None
 
 
-def step_figure(rows: Sequence[Row], batch: int, contender: str, unit: str) -> float | None:
+def step_figure(rows: Sequence[Measurement], batch: int, contender: str, unit: str) -> float | None:
     """Median of a step at a batch size."""
     found = [
         row.median
@@ -51,19 +51,19 @@ def step_figure(rows: Sequence[Row], batch: int, contender: str, unit: str) -> f
     return found[0] if found else None
 
 
-def best_rate(rows: Sequence[Row], batch: int) -> float | None:
+def best_rate(rows: Sequence[Measurement], batch: int) -> float | None:
     """Images a second of syncbn, in eager or as a graph, whichever is faster."""
     rates = [step_figure(rows, batch, name, IMAGES_PER_SECOND) for name in (OURS, GRAPH)]
     return max((rate for rate in rates if rate is not None), default=None)
 
 
-def step_speedup(rows: Sequence[Row], batch: int, contender: str) -> float | None:
+def step_speedup(rows: Sequence[Measurement], batch: int, contender: str) -> float | None:
     """Syncbn's best images a second over the contender's."""
     ours, theirs = best_rate(rows, batch), step_figure(rows, batch, contender, IMAGES_PER_SECOND)
     return ours / theirs if ours and theirs else None
 
 
-def memory_share(rows: Sequence[Row], batch: int) -> float | None:
+def memory_share(rows: Sequence[Measurement], batch: int) -> float | None:
     """Syncbn's peak memory over that with nn.SyncBatchNorm."""
     ours, theirs = (step_figure(rows, batch, name, PEAK_MEMORY) for name in (OURS, STOCK_SYNC))
     return ours / theirs if ours and theirs else None
@@ -90,7 +90,7 @@ TARGETS = (
 )
 
 
-def show_targets(rows: Sequence[Row], console: Console) -> None:
+def show_targets(rows: Sequence[Measurement], console: Console) -> None:
     """Print each figure beside its target and its prediction."""
     table = Table("figure", "target", "predicted", "found", title="Targets")
     for target in TARGETS:

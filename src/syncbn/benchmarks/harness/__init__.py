@@ -1,1 +1,5 @@
-"""The tools of the benchmarks: timing in turns, reports, plots, ranks on hosts apart, and the peers they measure."""
+"""The tools of the benchmarks.
+
+`measure` verifies and then times in turns, `report` and `plot` publish, `world` and `cable` run ranks, also on hosts
+apart. `peers` are the synchronised BatchNorms of others; `messages` and `live_tensors` count bytes.
+"""

@@ -33,7 +33,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One line of the results.
 
     Attributes:
@@ -162,13 +162,15 @@ def _slowest(times: list[float]) -> list[float]:
     return longest.tolist()
 
 
-def rows_of(section: str, shape: str, memory_format: str, ranks: int, times: Mapping[str, list[float]]) -> list[Row]:
+def rows_of(
+    section: str, shape: str, memory_format: str, ranks: int, times: Mapping[str, list[float]]
+) -> list[Measurement]:
     """The results of one `time_in_turns`; `times` must hold OURS."""
     rows = []
     for contender, own in times.items():
         p20, median, p80 = (percentile(own, q) for q in (0.2, 0.5, 0.8))
         ratio = statistics.median(ours / theirs for ours, theirs in zip(times[OURS], own, strict=True))
-        rows.append(Row(section, shape, memory_format, ranks, contender, median, p20, p80, ratio))
+        rows.append(Measurement(section, shape, memory_format, ranks, contender, median, p20, p80, ratio))
     return rows
 
 
@@ -177,7 +179,7 @@ def percentile(values: Sequence[float], q: float) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(q).item()
 
 
-def geometric_means(rows: Sequence[Row]) -> dict[tuple[str, int, str, str], float]:
+def geometric_means(rows: Sequence[Measurement]) -> dict[tuple[str, int, str, str], float]:
     """Of the ratios over the shapes, by (section, ranks, memory format, contender)."""
     ratios: dict[tuple[str, int, str, str], list[float]] = {}
     for row in rows:

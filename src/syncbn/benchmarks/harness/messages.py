@@ -15,7 +15,7 @@ from syncbn.collectives import channel
 ALL_REDUCE = "all_reduce"
 
 
-class Message(NamedTuple):
+class RecordedMessage(NamedTuple):
     """One collective.
 
     Attributes:
@@ -38,20 +38,20 @@ class Message(NamedTuple):
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Message]]:
+def recorded() -> Iterator[list[RecordedMessage]]:
     """Collects the messages that are sent inside the `with` block; DDP's own run beneath what is seen here."""
-    messages: list[Message] = []
+    messages: list[RecordedMessage] = []
 
     def all_reduce(tensor: Tensor, *args: Any, **more: Any) -> Any:
-        messages.append(Message(ALL_REDUCE, tensor.nbytes, tensor.nbytes))
+        messages.append(RecordedMessage(ALL_REDUCE, tensor.nbytes, tensor.nbytes))
         return real[ALL_REDUCE](tensor, *args, **more)
 
     def launch(message: Tensor, group: dist.ProcessGroup) -> Any:
-        messages.append(Message(ALL_REDUCE, message.nbytes, message.nbytes))
+        messages.append(RecordedMessage(ALL_REDUCE, message.nbytes, message.nbytes))
         return real_launch(message, group)
 
     def all_gather(received: Tensor, given: Tensor, *args: Any, **more: Any) -> Any:
-        messages.append(Message(ALL_GATHER, given.nbytes, received.nbytes))
+        messages.append(RecordedMessage(ALL_GATHER, given.nbytes, received.nbytes))
         return real[ALL_GATHER](received, given, *args, **more)
 
     real = {name: getattr(dist, name) for name in (ALL_REDUCE, ALL_GATHER)}

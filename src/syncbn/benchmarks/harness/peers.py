@@ -31,7 +31,7 @@ from syncbn.models.network import InceptionBN, InceptionModule, Stem
 # Renamed in torch 2.13.
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
-Exchange = Literal["all_gather", "two_reduces"]
+PeerExchange = Literal["all_gather", "two_reduces"]
 Arithmetic = Literal["plain", "passes"]
 
 
@@ -165,7 +165,7 @@ def reduce_gradient_twice(sums: Tensor) -> Tensor:
 
 
 ARITHMETIC: dict[Arithmetic, Any] = {"plain": Plain, "passes": Passes}
-EXCHANGE: dict[Exchange, tuple[Callable[[Any, Tensor], Merged], Callable[[Tensor], Tensor]]] = {
+EXCHANGE: dict[PeerExchange, tuple[Callable[[Any, Tensor], Merged], Callable[[Tensor], Tensor]]] = {
     "all_gather": (gather_statistics, reduce_gradient_once),
     "two_reduces": (reduce_statistics_twice, reduce_gradient_twice),
 }
@@ -218,7 +218,7 @@ class PeerBatchNorm(_BatchNorm):
         eps: float = 1e-5,
         momentum: float = 0.1,
         *,
-        exchange: Exchange,
+        exchange: PeerExchange,
         arithmetic: Arithmetic,
         activation: str | None = None,
     ) -> None:

@@ -10,12 +10,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from syncbn.benchmarks.harness.measure import OURS, Row
+from syncbn.benchmarks.harness.measure import OURS, Measurement
 
 MARKERS = {"contiguous": "o", "channels_last": "s"}
 
 
-def plot_ratios(rows: Sequence[Row], path: Path, title: str) -> None:
+def plot_ratios(rows: Sequence[Measurement], path: Path, title: str) -> None:
     """Draw each contender's ratio at each shape: a panel for each number of ranks, hollow where channels-last."""
     timed = [row for row in rows if row.unit == "ms" and row.contender != OURS]
     panels = list(dict.fromkeys((row.section, row.ranks) for row in timed))
@@ -41,7 +41,7 @@ def plot_ratios(rows: Sequence[Row], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def plot_projection(rows: Sequence[Row], path: Path, title: str) -> None:
+def plot_projection(rows: Sequence[Measurement], path: Path, title: str) -> None:
     """Draw time, bytes and receive memory of the rows of section "projected" over the number of ranks."""
     projected = [row for row in rows if row.section == "projected"]
     schemes = list(dict.fromkeys(row.contender for row in projected))
@@ -67,7 +67,7 @@ def plot_projection(rows: Sequence[Row], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def _draw(axis: Axes, rows: Sequence[Row], shapes: Sequence[str]) -> None:
+def _draw(axis: Axes, rows: Sequence[Measurement], shapes: Sequence[str]) -> None:
     series = list(dict.fromkeys((row.contender, row.memory_format) for row in rows))
     contenders = list(dict.fromkeys(contender for contender, _ in series))
     for i, (contender, memory_format) in enumerate(series):

@@ -10,22 +10,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from syncbn.benchmarks.harness.measure import OURS, SMOKE_RUN, Row, environment, geometric_means
+from syncbn.benchmarks.harness.measure import OURS, SMOKE_RUN, Measurement, environment, geometric_means
 from syncbn.benchmarks.harness.plot import plot_ratios
 
 
-def write_csv(rows: Sequence[Row], path: Path, threads: int) -> None:
+def write_csv(rows: Sequence[Measurement], path: Path, threads: int) -> None:
     """Write rows to `path`, one line for each, with the environment before it; `threads` of each rank."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*environment(threads), *(field.name for field in fields(Row))])
+        writer = csv.DictWriter(file, [*environment(threads), *(field.name for field in fields(Measurement))])
         writer.writeheader()
         for row in rows:
             numbers = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
             writer.writerow({**environment(threads), **numbers})
 
 
-def show(rows: Sequence[Row], title: str, console: Console) -> None:
+def show(rows: Sequence[Measurement], title: str, console: Console) -> None:
     """Print the medians as a table, each with its ratio, and below it the geometric means of the ratios."""
     timed = [row for row in rows if row.unit == "ms"]
     names = list(dict.fromkeys(row.contender for row in timed))
@@ -51,7 +51,9 @@ def titled(title: str, quick: bool) -> str:
     return f"{SMOKE_RUN}: {title}" if quick else title
 
 
-def publish(rows: Sequence[Row], output: Path, name: str, title: str, threads: int, console: Console) -> None:
+def publish_results(
+    rows: Sequence[Measurement], output: Path, name: str, title: str, threads: int, console: Console
+) -> None:
     """Print the table; write the CSV and, beside it, the figure, named by date and `name`."""
     path = output / f"{environment(threads)['date']}-{name}.csv"
     show(rows, title, console)

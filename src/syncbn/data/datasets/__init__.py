@@ -1,1 +1,5 @@
-"""What is on the disk: the formats of data, each in a file, and `formats`, which finds out which one a folder holds."""
+"""What is on the disk: one file for each format, and `formats`, which finds out which one a folder holds.
+
+`base` says what a data set is, `decoding` makes pixels of a file, `splits` finds training and validation folders, and
+`selection` holds images out.
+"""

@@ -14,7 +14,7 @@ EMBEDDED = "fashion-mnist"
 """Name of the images that come with the package."""
 
 
-class Format(Protocol):
+class DataFormat(Protocol):
     """How one layout on the disk is told and opened: a module of `syncbn.data.datasets` each."""
 
     DESCRIPTION: str
@@ -28,7 +28,7 @@ class Format(Protocol):
         ...
 
 
-FORMATS: tuple[Format, ...] = (shards, idx, parquet, image_folder)
+FORMATS: tuple[DataFormat, ...] = (shards, idx, parquet, image_folder)
 """In the order in which they are asked."""
 
 ACCEPTED = f"{EMBEDDED!r} (comes with the package), or a folder {', '.join(each.DESCRIPTION for each in FORMATS)}"

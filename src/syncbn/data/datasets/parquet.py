@@ -87,8 +87,8 @@ class ParquetDataset(EncodedDataset):
     for many ranks and workers rather convert the data to shards.
 
     Args:
-        files: Of one split, in order.
-        classes: Names of the classes in the order of their labels; None takes those the files name.
+        files: Of one split, in order. Where a file names its classes, its numbers are those of these names.
+        classes: Names of the classes in the order of their labels; None takes those that the first file names.
 
     Raises:
         ValueError: pyarrow is missing; a file is broken, lacks the columns, or holds a label of no class or paths where
@@ -100,17 +100,21 @@ class ParquetDataset(EncodedDataset):
         self.files = list(files)
         groups: list[tuple[int, int, int, int]] = []  # file, row group within it, rows, bytes
         values: list[Any] = []
+        self._image = ""
         for number, path in enumerate(self.files):
             try:
                 with parquet.ParquetFile(path) as table:
-                    if number == 0:
-                        self._image, self._label, named = image_and_label_columns(table.schema_arrow, path)
-                    _require_images(table, self._image, path)
+                    image, label, named = image_and_label_columns(table.schema_arrow, path)
+                    self._image = self._image or image
+                    if image != self._image:
+                        raise ValueError(f"{path} has its images in {image!r}, {self.files[0]} in {self._image!r}")
+                    _require_images(table, image, path)
                     groups += [(number, *group) for group in _row_groups(table.metadata)]
-                    values += table.read(columns=[self._label], use_threads=False)[self._label].to_pylist()
+                    of_file = table.read(columns=[label], use_threads=False)[label].to_pylist()
             except arrow_errors() as error:
                 raise ValueError(f"cannot read the table {path}: {one_line(error)}") from error
-        classes = named if classes is None else classes
+            classes = named if classes is None else classes
+            values += by_name(of_file, named, classes)
         super().__init__(*labels_of(values, classes, self.files[0].parent))
         self.numbers_classes = bool(values) and isinstance(values[0], int)
         self._groups = np.array(groups, dtype=np.int64).reshape(-1, 4)
@@ -235,6 +239,26 @@ def _require_images(table: Any, image: str, path: Path) -> None:
         )
 
 
+def by_name(values: list[Any], named: Sequence[str] | None, classes: Sequence[str] | None) -> list[Any]:
+    """The labels of a file, those that are numbers by the names that the file has for them.
+
+    The same number may mean another class in another file, as each lists its names in an order of its own.
+
+    Args:
+        values: Numbers of classes, or their names.
+        named: What the file calls its classes, in the order of their numbers; None where it does not say.
+        classes: Names of the classes of the data set; None where no file says them.
+
+    Returns:
+        The values as they are where the data set's classes have no names but numbers.
+    """
+    if named is None or classes is None or list(named) == list(classes):
+        return values
+    if list(classes) == [str(number) for number in range(len(classes))]:
+        return values
+    return [named[value] if type(value) is int and 0 <= value < len(named) else value for value in values]
+
+
 def labels_of(values: list[Any], classes: Sequence[str] | None, folder: Path) -> tuple[Sequence[str], np.ndarray]:
     """Classes, and labels by number: int64, shape (N,).
 
@@ -244,8 +268,13 @@ def labels_of(values: list[Any], classes: Sequence[str] | None, folder: Path) ->
         folder: Of the tables, for messages.
 
     Raises:
-        ValueError: A value is missing, or names no class.
+        ValueError: A value is missing, is no whole number, or names no class.
     """
+    if any(isinstance(value, float) for value in values):  # as pandas writes numbers some of which are missing
+        values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
+        broken = next((value for value in values if isinstance(value, float)), None)
+        if broken is not None:
+            raise ValueError(f"the tables in {folder} hold the label {broken}: a whole number or a name is needed")
     if classes is None:
         if any(value is None for value in values):
             raise ValueError(f"the tables in {folder} hold images without a label")

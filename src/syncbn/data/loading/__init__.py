@@ -1,1 +1,5 @@
-"""Which images make up which batch, on which rank and in which order, and how they are read."""
+"""Which images make up which batch, on which rank and in which order.
+
+`order` shuffles an epoch, `samplers` cut it into global batches and shares, `window_reader` reads ahead of need,
+`batches` makes tensors; `dali` does so with NVIDIA DALI.
+"""

@@ -21,8 +21,8 @@ from syncbn.data.datasets.base import ImageDataset, ReadError
 from syncbn.data.loading.batches import ImageBatch, Normalisation
 from syncbn.data.loading.samplers import GlobalBatchSampler, SampleKey
 from syncbn.data.loading.window_reader import WindowReader
-from syncbn.data.transforms.augmentation import Augmentation, Plan, draw
-from syncbn.data.transforms.cropping import Window
+from syncbn.data.transforms.augmentation import Augmentation, ImagePlan, draw
+from syncbn.data.transforms.cropping import CropWindow
 from syncbn.data.transforms.photo import Photo
 from syncbn.preprocessing import Preprocessing
 from syncbn.random_streams import AUGMENTATION_STREAM, random_stream
@@ -39,7 +39,7 @@ class Scheduled(NamedTuple):
     """A batch that DALI works on."""
 
     keys: list[SampleKey]
-    plans: list[Plan]
+    plans: list[ImagePlan]
     inputs: Inputs
 
 
@@ -171,7 +171,7 @@ class DaliLoader:
 
     def _reason_of(self, photo: Photo) -> str:
         """Why DALI cannot decode an image; empty if it can."""
-        whole = Plan(Window(0, 0, photo.height, photo.width), False, None)
+        whole = ImagePlan(CropWindow(0, 0, photo.height, photo.width), False, None)
         inputs = inputs_of([photo], [whole])
         try:
             build_pipeline(lambda: inputs, self.image_size, 1, 1, self.device_id).run()
@@ -180,7 +180,7 @@ class DaliLoader:
         return ""
 
 
-def inputs_of(photos: list[Photo], plans: list[Plan]) -> Inputs:
+def inputs_of(photos: list[Photo], plans: list[ImagePlan]) -> Inputs:
     """What DALI is given of some images."""
     windows = [plan.window for plan in plans if plan.window]
     files = [np.frombuffer(file_for_dali(photo), np.uint8) for photo in photos]
@@ -199,7 +199,7 @@ def file_for_dali(photo: Photo) -> bytes:
     return content.tobytes()
 
 
-def recolour(images: Tensor, plans: list[Plan]) -> Tensor:
+def recolour(images: Tensor, plans: list[ImagePlan]) -> Tensor:
     """Apply each image's colour map.
 
     Args:

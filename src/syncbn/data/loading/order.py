@@ -51,7 +51,7 @@ class ShuffledOrder:
         return self._order[start:stop]
 
 
-class Window(NamedTuple):
+class ShardWindow(NamedTuple):
     """Some shards whose samples are shuffled together.
 
     Attributes:
@@ -97,7 +97,7 @@ class WindowedOrder:
         self._shards = np.empty(0, np.int64)
         self._starts = np.empty(0, np.int64)
         self._window_key = (-1, -1)
-        self._window = Window(0, np.empty(0, np.int64))
+        self._window = ShardWindow(0, np.empty(0, np.int64))
 
     def _enter(self, epoch: int) -> None:
         """Shuffle the shards for an epoch, and note where its windows start."""
@@ -108,7 +108,7 @@ class WindowedOrder:
         ends = np.cumsum(np.diff(self.layout.starts)[self._shards])
         self._starts = np.append(0, ends)[:: self.shuffle_window][: self.num_windows]
 
-    def window(self, epoch: int, number: int) -> Window:
+    def window(self, epoch: int, number: int) -> ShardWindow:
         """A window of an epoch, counted from 0."""
         if (epoch, number) == self._window_key:
             return self._window
@@ -119,7 +119,7 @@ class WindowedOrder:
         if self.shuffles_samples:
             # Stream 0 of the epoch has shuffled the shards.
             samples = random_stream(self.seed, epoch, number + 1, ORDER_STREAM).permutation(samples)
-        self._window_key, self._window = (epoch, number), Window(int(self._starts[number]), samples)
+        self._window_key, self._window = (epoch, number), ShardWindow(int(self._starts[number]), samples)
         return self._window
 
     def window_at(self, epoch: int, position: int) -> int:

@@ -29,9 +29,9 @@ from syncbn.data.preparation.job import (
     opened_destination,
     require_agreement,
 )
-from syncbn.data.preparation.plan import Plan
+from syncbn.data.preparation.plan import PreparationPlan
 from syncbn.data.preparation.summary import print_findings, print_summary
-from syncbn.data.preparation.tasks import Options, write_json
+from syncbn.data.preparation.tasks import ShardOptions, write_json
 from syncbn.data.preparation.workers import worker_pool
 
 
@@ -66,7 +66,7 @@ def imagenet(
             something else.
         OSError: A file cannot be read or written.
     """
-    options = Options(shorter_side, quality, shard_megabytes, exif_orientation)
+    options = ShardOptions(shorter_side, quality, shard_megabytes, exif_orientation)
     description = {"source": "imagenet", **asdict(options)}
     _prepare(lambda pool: plan_imagenet(source, pool), source, destination, options, description, workers, max_dropped)
 
@@ -110,10 +110,10 @@ def folder(
         raise ValueError(f"{destination} lies in {source}, where it would pass for a class: name another folder")
     if validation_fraction is not None and not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction={validation_fraction} must be between 0 and 1")
-    options = Options(shorter_side, quality, shard_megabytes, _turns(exif_orientation, source, destination))
+    options = ShardOptions(shorter_side, quality, shard_megabytes, _turns(exif_orientation, source, destination))
     description = {"source": "folder", **asdict(options), "validation_fraction": validation_fraction}
 
-    def make_plan(_: ProcessPoolExecutor) -> Plan:
+    def make_plan(_: ProcessPoolExecutor) -> PreparationPlan:
         return plan_folder(source, validation_fraction)
 
     _prepare(make_plan, source, destination, options, description, workers, max_dropped)
@@ -150,10 +150,10 @@ def check(destination: Path, workers: int | None = None) -> None:
 
 
 def _prepare(
-    make_plan: Callable[[ProcessPoolExecutor], Plan],
+    make_plan: Callable[[ProcessPoolExecutor], PreparationPlan],
     source: Path,
     destination: Path,
-    options: Options,
+    options: ShardOptions,
     description: dict[str, Any],
     workers: int | None,
     max_dropped: float,

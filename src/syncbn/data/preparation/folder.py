@@ -8,12 +8,20 @@ import numpy as np
 from syncbn.data.datasets.image_folder import class_names, images_and_others, no_image_of
 from syncbn.data.datasets.shard_files import sample_key
 from syncbn.data.datasets.splits import find_splits
-from syncbn.data.preparation.plan import NO_IMAGE, ORDER_SEED, Finding, Plan, SourceImage, shuffled, with_unique_keys
+from syncbn.data.preparation.plan import (
+    NO_IMAGE,
+    ORDER_SEED,
+    PreparationPlan,
+    SourceFinding,
+    SourceImage,
+    shuffled,
+    with_unique_keys,
+)
 
 DEFAULT_VALIDATION_FRACTION = 0.1
 
 
-def plan_folder(source: Path, validation_fraction: float | None) -> Plan:
+def plan_folder(source: Path, validation_fraction: float | None) -> PreparationPlan:
     """Plan for ``source/train/<class>/``, ``source/val/<class>/`` and ``source/test/<class>/``, or ``source/<class>/``.
 
     Args:
@@ -31,7 +39,7 @@ def plan_folder(source: Path, validation_fraction: float | None) -> Plan:
     if "val" in folders.of and validation_fraction is not None:
         raise ValueError(f"{folders.of['val']} holds the validation images: leave out --validation_fraction")
     classes = class_names(folders.of["train"])
-    findings = [Finding("train", folder.name, "is not used", 0) for folder in folders.unused]
+    findings = [SourceFinding("train", folder.name, "is not used", 0) for folder in folders.unused]
     found = {split: _list_images(split, folder, classes, findings) for split, folder in folders.of.items()}
     if "val" not in found:
         found["train"], found["val"] = _split_off(
@@ -41,10 +49,12 @@ def plan_folder(source: Path, validation_fraction: float | None) -> Plan:
         raise ValueError(f"{source} gives {len(found['train'])} training and no validation images: one is needed")
     splits = {split: with_unique_keys(found[split]) for split in ("train", "val", "test") if found.get(split)}
     splits["train"] = shuffled(splits["train"])
-    return Plan(classes, classes, splits, tuple(findings))
+    return PreparationPlan(classes, classes, splits, tuple(findings))
 
 
-def _list_images(split: str, folder: Path, classes: tuple[str, ...], findings: list[Finding]) -> list[SourceImage]:
+def _list_images(
+    split: str, folder: Path, classes: tuple[str, ...], findings: list[SourceFinding]
+) -> list[SourceImage]:
     """The images in the class folders and whatever is nested in them, by class, then by path."""
     unknown = sorted(set(class_names(folder)) - set(classes))
     if unknown:
@@ -54,13 +64,13 @@ def _list_images(split: str, folder: Path, classes: tuple[str, ...], findings: l
         names, others = images_and_others(folder / name)
         if not names and (others or split == "train"):
             raise ValueError(no_image_of(folder / name, others))
-        findings += [Finding(split, f"{name}/{path}", NO_IMAGE, 0) for path in sorted(others)]
+        findings += [SourceFinding(split, f"{name}/{path}", NO_IMAGE, 0) for path in sorted(others)]
         if not names:
-            findings.append(Finding(split, name, "is a class without images", 0))
+            findings.append(SourceFinding(split, name, "is a class without images", 0))
         for path in sorted(folder / name / path for path in names):
             if not path.is_file():
                 reason = "is no file" if path.exists() else "is a link to nothing"
-                findings.append(Finding(split, path.relative_to(folder).as_posix(), reason, 1))
+                findings.append(SourceFinding(split, path.relative_to(folder).as_posix(), reason, 1))
                 continue
             stem = path.relative_to(folder / name).with_suffix("").as_posix()
             key = stem if stem.startswith(f"{name}_") else f"{name}_{stem}"  # names of ImageNet are kept

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from syncbn.data.datasets.shard_files import sample_key
 from syncbn.data.preparation.archives import Member, scan_archive
-from syncbn.data.preparation.plan import Finding, Plan, SourceImage, shuffled, with_unique_keys
+from syncbn.data.preparation.plan import PreparationPlan, SourceFinding, SourceImage, shuffled, with_unique_keys
 from syncbn.data.preparation.workers import finished, progress_bar
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
@@ -99,7 +99,7 @@ def _read_files(path: Path, *endings: str) -> dict[str, bytes]:
     return contents
 
 
-def plan_imagenet(source: Path, pool: ProcessPoolExecutor) -> Plan:
+def plan_imagenet(source: Path, pool: ProcessPoolExecutor) -> PreparationPlan:
     """Plan from the headers of the archives.
 
     Args:
@@ -113,23 +113,25 @@ def plan_imagenet(source: Path, pool: ProcessPoolExecutor) -> Plan:
     if missing:
         raise ValueError(f"{source} lacks {', '.join(missing)}: download from https://image-net.org (ILSVRC2012)")
     devkit = read_devkit(source / DEVKIT_ARCHIVE)
-    findings: list[Finding] = []
+    findings: list[SourceFinding] = []
     train = _plan_train(source / TRAIN_ARCHIVE, devkit, pool, findings)
     val = _plan_val(source / VAL_ARCHIVE, devkit, findings)
-    return Plan(devkit.wnids, devkit.words, {"train": shuffled(train), "val": val}, tuple(findings))
+    return PreparationPlan(devkit.wnids, devkit.words, {"train": shuffled(train), "val": val}, tuple(findings))
 
 
-def _plan_train(path: Path, devkit: Devkit, pool: ProcessPoolExecutor, findings: list[Finding]) -> list[SourceImage]:
+def _plan_train(
+    path: Path, devkit: Devkit, pool: ProcessPoolExecutor, findings: list[SourceFinding]
+) -> list[SourceImage]:
     """The training images by class, in the order of the archive."""
     archives, damages = scan_archive(path)
-    findings += [Finding("train", path.name, damage, 0) for damage in damages]
+    findings += [SourceFinding("train", path.name, damage, 0) for damage in damages]
     by_wnid: dict[str, Member] = {}
     for archive in archives:
         wnid = PurePosixPath(archive.name).name.removesuffix(".tar")
         if wnid in devkit.wnids and wnid not in by_wnid:
             by_wnid[wnid] = archive
         else:
-            findings.append(Finding("train", archive.name, "is the archive of no class, or the second of one", 0))
+            findings.append(SourceFinding("train", archive.name, "is the archive of no class, or the second of one", 0))
     scans: dict[str, tuple[list[Member], list[str]]] = {}
     with progress_bar() as progress:
         task = progress.add_task("listing classes", total=len(by_wnid))
@@ -139,12 +141,12 @@ def _plan_train(path: Path, devkit: Devkit, pool: ProcessPoolExecutor, findings:
     images: list[SourceImage] = []
     for label, (wnid, expected) in enumerate(zip(devkit.wnids, devkit.train_counts, strict=True)):
         members, damages = scans.get(wnid, ([], []))
-        findings += [Finding("train", f"{wnid}.tar", damage, 0) for damage in damages]
+        findings += [SourceFinding("train", f"{wnid}.tar", damage, 0) for damage in damages]
         images += [_source_image(path, member, label) for member in members if member.whole]
         whole = sum(member.whole for member in members)
         if whole != expected or not whole:
             reason = f"has {whole or 'no'} whole images, {expected} by the development kit"
-            findings.append(Finding("train", f"{wnid}.tar", reason, max(expected - whole, 0)))
+            findings.append(SourceFinding("train", f"{wnid}.tar", reason, max(expected - whole, 0)))
     return with_unique_keys(images)
 
 
@@ -154,10 +156,10 @@ def _scan_class(item: tuple[str, Member], path: Path) -> tuple[list[Member], lis
     return scan_archive(path, archive.offset, archive.offset + archive.size)
 
 
-def _plan_val(path: Path, devkit: Devkit, findings: list[Finding]) -> list[SourceImage]:
+def _plan_val(path: Path, devkit: Devkit, findings: list[SourceFinding]) -> list[SourceImage]:
     """The validation images in the order of their numbers."""
     members, damages = scan_archive(path)
-    findings += [Finding("val", path.name, damage, 0) for damage in damages]
+    findings += [SourceFinding("val", path.name, damage, 0) for damage in damages]
     numbered: dict[int, Member] = {}
     for member in members:
         match = VAL_NAME.fullmatch(PurePosixPath(member.name).name)
@@ -167,11 +169,13 @@ def _plan_val(path: Path, devkit: Devkit, findings: list[Finding]) -> list[Sourc
         if 1 <= number <= len(devkit.val_labels) and number not in numbered:
             numbered[number] = member
         else:
-            findings.append(Finding("val", member.name, "is no image of the ground truth, or one a second time", 0))
+            findings.append(
+                SourceFinding("val", member.name, "is no image of the ground truth, or one a second time", 0)
+            )
     missing = sorted(set(range(1, len(devkit.val_labels) + 1)) - set(numbered))
     if missing:
         reason = f"lacks {len(missing)} of {len(devkit.val_labels)} images, the first number {missing[0]}"
-        findings.append(Finding("val", path.name, reason, len(missing)))
+        findings.append(SourceFinding("val", path.name, reason, len(missing)))
     return [_source_image(path, numbered[number], devkit.val_labels[number - 1]) for number in sorted(numbered)]
 
 

@@ -27,10 +27,10 @@ from syncbn.data.datasets.shard_files import (
     read_index,
     write_index,
 )
-from syncbn.data.preparation.plan import Finding, Plan
+from syncbn.data.preparation.plan import PreparationPlan, SourceFinding
 from syncbn.data.preparation.tasks import (
     WORK_FOLDER,
-    Options,
+    ShardOptions,
     ShardOutcome,
     cut_into_shards,
     finished_outcome,
@@ -47,7 +47,7 @@ UNFINISHED = ".*.part*"
 
 
 @dataclass(frozen=True)
-class Report:
+class PreparationReport:
     """What a job kept and what it did not.
 
     Attributes:
@@ -59,8 +59,8 @@ class Report:
 
     written: dict[str, int]
     planned: dict[str, int]
-    dropped: tuple[Finding, ...]
-    repaired: tuple[Finding, ...]
+    dropped: tuple[SourceFinding, ...]
+    repaired: tuple[SourceFinding, ...]
 
     @property
     def dropped_fraction(self) -> float:
@@ -131,7 +131,11 @@ def noted_options(path: Path) -> dict[str, Any]:
 
 
 def carry_out(
-    plan: Plan, destination: Path, options: Options, description: dict[str, Any], pool: ProcessPoolExecutor
+    plan: PreparationPlan,
+    destination: Path,
+    options: ShardOptions,
+    description: dict[str, Any],
+    pool: ProcessPoolExecutor,
 ) -> dict[str, list[ShardOutcome]]:
     """Write all shards of a plan that are not there yet.
 
@@ -170,14 +174,14 @@ def carry_out(
     return {split: [outcomes[task.name] for task in tasks if task.split == split] for split in plan.splits}
 
 
-def make_report(plan: Plan, outcomes: dict[str, list[ShardOutcome]]) -> Report:
+def make_report(plan: PreparationPlan, outcomes: dict[str, list[ShardOutcome]]) -> PreparationReport:
     """What was kept and what was not."""
     flat = [outcome for split in outcomes.values() for outcome in split]
     planned = {
         split: len(images) + sum(finding.lost for finding in plan.findings if finding.split == split)
         for split, images in plan.splits.items()
     }
-    return Report(
+    return PreparationReport(
         written={split: sum(outcome.shard.samples for outcome in outcomes[split]) for split in outcomes},
         planned=planned,
         dropped=(*plan.findings, *sorted(finding for outcome in flat for finding in outcome.dropped)),
@@ -185,7 +189,9 @@ def make_report(plan: Plan, outcomes: dict[str, list[ShardOutcome]]) -> Report:
     )
 
 
-def finish(plan: Plan, source: Path, destination: Path, outcomes: dict[str, list[ShardOutcome]]) -> ShardIndex:
+def finish(
+    plan: PreparationPlan, source: Path, destination: Path, outcomes: dict[str, list[ShardOutcome]]
+) -> ShardIndex:
     """Write the index; the destination is then whole."""
     splits = {}
     for split, of_split in outcomes.items():

@@ -35,7 +35,7 @@ class SourceImage(NamedTuple):
     label: int
 
 
-class Finding(NamedTuple):
+class SourceFinding(NamedTuple):
     """Something that a user should know about the source.
 
     Attributes:
@@ -52,7 +52,7 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparationPlan:
     """All images of a source in the order in which they are written.
 
     Attributes:
@@ -65,7 +65,7 @@ class Plan:
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
     splits: dict[str, list[SourceImage]]
-    findings: tuple[Finding, ...]
+    findings: tuple[SourceFinding, ...]
 
     def fingerprint(self) -> str:
         """A digest of everything but the place of the source: equal for the same images in the same order."""

@@ -9,13 +9,13 @@ from rich.table import Table
 
 from syncbn.data.datasets.image_folder import counts_by_suffix, in_words
 from syncbn.data.datasets.shard_files import ShardIndex
-from syncbn.data.preparation.job import REPORT_NAME, Report
-from syncbn.data.preparation.plan import NO_IMAGE, Finding
+from syncbn.data.preparation.job import REPORT_NAME, PreparationReport
+from syncbn.data.preparation.plan import NO_IMAGE, SourceFinding
 
 SHOWN_FINDINGS = 20
 
 
-def print_findings(report: Report) -> None:
+def print_findings(report: PreparationReport) -> None:
     """List what was dropped and what was repaired; long lists are cut, the file has them whole."""
     _print_list("Dropped or amiss", report.dropped)
     left_out = counts_by_suffix(finding.name for finding in report.dropped if finding.reason == NO_IMAGE)
@@ -24,7 +24,7 @@ def print_findings(report: Report) -> None:
     _print_list("Repaired", report.repaired)
 
 
-def _print_list(title: str, findings: Sequence[Finding]) -> None:
+def _print_list(title: str, findings: Sequence[SourceFinding]) -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if findings:
         console.print(f"{title}:")
@@ -34,7 +34,7 @@ def _print_list(title: str, findings: Sequence[Finding]) -> None:
         console.print(f"  ... {len(findings) - SHOWN_FINDINGS} more in {REPORT_NAME}")
 
 
-def print_summary(index: ShardIndex, report: Report, started: float) -> None:
+def print_summary(index: ShardIndex, report: PreparationReport, started: float) -> None:
     """A table of the splits, and the next command.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 
 from syncbn.data.datasets.shard_files import Shard, file_sha256, shard_name, write_shard
 from syncbn.data.preparation.conversion import UnusableImage, convert_image
-from syncbn.data.preparation.plan import Finding, SourceImage
+from syncbn.data.preparation.plan import SourceFinding, SourceImage
 from syncbn.files import atomic_file
 
 WORK_FOLDER = ".prepare"
@@ -25,7 +25,7 @@ SIZE_PROBES = 256
 
 
 @dataclass(frozen=True)
-class Options:
+class ShardOptions:
     """What the bytes of the shards depend on besides the source.
 
     Attributes:
@@ -78,8 +78,8 @@ class ShardOutcome:
 
     shard: Shard
     places: list[tuple[int, int, int]]
-    dropped: list[Finding]
-    repaired: list[Finding]
+    dropped: list[SourceFinding]
+    repaired: list[SourceFinding]
 
 
 def cut_into_shards(
@@ -103,7 +103,7 @@ def cut_into_shards(
     ]
 
 
-def measure_shrinkage(images: Sequence[SourceImage], options: Options, pool: ProcessPoolExecutor) -> float:
+def measure_shrinkage(images: Sequence[SourceImage], options: ShardOptions, pool: ProcessPoolExecutor) -> float:
     """Bytes of a written image for each byte that it has now, from the first of the images."""
     if options.shorter_side is None or not images:
         return 1.0
@@ -112,7 +112,7 @@ def measure_shrinkage(images: Sequence[SourceImage], options: Options, pool: Pro
     return written / max(sum(image.size for image in probes), 1)
 
 
-def _written_size(image: SourceImage, options: Options) -> int:
+def _written_size(image: SourceImage, options: ShardOptions) -> int:
     try:
         return len(options.convert(read_bytes(image))[0])
     except UnusableImage:
@@ -143,7 +143,7 @@ def outcome_path(destination: Path, task: ShardTask) -> Path:
     return destination / WORK_FOLDER / f"{task.name}.json"
 
 
-def make_shard(task: ShardTask, destination: Path, options: Options) -> ShardOutcome:
+def make_shard(task: ShardTask, destination: Path, options: ShardOptions) -> ShardOutcome:
     """Write a shard, then what became of its images: with the second it is finished.
 
     Args:
@@ -154,18 +154,18 @@ def make_shard(task: ShardTask, destination: Path, options: Options) -> ShardOut
     Raises:
         OSError: An image cannot be read, or the shard not be written.
     """
-    dropped: list[Finding] = []
-    repaired: list[Finding] = []
+    dropped: list[SourceFinding] = []
+    repaired: list[SourceFinding] = []
 
     def samples() -> Iterator[tuple[str, bytes, int]]:
         for image in task.images:
             try:
                 content, repair = options.convert(read_bytes(image))
             except UnusableImage as reason:
-                dropped.append(Finding(task.split, image.name, str(reason), 1))
+                dropped.append(SourceFinding(task.split, image.name, str(reason), 1))
                 continue
             if repair:
-                repaired.append(Finding(task.split, image.name, repair, 0))
+                repaired.append(SourceFinding(task.split, image.name, repair, 0))
             yield image.key, content, image.label
 
     path = destination / task.name
@@ -189,8 +189,8 @@ def finished_outcome(task: ShardTask, destination: Path) -> ShardOutcome | None:
     return ShardOutcome(
         shard=shard,
         places=[(offset, size, label) for offset, size, label in content["places"]],
-        dropped=[Finding(*finding) for finding in content["dropped"]],
-        repaired=[Finding(*finding) for finding in content["repaired"]],
+        dropped=[SourceFinding(*finding) for finding in content["dropped"]],
+        repaired=[SourceFinding(*finding) for finding in content["repaired"]],
     )
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from syncbn.data.transforms.cropping import ATTEMPTS, RandomCrop, Window, cut_and_resize, fit_square
+from syncbn.data.transforms.cropping import ATTEMPTS, CropWindow, RandomCrop, cut_and_resize, fit_square
 from syncbn.data.transforms.photo import Photo
 from syncbn.data.transforms.photometric import ColourMap, PhotometricDistortion
 
@@ -49,7 +49,7 @@ def draw(stream: np.random.Generator) -> Draws:
     )
 
 
-class Plan(NamedTuple):
+class ImagePlan(NamedTuple):
     """What is done to one image, apart from the resizing: it depends on the image's size, not on its pixels.
 
     Attributes:
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
         colours: The photometric distortion; None for none.
     """
 
-    window: Window | None
+    window: CropWindow | None
     mirrored: bool
     colours: ColourMap | None
 
@@ -112,14 +112,14 @@ class Augmentation:
             image = cv2.flip(image, 1).reshape(image.shape)
         return image if plan.colours is None else plan.colours(image)
 
-    def plan(self, height: int, width: int, draws: Draws) -> Plan:
+    def plan(self, height: int, width: int, draws: Draws) -> ImagePlan:
         """What the random numbers mean for an image of a size."""
         window, colours = None, None
         if self.crop:
             window = self.crop.window(height, width, draws.crop_shapes, draws.crop_position)
         if self.photometric:
             colours = self.photometric.colour_map(draws.factors, draws.lighting)
-        return Plan(window, draws.mirror < self.mirror_probability, colours)
+        return ImagePlan(window, draws.mirror < self.mirror_probability, colours)
 
 
 def shift(image: np.ndarray, max_shift: int, draws: list[float]) -> np.ndarray:

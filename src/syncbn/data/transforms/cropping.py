@@ -14,7 +14,7 @@ ATTEMPTS = 10
 """Crops that are tried before the central one is taken."""
 
 
-class Window(NamedTuple):
+class CropWindow(NamedTuple):
     """A rectangle of an image, in pixels."""
 
     top: int
@@ -26,11 +26,11 @@ class Window(NamedTuple):
         """The rectangle's pixels: a view."""
         return image[self.top : self.top + self.height, self.left : self.left + self.width]
 
-    def reduced(self, factor: int) -> "Window":
+    def reduced(self, factor: int) -> "CropWindow":
         """The nearest rectangle of the image shrunk by ``factor``: it differs by half a pixel of that at most."""
         top, left = round(self.top / factor), round(self.left / factor)
         bottom, right = round((self.top + self.height) / factor), round((self.left + self.width) / factor)
-        return Window(top, left, bottom - top, right - left)
+        return CropWindow(top, left, bottom - top, right - left)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class RandomCrop:
         if not 1 <= self.max_aspect < math.inf:
             raise ValueError(f"crop.max_aspect={self.max_aspect} must be at least 1: it is width by height")
 
-    def window(self, height: int, width: int, shapes: Sequence[Sequence[float]], position: Sequence[float]) -> Window:
+    def window(
+        self, height: int, width: int, shapes: Sequence[Sequence[float]], position: Sequence[float]
+    ) -> CropWindow:
         """Choose a crop.
 
         Args:
@@ -81,19 +83,19 @@ class RandomCrop:
             if 0 < crop_height <= height and 0 < crop_width <= width:
                 top = int(position[0] * (height - crop_height + 1))
                 left = int(position[1] * (width - crop_width + 1))
-                return Window(top, left, crop_height, crop_width)
+                return CropWindow(top, left, crop_height, crop_width)
         crop_height = min(height, round(width * self.max_aspect))
         crop_width = min(width, round(height * self.max_aspect))
-        return Window((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
+        return CropWindow((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
 
 
-def reduction_for(window: Window, size: int, reductions: Sequence[int]) -> int:
+def reduction_for(window: CropWindow, size: int, reductions: Sequence[int]) -> int:
     """The largest of the ``reductions`` at which the window still has ``size`` pixels each way."""
     shorter = min(window.height, window.width)
     return max(factor for factor in reductions if factor == 1 or shorter // factor >= size)
 
 
-def cut_and_resize(photo: Photo, window: Window, size: int) -> np.ndarray:
+def cut_and_resize(photo: Photo, window: CropWindow, size: int) -> np.ndarray:
     """A window of a photo as a square, decoded at no larger scale than needed.
 
     Args:

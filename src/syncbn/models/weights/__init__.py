@@ -1,4 +1,8 @@
-"""Files of weights: Cadene's, TF-slim's and our own, read and written; see `read_weights` and `write_weights`."""
+"""Files of weights: Cadene's, TF-slim's and our own, read and written; see `read_weights` and `write_weights`.
+
+Each public layout is a table of names in a file of its own (`cadene`, `slim`, `own`). `card` is the model card: the
+network and the input that the weights belong to.
+"""
 
 from syncbn.models.weights.card import CARD_KEY, ModelCard, card_path, parse_card, read_card_beside
 from syncbn.models.weights.files import WeightsError

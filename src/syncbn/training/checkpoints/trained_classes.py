@@ -56,8 +56,8 @@ def _classes_to_evaluate(path: str) -> tuple[str, ...] | None:
         return None
 
 
-def compare_classes(data: ImageDataModule, ckpt_path: str | None) -> None:
-    """Compare the data of a fit with the classes of the checkpoint that it goes on from, before it has a run folder.
+def compare_classes(data: ImageDataModule, ckpt_path: str | Path | None) -> None:
+    """Compare the data of a fit with the classes of the checkpoint that it goes on from, before its folder is touched.
 
     Raises:
         ValueError: They have other classes.
@@ -65,6 +65,7 @@ def compare_classes(data: ImageDataModule, ckpt_path: str | None) -> None:
     checkpoint = read_without_tensors(ckpt_path) if ckpt_path and Path(ckpt_path).is_file() else {}
     if names := classes_of(checkpoint):
         data.remark_on_classes = data.follow_classes(names, whole=True)
+        say(data.remark_on_classes)
 
 
 def say(remark: str) -> None:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.callbacks.timer import Interval
 
 
-class Row(NamedTuple):
+class Support(NamedTuple):
     """A line of a table.
 
     Attributes:
@@ -76,88 +76,90 @@ def beside_timer(value: Any, options: Mapping[str, Any]) -> bool:
 MORE_THAN_MOST = "the run ends before: make one of them fit"
 
 TRAINER_OPTIONS = (
-    Row("accelerator"),
-    Row("strategy", "auto is DDP on several processes; DeepSpeed and FSDP2: docs/strategies.md"),
-    Row("devices", "processes on a node; global_batch_size is divided among all of them"),
-    Row("num_nodes"),
-    Row("precision", "auto is bf16-mixed on GPUs that know it"),
-    Row(
+    Support("accelerator"),
+    Support("strategy", "auto is DDP on several processes; DeepSpeed and FSDP2: docs/strategies.md"),
+    Support("devices", "processes on a node; global_batch_size is divided among all of them"),
+    Support("num_nodes"),
+    Support("precision", "auto is bf16-mixed on GPUs that know it"),
+    Support(
         "logger",
         "the run folder and the curves need the logs: leave it out; a logger given here is added to them",
         lambda value, options: value is False,
         "false",
     ),
-    Row("callbacks", "see the next table; your own by class_path, also from the working directory"),
-    Row("fast_dev_run", "no run folder, no checkpoint"),
-    Row("max_epochs"),
-    Row("min_epochs", MORE_THAN_MOST, exceeds("max_epochs"), "more than max_epochs", "max_epochs"),
-    Row("max_steps", "optimiser steps"),
-    Row("min_steps", MORE_THAN_MOST, exceeds("max_steps"), "more than the run has", "max_steps"),
-    Row("max_time", "ignored beside the callback: leave one out", beside_timer, "beside Timer", "callbacks"),
-    Row(
+    Support("callbacks", "see the next table; your own by class_path, also from the working directory"),
+    Support("fast_dev_run", "no run folder, no checkpoint"),
+    Support("max_epochs"),
+    Support("min_epochs", MORE_THAN_MOST, exceeds("max_epochs"), "more than max_epochs", "max_epochs"),
+    Support("max_steps", "optimiser steps"),
+    Support("min_steps", MORE_THAN_MOST, exceeds("max_steps"), "more than the run has", "max_steps"),
+    Support("max_time", "ignored beside the callback: leave one out", beside_timer, "beside Timer", "callbacks"),
+    Support(
         "limit_train_batches",
         "of each epoch's order; a multiple of accumulate_grad_batches; said at the start",
         excepted="parts of a global batch",
     ),
-    Row("limit_val_batches", "of global_batch_size images; 0 for no validation, and then no best checkpoint"),
-    Row("limit_test_batches"),
-    Row("limit_predict_batches"),
-    Row(
+    Support("limit_val_batches", "of global_batch_size images; 0 for no validation, and then no best checkpoint"),
+    Support("limit_test_batches"),
+    Support("limit_predict_batches"),
+    Support(
         "overfit_batches",
         "the same batches in every epoch, images changed in the same way; else as limit_train_batches",
     ),
-    Row(
+    Support(
         "val_check_interval",
         "ranks and restarts would validate at other steps: give batches, 500, or a part of an epoch, 0.5",
         is_time,
         "a time",
     ),
-    Row("check_val_every_n_epoch"),
-    Row("num_sanity_val_steps", "0 unless it is given"),
-    Row("log_every_n_steps", "10 unless it is given"),
-    Row(
+    Support("check_val_every_n_epoch"),
+    Support("num_sanity_val_steps", "0 unless it is given"),
+    Support("log_every_n_steps", "10 unless it is given"),
+    Support(
         "enable_checkpointing",
         "restarts need checkpoints: leave it out; checkpoint=null keeps no best one, checkpointing=null none between",
         lambda value, options: value is False,
         "false",
     ),
-    Row("enable_progress_bar"),
-    Row("enable_model_summary"),
-    Row(
+    Support("enable_progress_bar"),
+    Support("enable_model_summary"),
+    Support(
         "accumulate_grad_batches",
         "divides global_batch_size, which stays what it is: at least 1",
         lambda value, options: value < 1,
         "less than 1",
     ),
-    Row("gradient_clip_val", "of the gradient over the global batch"),
-    Row("gradient_clip_algorithm"),
-    Row("deterministic"),
-    Row("benchmark", "on unless deterministic, on GPUs"),
-    Row("inference_mode"),
-    Row("use_distributed_sampler", "the data divide each batch themselves", excepted="true on several ranks"),
-    Row(
+    Support("gradient_clip_val", "of the gradient over the global batch"),
+    Support("gradient_clip_algorithm"),
+    Support("deterministic"),
+    Support("benchmark", "on unless deterministic, on GPUs"),
+    Support("inference_mode"),
+    Support("use_distributed_sampler", "the data divide each batch themselves", excepted="true on several ranks"),
+    Support(
         "profiler",
         "needs a TPU; simple and advanced print their reports, pytorch also writes a trace into the run folder",
         lambda value, options: value == "xla",
         "xla",
     ),
-    Row("detect_anomaly"),
-    Row(
+    Support("detect_anomaly"),
+    Support(
         "barebones",
         "a run keeps logs and checkpoints: leave it out; what Lightning itself costs is in other_seconds",
         is_given,
     ),
-    Row(
+    Support(
         "plugins",
         "checkpoints are written by syncbn, whole or not at all: leave it out",
         writes_checkpoints,
         "a CheckpointIO",
     ),
-    Row("sync_batchnorm", "the layers are synchronised already: leave it out", is_given),
-    Row("reload_dataloaders_every_n_epochs", "the images of each step stay the same"),
-    Row("default_root_dir", "nothing is written there: use runs_folder and name", is_given),
-    Row("enable_autolog_hparams"),
-    Row("model_registry", "checkpoints are not uploaded: leave it out, upload the files of the run folder", is_given),
+    Support("sync_batchnorm", "the layers are synchronised already: leave it out", is_given),
+    Support("reload_dataloaders_every_n_epochs", "the images of each step stay the same"),
+    Support("default_root_dir", "nothing is written there: use runs_folder and name", is_given),
+    Support("enable_autolog_hparams"),
+    Support(
+        "model_registry", "checkpoints are not uploaded: leave it out, upload the files of the run folder", is_given
+    ),
 )
 """Every option of Lightning's Trainer."""
 
@@ -173,48 +175,54 @@ FINETUNING = (
 )
 
 CALLBACKS = (
-    Row("BackboneFinetuning", FINETUNING, always),
-    Row("BaseFinetuning", FINETUNING, always),
-    Row("BasePredictionWriter", "to derive from, for syncbn predict"),
-    Row("BatchSizeFinder", "changes the batch: use global_batch_size", always),
-    Row("Callback", "to derive from"),
-    Row("Checkpoint", "to derive from"),
-    Row("DeviceStatsMonitor", "needs psutil on a CPU"),
-    Row("EarlyStopping", "the reason is printed; of a metric that the run will not have, refused unless strict: false"),
-    Row("EMAWeightAveraging", "averaged weights are validated, saved and tested; as syncbn.training.PolyakAveraging"),
-    Row(
+    Support("BackboneFinetuning", FINETUNING, always),
+    Support("BaseFinetuning", FINETUNING, always),
+    Support("BasePredictionWriter", "to derive from, for syncbn predict"),
+    Support("BatchSizeFinder", "changes the batch: use global_batch_size", always),
+    Support("Callback", "to derive from"),
+    Support("Checkpoint", "to derive from"),
+    Support("DeviceStatsMonitor", "needs psutil on a CPU"),
+    Support(
+        "EarlyStopping", "the reason is printed; of a metric that the run will not have, refused unless strict: false"
+    ),
+    Support(
+        "EMAWeightAveraging", "averaged weights are validated, saved and tested; as syncbn.training.PolyakAveraging"
+    ),
+    Support(
         "GradientAccumulationScheduler",
         "changes the batch during training: use trainer.accumulate_grad_batches, one number for the run",
         always,
     ),
-    Row("LambdaCallback", "functions by their import path"),
-    Row("LearningRateFinder", "changes the learning rate: use model.learning_rate_per_32_images", always),
-    Row("LearningRateMonitor"),
-    Row("ModelCheckpoint", "beside the run's own (key checkpoint); not for files step=N.ckpt or last.ckpt"),
-    Row("ModelPruning", "convolutions that run as one read the weights before they are pruned; there is none", always),
-    Row("ModelSummary"),
-    Row(
+    Support("LambdaCallback", "functions by their import path"),
+    Support("LearningRateFinder", "changes the learning rate: use model.learning_rate_per_32_images", always),
+    Support("LearningRateMonitor"),
+    Support("ModelCheckpoint", "beside the run's own (key checkpoint); not for files step=N.ckpt or last.ckpt"),
+    Support(
+        "ModelPruning", "convolutions that run as one read the weights before they are pruned; there is none", always
+    ),
+    Support("ModelSummary"),
+    Support(
         "OnExceptionCheckpoint",
         "the next fit would go on from its file: use checkpointing and --resume, or checkpoint.save_on_exception",
         always,
     ),
-    Row("ProgressBar", "to derive from"),
-    Row("RichModelSummary"),
-    Row("RichProgressBar"),
-    Row(
+    Support("ProgressBar", "to derive from"),
+    Support("RichModelSummary"),
+    Support("RichProgressBar"),
+    Support(
         "SpikeDetection",
         "its state cannot be read back, for a test or a restart: a loss that is not finite ends every run without it",
         always,
     ),
-    Row(
+    Support(
         "StochasticWeightAveraging",
         "changes the learning rate, adds an epoch: use syncbn.training.PolyakAveraging, then syncbn statistics",
         always,
     ),
-    Row("ThroughputMonitor", "waits for the GPU in every step; images_per_second is logged anyhow"),
-    Row("Timer", "as trainer.max_time"),
-    Row("TQDMProgressBar"),
-    Row("WeightAveraging", "the averaged weights are validated, saved and tested"),
+    Support("ThroughputMonitor", "waits for the GPU in every step; images_per_second is logged anyhow"),
+    Support("Timer", "as trainer.max_time"),
+    Support("TQDMProgressBar"),
+    Support("WeightAveraging", "the averaged weights are validated, saved and tested"),
 )
 """Every callback of Lightning's, with those derived from it."""
 

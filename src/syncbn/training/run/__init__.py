@@ -1,1 +1,4 @@
-"""What a run folder holds: its config, logs, curves, tables and summary. Nothing here acts on the training."""
+"""What a run folder holds: its config (`folder`), logs (`logs`), curves, tables and summary.
+
+Nothing here acts on the training. Checkpoints, which also lie in the run folder, are in `checkpoints`.
+"""

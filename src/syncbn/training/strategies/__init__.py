@@ -1,1 +1,5 @@
-"""Lightning's strategies around the synchronised layers: DDP, DeepSpeed and FSDP2, by the names that users type."""
+"""Lightning's strategies around the synchronised layers, by the names that users type: `ddp`, `deepspeed`, `fsdp`.
+
+`sharding` is what the strategies that divide weights have in common, and `deepspeed_state` the state of an optimizer
+under DeepSpeed. The page for users is docs/strategies.md.
+"""
