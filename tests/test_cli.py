@@ -240,6 +240,20 @@ def test_a_key_in_a_config_that_does_not_exist(tmp_path, capsys):
     assert "globl_batch_size" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("name: x\ndata: {root: photos}\ndata: {image_size: 32}\n", "'data' is in line 2 and again in line 3"),
+        ("trainer:\n  callbacks:\n  - {class_path: Timer, init_args: {a: 1, a: 2}}\n", "'a' is in line 3 and again in"),
+    ],
+)
+def test_a_key_that_a_config_says_twice(config, expected, tmp_path, capsys):
+    (tmp_path / "twice.yaml").write_text(config)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(tmp_path / "twice.yaml")])
+    assert expected in capsys.readouterr().err
+
+
 def test_a_missing_config_and_a_missing_verb(capsys):
     for words in (["fit", "--config", "nowhere.yaml"], ["train"], []):
         with pytest.raises(SystemExit) as exited:
