@@ -137,6 +137,10 @@ MISTAKES = {
     "a batch that is no number": (["--global_batch_size=many"], "many"),
     "a batch knob elsewhere": (["--data.global_batch_size=8"], "global_batch_size"),
     "a value out of range": (["--data.augmentation.max_shift=-1"], "max_shift=-1"),
+    "no batch": (["--global_batch_size=0"], "global_batch_size=0 must be at least 1"),
+    "labels smoothed to less than nothing": (["--model.label_smoothing=-1"], "label_smoothing=-1.0 must be in [0, 1)"),
+    "weights that grow": (["--model.norm_weight_decay=-1"], "norm_weight_decay=-1.0 must not be negative"),
+    "no interval": (["--trainer.val_check_interval=0"], "trainer.val_check_interval=0: give batches"),
     "a log that is needed": (["--trainer.logger=false"], "trainer.logger=false"),
     "a missing checkpoint": (["--ckpt_path=/no/such.ckpt"], "/no/such.ckpt"),
     "a checkpoint of this process": (["--ckpt_path=best"], "RUN_FOLDER/checkpoints/last.ckpt"),
@@ -240,6 +244,20 @@ def test_a_key_in_a_config_that_does_not_exist(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(config)])
     assert "globl_batch_size" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("name: x\ndata: {root: photos}\ndata: {image_size: 32}\n", "'data' is in line 2 and again in line 3"),
+        ("trainer:\n  callbacks:\n  - {class_path: Timer, init_args: {a: 1, a: 2}}\n", "'a' is in line 3 and again in"),
+    ],
+)
+def test_a_key_that_a_config_says_twice(config, expected, tmp_path, capsys):
+    (tmp_path / "twice.yaml").write_text(config)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(tmp_path / "twice.yaml")])
+    assert expected in capsys.readouterr().err
 
 
 def test_a_missing_config_and_a_missing_verb(capsys):

@@ -3,7 +3,8 @@
 import importlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
+@cache
+def refuse_repeated_keys() -> None:
+    """Have configs refused that say a key twice: PyYAML takes the last, and what is below the first is lost."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+
+    def load_checked(text: str) -> Any:
+        for key, first, second in repeated_keys(yaml.compose(text, yaml.SafeLoader)):
+            raise yaml.YAMLError(
+                f"the key {key!r} is in line {first} and again in line {second}: join what is below them"
+            )
+        return load(text)
+
+    set_loader("yaml", load_checked, (yaml.YAMLError,))
+
+
+def repeated_keys(node: Any) -> Iterator[tuple[str, int, int]]:
+    """The keys of a YAML document that have been there before in the same mapping, however deep; with both lines."""
+    lines: dict[str, int] = {}
+    for item in node.value if hasattr(node, "value") and not isinstance(node.value, str) else ():
+        if isinstance(item, tuple):  # of a mapping
+            key, item = item
+            line = key.start_mark.line + 1
+            if str(key.value) in lines:
+                yield str(key.value), lines[str(key.value)], line
+            lines[str(key.value)] = line
+        yield from repeated_keys(item)
+
+
 def run_command() -> None:
     """Parse the command line and do what it says."""
+    refuse_repeated_keys()
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
     if verb in VERBS:
         run_verb(verb, sys.argv[2:])
