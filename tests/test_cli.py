@@ -15,7 +15,9 @@ import pytest
 import torch
 import yaml
 
+import syncbn
 from syncbn.cli import main
+from syncbn.verbs import MODULES, OF_TRAINER, VERBS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FASHION_MNIST = CONFIGS / "fashion_mnist.yaml"
@@ -254,15 +256,29 @@ def test_a_missing_config_and_a_missing_verb(capsys):
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith("syncbn: error:")
 
 
+def test_the_examples_of_the_help_fit_their_verbs():
+    examples = [example for verbs in VERBS.values() for _, example in verbs.values()]
+    assert all(len(example) <= 66 for example in examples), "of 80 columns"
+
+
 def test_the_command_itself_exits_with_an_error_and_no_traceback():
     finished = run_command("fit", "--config", str(FASHION_MNIST), "--data.root=/no/such/folder")
     assert finished.returncode != 0 and "Traceback" not in finished.stderr
     assert finished.stderr.strip().splitlines()[-1].startswith("syncbn: error: no data at '/no/such/folder'")
 
 
-def test_importing_the_package_or_the_command_does_not_import_lightning():
-    code = "import sys, syncbn, syncbn.cli; sys.exit('lightning' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_and_version_need_neither_torch_nor_jsonargparse(word):
+    code = (
+        f"import sys, syncbn.cli; before = {{*sys.modules}}; syncbn.cli.main([{word!r}])\n"
+        "sys.exit(' '.join(sorted({*sys.modules} - before)) if len(sys.modules) > 150 or 'torch' in sys.modules else 0)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True).stdout
+    assert syncbn.__version__ in said
+    if word == "--help":
+        for verb in [verb for verbs in VERBS.values() for verb in verbs]:
+            assert re.search(rf"^  {verb} .*\n +\$ syncbn {verb} ", said, re.M)
+        assert {*MODULES, *OF_TRAINER} == {verb for verbs in VERBS.values() for verb in verbs}
 
 
 def test_an_interrupt_while_it_prepares_is_no_traceback(monkeypatch):
