@@ -248,6 +248,37 @@ def test_a_key_in_a_config_that_does_not_exist(tmp_path, capsys):
     assert "globl_batch_size" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["fti"], "fit"),
+        (["fit", "--model.varient=cadene"], "--model.variant"),
+        (["fit", "--config=top.yaml"], "global_batch_size"),
+        (["fit", "--config=nested.yaml"], "trainer.max_epochs"),
+        (["fit", "--config=within.yaml"], "max_shift"),
+        (["paper", "figur1"], "figure1"),
+        (["predict", "--topk=3", "weights.ckpt", "photos"], "--top_k"),
+    ],
+)
+def test_what_was_probably_meant_is_said(words, meant, capsys):
+    Path("top.yaml").write_text("globl_batch_size: 32\n")
+    Path("nested.yaml").write_text("trainer: {max_epoch: 1}\n")
+    Path("within.yaml").write_text("data: {augmentation: {max_shfit: 1}}\n")
+    with pytest.raises(SystemExit):
+        main(words)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("syncbn: error:") and last.endswith(f"; did you mean {meant}?")
+
+
+def test_the_help_of_a_fit_has_our_options_in_plain_text_and_lightnings_on_request(capsys):
+    for word, shown, hidden in (("--help", "model", "trainer"), ("--help.trainer", "trainer", "model")):
+        with pytest.raises(SystemExit) as exited:
+            main(["fit", word])
+        text = capsys.readouterr().out
+        assert exited.value.code == 0 and f"--{shown}." in text and f"\n  --{hidden}." not in text
+        assert "``" not in text and ":class:" not in text
+
+
 def test_a_missing_config_and_a_missing_verb(capsys):
     for words in (["fit", "--config", "nowhere.yaml"], ["train"], []):
         with pytest.raises(SystemExit) as exited:

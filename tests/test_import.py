@@ -16,6 +16,8 @@ HEAVY_TORCH = ["torch._dynamo", "torch._inductor", "torch.fx.experimental", "tor
 ORDER = [
     "files",
     "random_streams",
+    "verbs",
+    "options",
     "paths",
     "pictures",
     "ops",
@@ -33,7 +35,6 @@ ORDER = [
     "experiments",
     "benchmarks",
     "errors",
-    "verbs",
     "cli",
 ]
 COLLECTIVES = {

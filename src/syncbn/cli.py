@@ -63,7 +63,7 @@ def run_command() -> None:
         print(describe_verbs(__version__), file=sys.stderr)
         raise ValueError("a verb is missing, such as in: syncbn fit --config configs/fashion_mnist.yaml")
     if not verb.startswith("-") and verb not in (*MODULES, *OF_TRAINER):
-        raise ValueError(f"there is no verb {verb!r}{closest(verb, [*MODULES, *OF_TRAINER])}; syncbn --help lists all")
+        raise ValueError(f"there is no verb {verb!r} (syncbn --help lists all){closest(verb, [*MODULES, *OF_TRAINER])}")
     announce(verb)
     if verb in MODULES:
         run_verb(verb, sys.argv[2:])

@@ -41,6 +41,9 @@ MODULES = {
 OF_TRAINER = ("fit", "validate", "test", "predict", "statistics")
 """Verbs of the command line that Lightning makes; ``predict`` also takes weights and images."""
 
+MEANT = "did you mean"
+"""How a suggestion begins."""
+
 DOCUMENTATION = "README.md and docs/index.md of the source; `make docs` makes pages of HTML"
 
 
@@ -65,4 +68,4 @@ def closest(word: str, known: list[str]) -> str:
     from difflib import get_close_matches
 
     likely = get_close_matches(word, known, n=1)
-    return f"; did you mean {likely[0]}?" if likely else ""
+    return f"; {MEANT} {likely[0]}?" if likely else ""

@@ -43,6 +43,7 @@ from syncbn.training.configuration.checks import (
     split_off,
 )
 from syncbn.training.configuration.lightning_support import make_writable, refuse_options
+from syncbn.training.configuration.parser import TrainerParser
 from syncbn.training.configuration.run_plan import (
     RunPlan,
     check_monitors,
@@ -103,6 +104,7 @@ class SyncBNCLI(LightningCLI):
             ImageClassifier,
             ImageDataModule,
             trainer_class=StatisticsTrainer,
+            parser_class=TrainerParser,
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
@@ -169,6 +171,8 @@ class SyncBNCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        assert isinstance(parser, TrainerParser)
+        parser.describe(subcommand)
         parser.set_defaults({"weights_only": True})  # a checkpoint may come from anywhere: run no code of it
         if subcommand == "fit":
             parser.add_argument(
