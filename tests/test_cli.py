@@ -48,10 +48,9 @@ def run_command(*words: str, module: bool = False) -> subprocess.CompletedProces
     )
 
 
-def check_summary(line: str, folder: Path, *, ranks: int) -> None:
-    """Check the line of JSON, which the folder holds, too."""
-    summary = json.loads(line)
-    assert summary == json.loads((folder / "summary.json").read_text())
+def check_summary(folder: Path, *, ranks: int) -> None:
+    """Check the folder's summary."""
+    summary = json.loads((folder / "summary.json").read_text())
     assert (summary["exit"], summary["steps"], summary["ranks"]) == ("finished", 3, ranks)
     assert summary["run_folder"] == str(folder) and 0 <= summary["metrics"]["test_top1"] <= 1
     assert summary["versions"]["torch"] == torch.__version__
@@ -66,8 +65,13 @@ def check_run_folder(output: str, *, ranks: int) -> Path:
     lines = output.strip().splitlines()
     folder = Path(lines[-1])
     assert folder.parent == Path("runs/fashion_mnist") and folder.is_dir()
-    assert re.match(r"test accuracy \d+\.\d\d % \(top-5 \d+\.\d\d %\) on 64 images with best-", lines[-3])
-    check_summary(lines[-2], folder, ranks=ranks)
+    assert re.match(r"test accuracy \d+\.\d\d % \(top-5 \d+\.\d\d %\) on 64 images with best-", lines[-5])
+    best = Path(lines[-4].removeprefix("best checkpoint "))
+    assert Path(best).parent == folder / "checkpoints" and best.name.startswith("best-") and best.is_file()
+    assert lines[-3].split() == ["curves", f"{folder}/curves.png"]
+    assert lines[-2].split() == ["predict", "with", "syncbn", "predict", str(folder), "IMAGES"]
+    assert len([line for line in lines if line.endswith(f"run folder {folder}")]) == 1
+    check_summary(folder, ranks=ranks)
     assert any(f"global batch 32 = {ranks} rank" in line for line in lines)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["global_batch_size"] == 32 and config["model"]["width_multiplier"] == 0.125

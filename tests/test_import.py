@@ -20,6 +20,7 @@ ORDER = [
     "options",
     "paths",
     "pictures",
+    "progress",
     "ops",
     "collectives",
     "recomputing",

@@ -79,9 +79,9 @@ def run_command() -> None:
 
 
 def announce(verb: str) -> None:
-    """Say that the command is at work, before it imports torch, which may take long; once, of several ranks."""
+    """In a terminal, say that the command is at work before it imports torch, which may take long; on one rank."""
     ranks = [os.environ[name] for name in RANKS if name in os.environ]
-    if all(rank == "0" for rank in ranks):
+    if sys.stderr.isatty() and all(rank == "0" for rank in ranks):
         print(f"syncbn {__version__} {verb}: loading", file=sys.stderr, flush=True)
 
 
