@@ -1,4 +1,4 @@
-"""What the README tells a user to type, typed."""
+"""What the README, and the page of docs on training, tell a user to type, typed."""
 
 import os
 import re
@@ -9,17 +9,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
-from syncbn.benchmarks.command import SECTIONS, parser
+import syncbn
 from test_cli import QUICK
 
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text()
+README, TRAINING = (REPOSITORY / "README.md").read_text(), (REPOSITORY / "docs" / "training.md").read_text()
 BIN = Path(sys.executable).parent
 
 
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def code_blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of all commands in a page's shell blocks, without comments."""
+    lines = [line for block in code_blocks("bash", page) for line in block.strip().splitlines()]
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -49,7 +56,7 @@ def write_digits(folder: Path) -> None:
 
 
 def test_the_loop_runs_on_two_processes(tmp_path):
-    [loop] = code_blocks("python")
+    loop = code_blocks("python")[0]
     assert len(loop.strip().splitlines()) <= 16
     (tmp_path / "loop.py").write_text(loop)
     [start] = re.findall(r"start with: (.*)", loop)
@@ -59,19 +66,43 @@ def test_the_loop_runs_on_two_processes(tmp_path):
     assert len(printed) == 2 and len(set(printed)) == 1, "the same on both ranks"
 
 
+def test_one_line_converts_and_one_line_is_for_lightning():
+    _, convert, plugin = code_blocks("python")
+    lightning = pytest.importorskip("lightning")
+    names = {"syncbn": syncbn, "lightning": lightning, "net": nn.Sequential(nn.BatchNorm2d(3))}
+    for line in (convert, plugin):
+        assert len(line.strip().splitlines()) == 1
+        exec(line, names)
+    assert isinstance(names["net"][0], syncbn.SyncBatchNorm)
+    assert isinstance(names["trainer"], lightning.Trainer)
+
+
 def test_the_commands_run(tmp_path):
-    [block] = [block for block in code_blocks("bash") if "configs/fashion_mnist.yaml" in block]
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     write_digits(tmp_path / "PATH")
-    commands = [line.partition("#")[0] for line in block.strip().splitlines()]
-    assert len(commands) == 4
-    for command in commands:
-        words = shlex.split(command)
+    assert len(commands(TRAINING)) == 4
+    for words in commands(TRAINING):
         quick = QUICK if "fit" in words else ["--trainer.accelerator=cpu"]
         if "PATH" in words:
             quick = [*quick, "--data.validation_images=32"]
         run([*words, *quick], tmp_path)
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"fashion_mnist", "mine"}
+
+
+def test_the_readme_tells_the_commands_that_are_run():
+    """Continuous integration calls the second one."""
+    first, second, *others = commands(README)
+    assert (first, second) == (["make", "train"], ["make", "test"])
+    assert {words[0] for words in others} == {"syncbn", "torchrun", "sbatch"}
+    for words in others:
+        if words[0] == "sbatch":
+            assert (REPOSITORY / words[1]).is_file() and (REPOSITORY / words[-1]).is_file()
+        else:
+            assert words in commands(TRAINING)
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len(README.split()) <= 950
 
 
 @pytest.mark.parametrize("target", ["train", "test", "test-slow", "benchmark"])
@@ -95,13 +126,3 @@ def test_make_train_asks_for_the_devices_that_there_are(gpus, options, tmp_path)
     words = ["make", "--silent", f"BIN={tmp_path}", f"PACKAGE={tmp_path / 'package'}", "train"]
     done = subprocess.run(words, cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["fit", "--config", "configs/fashion_mnist.yaml", *options]
-
-
-def test_every_file_that_the_readme_names_is_there():
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (REPOSITORY / path).exists(), path
-
-
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"`syncbn benchmark (.*?)`", README))))
-def test_the_benchmarks_have_the_options_that_the_readme_names(command):
-    assert parser().parse_args(shlex.split(command)).section in SECTIONS

@@ -1,10 +1,12 @@
 """What README and docs tell a user to type about weights, fine-tuning and export, typed."""
 
 import glob
+import json
 import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -73,7 +75,7 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_the_commands_run(files):
+def test_the_commands_run(files, capsys):
     pytest.importorskip("onnxruntime", reason="the extra syncbn[export] is not installed")
     five_minutes = commands("docs/finetuning.md", "syncbn")
     assert [words[1] for words in five_minutes] == ["data", "fit", "predict", "export"]
@@ -81,10 +83,29 @@ def test_the_commands_run(files):
         run(words)
     [best] = (files / "runs/finetune_partial_bn/version_0/checkpoints").glob("best-*.ckpt")
     (files / "best.ckpt").symlink_to(best)
-    of_weights = commands("README.md", "syncbn import") + commands("docs/weights.md", "syncbn import")
-    assert [words[1] for words in of_weights] == ["import", "predict", "fit", "export", "import", "predict"]
+    of_weights = commands("docs/weights.md", "syncbn import")
+    assert [words[1] for words in of_weights] == ["import", "predict", "fit", "export"]
     for words in of_weights:
         run(words)
     assert (files / "best.onnx").is_file() and (files / "bn_inception.safetensors").is_file()
-    [fine_tune] = commands("README.md", "configs/finetune/partial_bn.yaml")
-    assert (REPOSITORY / fine_tune[fine_tune.index("--config") + 1]).is_file()
+    check_onnxruntime(files, capsys)
+
+
+def check_onnxruntime(folder: Path, capsys) -> None:
+    """The program of the page predicts what syncbn does; of a photo that is not resized, whose pixels are the same."""
+    [export] = commands("docs/weights.md", "pixels.onnx")
+    run(export)
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    cv2.imwrite(str(folder / "photo.png"), pixels)
+    [program] = re.findall(r"```py\n(.*?)```", (REPOSITORY / "docs/weights.md").read_text(), flags=re.DOTALL)
+    capsys.readouterr()
+    names: dict[str, Any] = {}
+    exec(program.replace("photo.jpg", "photo.png"), names)
+    printed = capsys.readouterr().out.strip()
+    run(shlex.split("syncbn predict best.ckpt photo.png --format jsonl"))
+    [line] = capsys.readouterr().out.strip().splitlines()
+    expected = {entry["class"]: entry["probability"] for entry in json.loads(line)["predictions"]}
+    logits = torch.tensor(names["logits"])
+    assert printed == max(expected, key=expected.__getitem__)
+    probabilities = dict(zip(names["card"]["classes"], logits.softmax(0).tolist(), strict=True))
+    assert probabilities == pytest.approx(expected, abs=1e-4)
