@@ -15,7 +15,9 @@ import pytest
 import torch
 import yaml
 
+import syncbn
 from syncbn.cli import main
+from syncbn.verbs import MODULES, OF_TRAINER, VERBS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FASHION_MNIST = CONFIGS / "fashion_mnist.yaml"
@@ -46,10 +48,9 @@ def run_command(*words: str, module: bool = False) -> subprocess.CompletedProces
     )
 
 
-def check_summary(line: str, folder: Path, *, ranks: int, waits: bool) -> None:
-    """Check the line of JSON, which the folder holds, too."""
-    summary = json.loads(line)
-    assert summary == json.loads((folder / "summary.json").read_text())
+def check_summary(folder: Path, *, ranks: int, waits: bool) -> None:
+    """Check the folder's summary."""
+    summary = json.loads((folder / "summary.json").read_text())
     assert (summary["exit"], summary["steps"], summary["ranks"]) == ("finished", 3, ranks)
     assert summary["run_folder"] == str(folder) and 0 <= summary["metrics"]["test_top1"] <= 1
     assert summary["versions"]["torch"] == torch.__version__
@@ -64,8 +65,13 @@ def check_run_folder(output: str, *, ranks: int, waits: bool) -> Path:
     lines = output.strip().splitlines()
     folder = Path(lines[-1])
     assert folder.parent == Path("runs/fashion_mnist") and folder.is_dir()
-    assert re.match(r"test accuracy \d+\.\d\d % \(top-5 \d+\.\d\d %\) on 64 images with best-", lines[-3])
-    check_summary(lines[-2], folder, ranks=ranks, waits=waits)
+    assert re.match(r"test accuracy \d+\.\d\d % \(top-5 \d+\.\d\d %\) on 64 images with best-", lines[-5])
+    best = Path(lines[-4].removeprefix("best checkpoint "))
+    assert Path(best).parent == folder / "checkpoints" and best.name.startswith("best-") and best.is_file()
+    assert lines[-3].split() == ["curves", f"{folder}/curves.png"]
+    assert lines[-2].split() == ["predict", "with", "syncbn", "predict", str(folder), "IMAGES"]
+    assert len([line for line in lines if line.endswith(f"run folder {folder}")]) == 1
+    check_summary(folder, ranks=ranks, waits=waits)
     assert any(f"global batch 32 = {ranks} rank" in line for line in lines)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["global_batch_size"] == 32 and config["model"]["width_multiplier"] == 0.125
@@ -137,6 +143,10 @@ MISTAKES = {
     "a batch that is no number": (["--global_batch_size=many"], "many"),
     "a batch knob elsewhere": (["--data.global_batch_size=8"], "global_batch_size"),
     "a value out of range": (["--data.augmentation.max_shift=-1"], "max_shift=-1"),
+    "no batch": (["--global_batch_size=0"], "global_batch_size=0 must be at least 1"),
+    "labels smoothed to less than nothing": (["--model.label_smoothing=-1"], "label_smoothing=-1.0 must be in [0, 1)"),
+    "weights that grow": (["--model.norm_weight_decay=-1"], "norm_weight_decay=-1.0 must not be negative"),
+    "no interval": (["--trainer.val_check_interval=0"], "trainer.val_check_interval=0: give batches"),
     "a log that is needed": (["--trainer.logger=false"], "trainer.logger=false"),
     "a missing checkpoint": (["--ckpt_path=/no/such.ckpt"], "/no/such.ckpt"),
     "a checkpoint of this process": (["--ckpt_path=best"], "RUN_FOLDER/checkpoints/last.ckpt"),
@@ -242,6 +252,51 @@ def test_a_key_in_a_config_that_does_not_exist(tmp_path, capsys):
     assert "globl_batch_size" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("name: x\ndata: {root: photos}\ndata: {image_size: 32}\n", "'data' is in line 2 and again in line 3"),
+        ("trainer:\n  callbacks:\n  - {class_path: Timer, init_args: {a: 1, a: 2}}\n", "'a' is in line 3 and again in"),
+    ],
+)
+def test_a_key_that_a_config_says_twice(config, expected, tmp_path, capsys):
+    (tmp_path / "twice.yaml").write_text(config)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(tmp_path / "twice.yaml")])
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["fti"], "fit"),
+        (["fit", "--model.varient=cadene"], "--model.variant"),
+        (["fit", "--config=top.yaml"], "global_batch_size"),
+        (["fit", "--config=nested.yaml"], "trainer.max_epochs"),
+        (["fit", "--config=within.yaml"], "max_shift"),
+        (["paper", "figur1"], "figure1"),
+        (["predict", "--topk=3", "weights.ckpt", "photos"], "--top_k"),
+    ],
+)
+def test_what_was_probably_meant_is_said(words, meant, capsys):
+    Path("top.yaml").write_text("globl_batch_size: 32\n")
+    Path("nested.yaml").write_text("trainer: {max_epoch: 1}\n")
+    Path("within.yaml").write_text("data: {augmentation: {max_shfit: 1}}\n")
+    with pytest.raises(SystemExit):
+        main(words)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("syncbn: error:") and last.endswith(f"; did you mean {meant}?")
+
+
+def test_the_help_of_a_fit_has_our_options_in_plain_text_and_lightnings_on_request(capsys):
+    for word, shown, hidden in (("--help", "model", "trainer"), ("--help.trainer", "trainer", "model")):
+        with pytest.raises(SystemExit) as exited:
+            main(["fit", word])
+        text = capsys.readouterr().out
+        assert exited.value.code == 0 and f"--{shown}." in text and f"\n  --{hidden}." not in text
+        assert "``" not in text and ":class:" not in text
+
+
 def test_a_missing_config_and_a_missing_verb(capsys):
     for words in (["fit", "--config", "nowhere.yaml"], ["train"], []):
         with pytest.raises(SystemExit) as exited:
@@ -250,15 +305,29 @@ def test_a_missing_config_and_a_missing_verb(capsys):
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith("syncbn: error:")
 
 
+def test_the_examples_of_the_help_fit_their_verbs():
+    examples = [example for verbs in VERBS.values() for _, example in verbs.values()]
+    assert all(len(example) <= 66 for example in examples), "of 80 columns"
+
+
 def test_the_command_itself_exits_with_an_error_and_no_traceback():
     finished = run_command("fit", "--config", str(FASHION_MNIST), "--data.root=/no/such/folder")
     assert finished.returncode != 0 and "Traceback" not in finished.stderr
     assert finished.stderr.strip().splitlines()[-1].startswith("syncbn: error: no data at '/no/such/folder'")
 
 
-def test_importing_the_package_or_the_command_does_not_import_lightning():
-    code = "import sys, syncbn, syncbn.cli; sys.exit('lightning' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_and_version_need_neither_torch_nor_jsonargparse(word):
+    code = (
+        f"import sys, syncbn.cli; before = {{*sys.modules}}; syncbn.cli.main([{word!r}])\n"
+        "sys.exit(' '.join(sorted({*sys.modules} - before)) if len(sys.modules) > 150 or 'torch' in sys.modules else 0)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True).stdout
+    assert syncbn.__version__ in said
+    if word == "--help":
+        for verb in [verb for verbs in VERBS.values() for verb in verbs]:
+            assert re.search(rf"^  {verb} .*\n +\$ syncbn {verb} ", said, re.M)
+        assert {*MODULES, *OF_TRAINER} == {verb for verbs in VERBS.values() for verb in verbs}
 
 
 def test_an_interrupt_while_it_prepares_is_no_traceback(monkeypatch):

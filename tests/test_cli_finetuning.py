@@ -67,9 +67,10 @@ def test_new_classes(config, data, weights, capsys):
     fit(config, data, weights)
     lines = capsys.readouterr().out.strip().splitlines()
     assert re.match(
-        r"validation accuracy \d+\.\d\d % .* on 8 images \(there are no test images\) with best-", lines[-3]
+        r"validation accuracy \d+\.\d\d % .* on 8 images \(there are no test images\) with best-", lines[-5]
     )
-    summary, folder = json.loads(lines[-2]), Path(lines[-1])
+    folder = Path(lines[-1])
+    summary = json.loads((folder / "summary.json").read_text())
     assert not [name for name in summary["metrics"] if name.startswith("test")] and "val_top1" in summary["metrics"]
     assert re.match(r"8 images \(there are no test images\) with best-", summary["metrics_of"]["val"])
     with (folder / "confusion_val.csv").open(newline="") as rows:

@@ -16,8 +16,11 @@ HEAVY_TORCH = ["torch._dynamo", "torch._inductor", "torch.fx.experimental", "tor
 ORDER = [
     "files",
     "random_streams",
+    "verbs",
+    "options",
     "paths",
     "pictures",
+    "progress",
     "ops",
     "collectives",
     "recomputing",
@@ -72,7 +75,7 @@ def modules_after(statement):
 
 @pytest.fixture(scope="module")
 def imported():
-    return modules_after("import torch"), modules_after("import syncbn")
+    return modules_after("import torch"), modules_after("from syncbn import *")
 
 
 def test_import_brings_nothing_heavy(imported):
@@ -87,6 +90,14 @@ def test_import_brings_little_besides_itself(imported):
     before, after = imported
     new = {m for m in after - before if not m.startswith("syncbn")}
     assert len(new) < 40, sorted(new)
+
+
+def test_import_alone_brings_no_torch_and_its_names_bring_themselves():
+    assert "torch" not in modules_after("import syncbn, syncbn.cli")
+    code = (
+        "import syncbn; before = {*dir(syncbn)}; syncbn.new_group; assert before == {*dir(syncbn)}; syncbn.ops.common"
+    )
+    assert "torch" in modules_after(f"{code}; import pickle; pickle.loads(pickle.dumps(syncbn.SyncBatchNorm(1)))")
 
 
 def test_parts_without_the_trainer():
@@ -150,8 +161,7 @@ def test_imports_point_downward(path):
         allowed -= {"models", "nn", "functional"}
     if part == "ops":
         allowed = {"ops"}
-    if part != "cli":
-        allowed |= {"__version__"}
+    allowed |= {"__version__"}
     assert found <= allowed, f"{part} may import {sorted(allowed)}"
 
 

@@ -1,28 +1,24 @@
-"""The ``syncbn`` command: ``syncbn fit | validate | test | predict --config configs/fashion_mnist.yaml``."""
+"""The ``syncbn`` command: ``syncbn fit | validate | test | predict --config configs/fashion_mnist.yaml``.
+
+What is imported here delays `syncbn --help`; the rest is imported where it is used.
+"""
 
 import importlib
+import os
 import signal
 import sys
-from collections.abc import Sequence
-from io import TextIOWrapper
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
-from syncbn.errors import describe_error
-
-VERBS: dict[str, str] = {
-    "benchmark": "syncbn.benchmarks.command",
-    "data": "syncbn.data.show",
-    "doctor": "syncbn.doctor.command",
-    "export": "syncbn.inference.export",
-    "import": "syncbn.models.weights.command",
-    "paper": "syncbn.experiments.command",
-    "prepare": "syncbn.data.preparation.command",
-}
-"""Verbs besides those of Lightning, each with the module that holds it: COMMANDS, its functions, or `run`."""
+from syncbn import __version__
+from syncbn.verbs import MODULES, OF_TRAINER, closest, describe_verbs
 
 PREDICTS_DATA_SET = ("--config", "-c", "--ckpt_path", "--checkpoints")
 """Options of Lightning's ``predict``, of a data set; without one of them ``predict`` takes weights and images."""
+
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+"""Variables by which launchers tell a process its number."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,15 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if arguments is not None:
         sys.argv[1:] = arguments  # where Lightning looks for them when it starts the other ranks
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # for a user's own callbacks, as with ``python -m syncbn``
-    if isinstance(sys.stdout, TextIOWrapper):
+    if sys.argv[1:2] in (["--help"], ["-h"]):
+        print(describe_verbs(__version__))
+        return
+    if sys.argv[1:2] == ["--version"]:
+        print(f"syncbn {__version__}")
+        return
+    if (folder := os.getcwd()) not in sys.path:  # noqa: PTH109 (pathlib takes longer to import)
+        sys.path.append(folder)  # for a user's own callbacks, as with ``python -m syncbn``
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the screen's encoding does not have
     try:
         run_command()
     except KeyboardInterrupt:  # while it imports or prepares, too
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
+        from syncbn.errors import describe_error
+
         description = describe_error(error)
         if description is None:
             raise
@@ -50,10 +54,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
+@cache
+def refuse_repeated_keys() -> None:
+    """Have configs refused that say a key twice: PyYAML takes the last, and what is below the first is lost."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+
+    def load_checked(text: str) -> Any:
+        for key, first, second in repeated_keys(yaml.compose(text, yaml.SafeLoader)):
+            raise yaml.YAMLError(
+                f"the key {key!r} is in line {first} and again in line {second}: join what is below them"
+            )
+        return load(text)
+
+    set_loader("yaml", load_checked, (yaml.YAMLError,))
+
+
+def repeated_keys(node: Any) -> Iterator[tuple[str, int, int]]:
+    """The keys of a YAML document that have been there before in the same mapping, however deep; with both lines."""
+    lines: dict[str, int] = {}
+    for item in node.value if hasattr(node, "value") and not isinstance(node.value, str) else ():
+        if isinstance(item, tuple):  # of a mapping
+            key, item = item
+            line = key.start_mark.line + 1
+            if str(key.value) in lines:
+                yield str(key.value), lines[str(key.value)], line
+            lines[str(key.value)] = line
+        yield from repeated_keys(item)
+
+
 def run_command() -> None:
-    """Parse the command line and do what it says."""
+    """Parse the command line and do what it says.
+
+    Raises:
+        ValueError: There is no verb, or no such verb.
+    """
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    if verb in VERBS:
+    if not verb:
+        print(describe_verbs(__version__), file=sys.stderr)
+        raise ValueError("a verb is missing, such as in: syncbn fit --config configs/fashion_mnist.yaml")
+    if not verb.startswith("-") and verb not in (*MODULES, *OF_TRAINER):
+        raise ValueError(f"there is no verb {verb!r} (syncbn --help lists all){closest(verb, [*MODULES, *OF_TRAINER])}")
+    announce(verb)
+    refuse_repeated_keys()
+    if verb in MODULES:
         run_verb(verb, sys.argv[2:])
         return
     of_data_set = any(word.partition("=")[0] in PREDICTS_DATA_SET for word in sys.argv[2:])
@@ -66,15 +112,23 @@ def run_command() -> None:
     SyncBNCLI()
 
 
+def announce(verb: str) -> None:
+    """In a terminal, say that the command is at work before it imports torch, which may take long; on one rank."""
+    ranks = [os.environ[name] for name in RANKS if name in os.environ]
+    if sys.stderr.isatty() and all(rank == "0" for rank in ranks):
+        print(f"syncbn {__version__} {verb}: loading", file=sys.stderr, flush=True)
+
+
 def run_verb(verb: str, arguments: Sequence[str]) -> None:
     """Run one of a verb's functions, whose parameters are the options of the command."""
     from jsonargparse import auto_cli
 
     from syncbn.paths import ExpandingParser
 
-    module = importlib.import_module(VERBS[verb])
+    module = importlib.import_module(MODULES[verb])
     if hasattr(module, "run"):
         module.run(arguments)
         return
-    options: dict[str, Any] = {"prog": f"syncbn {verb}", "exit_on_error": False, "parser_class": ExpandingParser}
-    auto_cli(module.COMMANDS, args=list(arguments), **options)
+    auto_cli(
+        module.COMMANDS, args=list(arguments), prog=f"syncbn {verb}", exit_on_error=False, parser_class=ExpandingParser
+    )

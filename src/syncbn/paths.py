@@ -5,9 +5,11 @@
 
 import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from jsonargparse import ArgumentParser, Namespace
+
+from syncbn.options import plain_text, with_suggestion
 
 ESCAPE = "backslashreplace"
 """What is done with characters that an encoding does not have; in JSON it is what the format has for them."""
@@ -42,8 +44,16 @@ def expand_home(value: Any) -> Any:
 
 
 class ExpandingParser(ArgumentParser):
-    """A parser of command lines whose values are expanded."""
+    """A parser of command lines whose values are expanded, and which says what was probably meant."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """As every parser's, with ``~`` expanded."""
         return expand_home(super().parse_args(*args, **kwargs))
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """As jsonargparse's, with what was probably meant."""
+        super().error(with_suggestion(message, self), ex)
+
+    def format_help(self, *arguments: Any) -> str:
+        """As jsonargparse's, without markup."""
+        return plain_text(super().format_help(*arguments))

@@ -2,11 +2,13 @@
 
 import datetime
 import os
+import sys
 import time
 
 import torch.distributed as dist
 
 from syncbn.doctor.facts import Placement
+from syncbn.progress import SECONDS_BETWEEN_LINES, left, stamped
 from syncbn.training.launch.launchers import agent_keeps_store, attempt_of
 
 POLL_SECONDS = 0.05
@@ -73,8 +75,9 @@ class Meeting:
         return self.store.get(key).decode() if self.store.check([key]) else None
 
     def gather(self, subject: str, ranks: list[int]) -> dict[int, str]:
-        """What each of the ranks said, of those that did so in time."""
+        """What each of the ranks said, of those that did so in time; rank 0 names those that it waits for."""
         heard: dict[int, str] = {}
+        told = time.monotonic()
         while True:
             for rank in ranks:
                 text = None if rank in heard else self.said(subject, rank)
@@ -82,6 +85,11 @@ class Meeting:
                     heard[rank] = text
             if len(heard) == len(ranks) or time.monotonic() > self.deadline:
                 return heard
+            if self.rank == 0 and time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                missing = ", ".join(str(rank) for rank in ranks if rank not in heard)
+                line = f"waiting for {subject} of rank {missing}, at most {left(self.seconds_left)}"
+                print(stamped(line), file=sys.stderr, flush=True)
             time.sleep(POLL_SECONDS)
 
     def extend(self, seconds: float) -> None:

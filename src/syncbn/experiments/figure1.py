@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from syncbn.data.datasets.mnist import default_folder, fetch_mnist
 from syncbn.data.loading.samplers import split_global_batch
@@ -15,6 +15,7 @@ from syncbn.experiments.figure1_report import write_report
 from syncbn.experiments.rank_processes import run_on_ranks
 from syncbn.experiments.recipe_runs import claimed_folder
 from syncbn.experiments.sigmoid_network import Curves, Digits, Run, Training, load_digits, revision_of
+from syncbn.progress import progress as progress_of
 
 SETTINGS = [(0.1, 0.1), (0.01, 0.1), (0.1, 0.01)]
 """Learning rate and standard deviation of the initial weights: the paper states neither, so there are several."""
@@ -109,7 +110,7 @@ def _train_all(runs: list[Run], train: Digits, test: Digits, folder: Path) -> di
     """The curves of all runs; what is finished already is read."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     results = {}
-    with Progress(*columns) as bar:
+    with progress_of(*columns) as bar:
         task = bar.add_task("training", total=sum(run.steps for run in runs))
         for number, run in enumerate(runs):
             before = sum(earlier.steps for earlier in runs[:number])

@@ -32,6 +32,10 @@ NOT_FINITE = "not finite"
 """What the trainer's error of a loss that is no number says."""
 
 
+SECONDS_BETWEEN_LINES = 60.0
+"""From one line of a training's log that is shown to the next."""
+
+
 @dataclass(frozen=True)
 class ValidationCurve:
     """Validation accuracy over training.
@@ -166,7 +170,12 @@ def _run(words: list[str], output: IO[str], lock: IO[str]) -> int:
     )
     with exit_on_sigterm():
         try:
-            return process.wait()
+            while True:
+                try:
+                    return process.wait(SECONDS_BETWEEN_LINES)
+                except subprocess.TimeoutExpired:
+                    last = Path(output.name).read_text(errors="replace").rstrip().rpartition("\n")[2]
+                    print(f"  {last}", flush=True)
         finally:
             if process.poll() is None:
                 process.terminate()

@@ -21,6 +21,7 @@ from syncbn.training.checkpoints.files import read_without_tensors
 from syncbn.training.checkpoints.trained_classes import say
 from syncbn.training.command import TRAINER_DEFAULTS, quieten
 from syncbn.training.evaluation import Evaluated, check_same_task, load_ensemble, load_members
+from syncbn.training.monitoring.progress import progress_callback
 
 MULTICROP = 144
 
@@ -97,7 +98,12 @@ def table4(
     members = load_members(checkpoints, ImageClassifier, classes_by_name=classes_by_name)
     first = members[0]
     trainer = Trainer(
-        accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False, **TRAINER_DEFAULTS
+        accelerator=accelerator,
+        devices=devices,
+        callbacks=[progress_callback()],
+        logger=False,
+        enable_checkpointing=False,
+        **TRAINER_DEFAULTS,
     )
     card = common_card(checkpoints)
     image_size = image_size or card.image_size or 224

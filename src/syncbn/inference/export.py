@@ -29,6 +29,7 @@ from syncbn.models.weights import (
 )
 from syncbn.nn import fold_batch_norm, revert_sync_batchnorm
 from syncbn.preprocessing import Preprocessing
+from syncbn.progress import ProgressLines
 
 ExportFormat = Literal["onnx", "torchscript", "exported", "safetensors", "cadene", "slim"]
 
@@ -113,7 +114,8 @@ def export(
     require_folder(output)
     folds = format in FOLDED_BY_DEFAULT if fold is None else fold
     norms = len([layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)])
-    print(f"{norms} BatchNorm layers {'folded into the convolutions before them' if folds else 'kept'}")
+    folding = "folded into the convolutions before them" if folds else "kept"
+    print(f"{norms} BatchNorm layers {folding}; writing {format} and comparing", flush=True)
     job = ExportJob(network, content.card, format, graph, folds, preprocessing)
     with_temporary(output, lambda temporary: job.write_and_check(temporary, check_images.batches()))
     check_images.report()
@@ -329,10 +331,13 @@ class CheckImages:
 
     def _named(self) -> Iterator[np.ndarray]:
         keys = [SampleKey(0, index) for index in range(len(self.paths))]
-        for start in range(0, len(keys), BATCH):
-            pixels, _, left_out = self.prepared.pixels(keys[start : start + BATCH])
-            self.left_out += left_out
-            yield pixels[:, 0]
+        with ProgressLines() as lines:
+            task = lines.add_task("comparing on images", total=len(keys))
+            for start in range(0, len(keys), BATCH):
+                pixels, _, left_out = self.prepared.pixels(keys[start : start + BATCH])
+                self.left_out += left_out
+                yield pixels[:, 0]
+                lines.advance(task, BATCH)
 
 
 def default_output(weights: Path, format: ExportFormat) -> Path:

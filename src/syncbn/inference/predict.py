@@ -19,6 +19,7 @@ from syncbn.inference.writers import Embedding, Prediction, PredictionFormat, ch
 from syncbn.models.weights import ModelCard, build_network, check_input, read_weights, require_folder
 from syncbn.nn import fold_batch_norm
 from syncbn.paths import ExpandingParser
+from syncbn.progress import ProgressLines
 
 TOP_K = 5
 
@@ -80,7 +81,8 @@ def predict(
     card = content.card if exif_orientation is None else replace(content.card, exif_orientation=exif_orientation)
     prepared = prepare_images(paths, card, crops)
     left_out = 0
-    with opened_writer(kind, output, content.card) as writer:
+    with opened_writer(kind, output, content.card) as writer, ProgressLines() as lines:
+        task = lines.add_task("predicting images", total=len(paths))
         for batch in load_batches(prepared, max(1, batch_size // crops), num_workers):
             if content.card.embedding_dimension is None:
                 items: list[Any] = predict_batch(network, batch, paths, top_k or TOP_K, where)
@@ -91,6 +93,7 @@ def predict(
             for message in batch.left_out:
                 left_out += 1
                 print(f"syncbn: left out: {message}", file=sys.stderr)
+            lines.advance(task, len(items) + len(batch.left_out))
     if left_out:
         print(f"syncbn: {left_out} of {len(paths)} images were left out", file=sys.stderr)
     return 2 if left_out else 0

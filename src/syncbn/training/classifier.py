@@ -159,6 +159,8 @@ class ImageClassifier(Evaluated):
         classes: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__(num_classes)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
         if norm == "none" and normalization_batch_size is not None:
             raise ValueError(
                 f"normalization_batch_size={normalization_batch_size} has no meaning with norm='none': leave it out"

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -18,6 +18,7 @@ from syncbn.data.datasets.base import ReadError
 from syncbn.data.datasets.formats import Stage
 from syncbn.data.loading.samplers import batches_per_epoch
 from syncbn.paths import expand_home
+from syncbn.progress import stamped
 from syncbn.training.checkpoints.callback import BestCheckpoint, Checkpointing, LastCheckpoint
 from syncbn.training.checkpoints.earlier_data import settle_data
 from syncbn.training.checkpoints.files import CHECKPOINT_DEFAULTS, with_atomic_checkpoints
@@ -43,6 +44,7 @@ from syncbn.training.configuration.checks import (
     split_off,
 )
 from syncbn.training.configuration.lightning_support import make_writable, refuse_options
+from syncbn.training.configuration.parser import TrainerParser
 from syncbn.training.configuration.run_plan import (
     RunPlan,
     check_monitors,
@@ -59,6 +61,7 @@ from syncbn.training.launch.processes import stop_other_ranks, wait_for_other_ra
 from syncbn.training.launch.stopping import INTERRUPTED, STOPPED, describe_lost_rank
 from syncbn.training.monitoring.finite import StopAtNonFinite
 from syncbn.training.monitoring.left_out import LeftOutImages
+from syncbn.training.monitoring.progress import progress_callback
 from syncbn.training.monitoring.throughput import Throughput
 from syncbn.training.monitoring.watchdog import Watchdog
 from syncbn.training.optimization.dropout import RandomByStep
@@ -103,6 +106,7 @@ class SyncBNCLI(LightningCLI):
             ImageClassifier,
             ImageDataModule,
             trainer_class=StatisticsTrainer,
+            parser_class=TrainerParser,
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
@@ -112,8 +116,13 @@ class SyncBNCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and one that estimates population statistics; with the arguments that are not options."""
-        return {**LightningCLI.subcommands(), "statistics": {"model", "datamodule"}}
+        """Lightning's, and one that estimates population statistics; with the arguments that are not options.
+
+        Where the command line names one first, it alone: each takes its time to set up.
+        """
+        known = {**LightningCLI.subcommands(), "statistics": {"model", "datamodule"}}
+        named = sys.argv[1] if len(sys.argv) > 1 else ""
+        return {named: known[named]} if named in known else known
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that raises its errors rather than print the usage and exit."""
@@ -169,6 +178,8 @@ class SyncBNCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        assert isinstance(parser, TrainerParser)
+        parser.describe(subcommand)
         parser.set_defaults({"weights_only": True})  # a checkpoint may come from anywhere: run no code of it
         if subcommand == "fit":
             parser.add_argument(
@@ -268,6 +279,9 @@ class SyncBNCLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks = [PredictionTable(Path(self._get(self.config, "predictions")))]
         callbacks.append(LeftOutImages())
+        own = config.get("callbacks") or []
+        if config.get("enable_progress_bar") is not False and not any(isinstance(each, ProgressBar) for each in own):
+            callbacks.append(progress_callback())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         if config.get("strategy") == "auto" and (str(config.get("devices")) != "1" or config.get("num_nodes") != 1):
             kwargs["strategy"] = SynchronisedDDPStrategy.strategy_name
@@ -330,7 +344,10 @@ class SyncBNCLI(LightningCLI):
             parameters = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
             print(arithmetic.describe())
             print("\n".join([self.datamodule.describe(), *remarks]))
-            print(f"{parameters:,} trainable parameters, device {self.trainer.strategy.root_device.type}", flush=True)
+            print(f"{parameters:,} trainable parameters, device {self.trainer.strategy.root_device.type}")
+            if folder := run_folder(self.trainer):
+                print(stamped(f"run folder {folder}"))
+            sys.stdout.flush()
 
     def _plan(self) -> list[str]:
         """Work out what the run will do; what of it may surprise, each in a line."""
@@ -364,16 +381,16 @@ class SyncBNCLI(LightningCLI):
         return [self.datamodule.way_around_unreadable, *(way for way in ways if way)]
 
     def after_fit(self) -> None:
-        """Test the best checkpoint; print the accuracy, the summary and, last, the run folder.
+        """Test the best checkpoint; print the accuracy, where everything is and, last, the run folder.
 
         Where there are no test images the accuracy is the best checkpoint's on those of validation.
         """
         self._explain_early_end()
         if (folder := run_folder(self.trainer)) and self.trainer.is_global_zero:
             record_end(folder, self.trainer.global_step)
+        keeper = self._get(self.config_init, "checkpoint")
+        best = (keeper.best_model_path or None) if keeper else None
         if self._get(self.config, "test_after_fit"):
-            keeper = self._get(self.config_init, "checkpoint")
-            best = (keeper.best_model_path or None) if keeper else None
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):  # which would bring back the weights that were not averaged
                     callback._average_model = None
@@ -386,6 +403,7 @@ class SyncBNCLI(LightningCLI):
         wait_for_other_ranks(self.trainer.strategy.launcher)
         if self.run_summary in self.trainer.callbacks:  # type: ignore[attr-defined]  # not in a fast_dev_run
             self.run_summary.finish(self.trainer)
+        self._print_what_there_is(best)
         self._print_run_folder()
 
     def _explain_early_end(self) -> None:
@@ -450,6 +468,18 @@ class SyncBNCLI(LightningCLI):
         else:
             return
         print(f"{kind} {figures} on {describe_images(self.trainer, stage)} with {weights}")
+
+    def _print_what_there_is(self, best: str | None) -> None:
+        folder = run_folder(self.trainer)
+        if not self.trainer.is_global_zero or folder is None:
+            return
+        checkpoint = Path(best) if best else folder / "checkpoints" / "last.ckpt"
+        for what, where in (
+            ("best checkpoint" if best else "checkpoint", os.path.relpath(checkpoint)),
+            ("curves", folder / "curves.png"),
+            ("predict with", f"syncbn predict {folder} IMAGES"),
+        ):
+            print(f"{what:<16} {where}")
 
     def _print_run_folder(self) -> None:
         folder = run_folder(self.trainer)

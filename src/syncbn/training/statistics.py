@@ -12,6 +12,7 @@ from syncbn.data import ImageBatch, ImageDataModule
 from syncbn.data.loading.samplers import batches_per_epoch
 from syncbn.files import atomic_file
 from syncbn.nn import estimate_population_statistics
+from syncbn.progress import ProgressLines
 from syncbn.training.classifier import ImageClassifier
 
 Estimator = Literal["paper", "pooled"]
@@ -41,16 +42,27 @@ class PopulationStatistics(Callback):
         pl_module.setup("fit")  # forms the groups of ranks that normalise together
         pl_module.train()  # but for layers whose statistics are fixed, which keep them
         with torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            estimate_population_statistics(pl_module, training_images(trainer), self.num_batches, self.estimator)
+            estimate_population_statistics(
+                pl_module, training_images(trainer, self.num_batches), self.num_batches, self.estimator
+            )
         pl_module.eval()
 
 
-def training_images(trainer: Trainer) -> Iterator[Tensor]:
-    """The images of this rank's training batches of the first epoch, where and as the network takes them."""
+def training_images(trainer: Trainer, num_batches: int) -> Iterator[Tensor]:
+    """The images of this rank's training batches of the first epoch, where and as the network takes them.
+
+    Args:
+        trainer: Whose data and device they are.
+        num_batches: That will be taken, for the lines that tell how far it is.
+    """
     data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
-    for batch in data.train_dataloader():
-        on_device: ImageBatch = trainer.strategy.batch_to_device(batch)
-        yield trainer.precision_plugin.convert_input(on_device).images
+    with ProgressLines() as lines:
+        task = lines.add_task("estimating statistics, batch", total=num_batches)
+        for batch in data.train_dataloader():
+            on_device: ImageBatch = trainer.strategy.batch_to_device(batch)
+            yield trainer.precision_plugin.convert_input(on_device).images
+            if trainer.is_global_zero:
+                lines.advance(task)
 
 
 class StatisticsTrainer(Trainer):

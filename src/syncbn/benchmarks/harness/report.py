@@ -12,6 +12,7 @@ from rich.table import Table
 
 from syncbn.benchmarks.harness.measure import OURS, SMOKE_RUN, Measurement, environment, geometric_means
 from syncbn.benchmarks.harness.plot import plot_ratios
+from syncbn.progress import progress as progress_of
 
 
 def write_csv(rows: Sequence[Measurement], path: Path, threads: int) -> None:
@@ -71,4 +72,4 @@ def console() -> Console:
 def progress(console: Console) -> Progress:
     """A progress bar that says what is being timed."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
+    return progress_of(*columns, console=console, transient=True)

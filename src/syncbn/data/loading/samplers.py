@@ -34,8 +34,7 @@ def split_global_batch(global_batch_size: int, num_ranks: int, accumulate_grad_b
     Raises:
         ValueError: It does not divide; the message names the nearest sizes that do.
     """
-    if global_batch_size < 1:
-        raise ValueError(f"global_batch_size={global_batch_size} must be at least 1")
+    _check_batch_size(global_batch_size)
     parts = num_ranks * accumulate_grad_batches
     per_rank, remainder = divmod(global_batch_size, parts)
     if remainder:
@@ -48,6 +47,11 @@ def split_global_batch(global_batch_size: int, num_ranks: int, accumulate_grad_b
     return per_rank
 
 
+def _check_batch_size(global_batch_size: int) -> None:
+    if global_batch_size < 1:
+        raise ValueError(f"global_batch_size={global_batch_size} must be at least 1")
+
+
 def part_of_range(start: int, size: int, part: int, parts: int) -> tuple[int, int]:
     """Where a part of the range start..start + size - 1 begins and ends; parts differ in size by at most one."""
     return start - (-size * part // parts), start - (-size * (part + 1) // parts)
@@ -55,6 +59,7 @@ def part_of_range(start: int, size: int, part: int, parts: int) -> tuple[int, in
 
 def batches_per_epoch(num_samples: int, global_batch_size: int, drop_last: bool) -> int:
     """Global batches of an epoch; ``drop_last`` leaves out the last one where it is incomplete."""
+    _check_batch_size(global_batch_size)
     return num_samples // global_batch_size if drop_last else -(-num_samples // global_batch_size)
 
 

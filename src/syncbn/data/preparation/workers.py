@@ -14,6 +14,8 @@ from typing import TypeVar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from syncbn.progress import progress
+
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 
@@ -84,7 +86,7 @@ class RateColumn(ProgressColumn):
 
 
 def progress_bar() -> Progress:
-    """A bar with count, rate and time left; where there is no terminal it shows only how it ended."""
-    return Progress(
+    """A bar with count, rate and time left; where there is no terminal, lines."""
+    return progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn()
     )

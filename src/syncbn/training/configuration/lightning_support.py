@@ -68,6 +68,16 @@ def is_time(value: Any, options: Mapping[str, Any]) -> bool:
     return isinstance(value, (str, dict, timedelta))
 
 
+def is_no_interval(value: Any, options: Mapping[str, Any]) -> bool:
+    """Whether an interval between validations is one by the clock, or none at all."""
+    return is_time(value, options) or (value is not None and value == 0)
+
+
+def is_below(least: float) -> Callable[[Any, Mapping[str, Any]], bool]:
+    """Whether a number is smaller than the least that makes sense."""
+    return lambda value, options: value is not None and value < least
+
+
 def beside_timer(value: Any, options: Mapping[str, Any]) -> bool:
     """Whether there is a callback that counts the time, beside which the option is ignored."""
     return value is not None and any(is_subclass(callback, Timer) for callback in as_list(options.get("callbacks")))
@@ -108,11 +118,16 @@ TRAINER_OPTIONS = (
     ),
     Support(
         "val_check_interval",
-        "ranks and restarts would validate at other steps: give batches, 500, or a part of an epoch, 0.5",
-        is_time,
-        "a time",
+        "give batches, 500, or a part of an epoch, 0.5: by the clock, ranks and restarts would validate at other steps",
+        is_no_interval,
+        "a time, or 0,",
     ),
-    Support("check_val_every_n_epoch"),
+    Support(
+        "check_val_every_n_epoch",
+        "at least 1: limit_val_batches=0 is for no validation",
+        is_below(1),
+        "less than 1",
+    ),
     Support("num_sanity_val_steps", "0 unless it is given"),
     Support("log_every_n_steps", "10 unless it is given"),
     Support(
@@ -126,10 +141,12 @@ TRAINER_OPTIONS = (
     Support(
         "accumulate_grad_batches",
         "divides global_batch_size, which stays what it is: at least 1",
-        lambda value, options: value < 1,
+        is_below(1),
         "less than 1",
     ),
-    Support("gradient_clip_val", "of the gradient over the global batch"),
+    Support(
+        "gradient_clip_val", "of the gradient over the global batch; null clips nothing", is_below(0), "less than 0"
+    ),
     Support("gradient_clip_algorithm"),
     Support("deterministic"),
     Support("benchmark", "on unless deterministic, on GPUs"),

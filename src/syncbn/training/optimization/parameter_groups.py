@@ -26,7 +26,14 @@ def parameter_groups(
     Returns:
         Parameter groups for an optimiser, named "weights", "norms" and "biases"; empty ones are left out. A
         parameter shared by several modules appears once.
+
+    Raises:
+        ValueError: A weight decay is negative, which an optimiser checks of its default alone.
     """
+    decays = {"weight_decay": weight_decay, "norm_weight_decay": norm_weight_decay}
+    for option, decay in (decays | {"bias_weight_decay": bias_weight_decay}).items():
+        if decay < 0:
+            raise ValueError(f"{option}={decay} must not be negative: the weights would grow")
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "biases": []}
     seen: set[int] = set()
     for owner in module.modules():
@@ -38,9 +45,9 @@ def parameter_groups(
                 groups["norms"].append(parameter)
             else:
                 groups["biases" if name == "bias" else "weights"].append(parameter)
-    decays = {"weights": weight_decay, "norms": norm_weight_decay, "biases": bias_weight_decay}
+    decay_of = {"weights": weight_decay, "norms": norm_weight_decay, "biases": bias_weight_decay}
     return [
-        {"params": parameters, "weight_decay": decays[name], "name": name}
+        {"params": parameters, "weight_decay": decay_of[name], "name": name}
         for name, parameters in groups.items()
         if parameters
     ]

@@ -1,4 +1,4 @@
-"""One line of JSON that says how a run went."""
+"""A file of JSON that says how a run went."""
 
 import json
 import math
@@ -47,20 +47,16 @@ class RunSummary(Callback):
             self._write(trainer, self._summary(trainer, "trained"))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The run has ended otherwise; the line is printed, too."""
+        """The run has ended otherwise."""
         text = " ".join(str(exception).split())
         cause = type(exception).__name__ + (f": {text}" if text else "")
         if trainer.is_global_zero:
-            summary = self._summary(trainer, cause)
-            self._write(trainer, summary)
-            print(json.dumps(summary), flush=True)
+            self._write(trainer, self._summary(trainer, cause))
 
     def finish(self, trainer: Trainer) -> None:
-        """Write the summary of a run that went through, and print it in one line."""
+        """Write the summary of a run that went through."""
         if trainer.is_global_zero:
-            summary = self._summary(trainer, "finished")
-            self._write(trainer, summary)
-            print(json.dumps(summary), flush=True)
+            self._write(trainer, self._summary(trainer, "finished"))
 
     def _summary(self, trainer: Trainer, exit_cause: str) -> dict[str, Any]:
         metrics = {
