@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from syncbn.benchmarks.command import SECTIONS, parser
-from syncbn.cli import VERBS
+from syncbn.verbs import MODULES, OF_TRAINER
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-OF_LIGHTNING = {"fit", "validate", "test", "predict", "statistics"}
 PACKAGES = ["syncbn", "syncbn.nn", "syncbn.models", "syncbn.training", "syncbn.data"]
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -51,7 +50,7 @@ def test_commands_name_verbs_and_files_that_there_are(page):
     for line in command_lines(page):
         words = shlex.split(line, comments=True)
         if "syncbn" in words:
-            assert words[words.index("syncbn") + 1] in OF_LIGHTNING | set(VERBS), line
+            assert words[words.index("syncbn") + 1] in {*OF_TRAINER, *MODULES}, line
         for word in words:
             if word.startswith(("configs/", "launch/", "examples/")):
                 assert (REPOSITORY / word).is_file(), line
