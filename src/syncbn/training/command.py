@@ -64,7 +64,7 @@ from syncbn.training.run_plan import (
     reason_of_early_end,
 )
 from syncbn.training.run_summary import RunSummary
-from syncbn.training.runs import RunRecord, claim_run_folder, run_folder
+from syncbn.training.runs import RunRecord, claim_run_folder, hold_run_folder, run_folder
 from syncbn.training.speed import default_benchmark, default_precision
 from syncbn.training.stopping import INTERRUPTED, STOPPED, describe_lost_rank
 from syncbn.training.strategies import SynchronisedDDPStrategy
@@ -292,10 +292,9 @@ class SyncBNCLI(LightningCLI):
         by_hand = self._get(self.config, "resume")
         job = RestartedJob.from_environment(os.environ, sys.argv[1:])
         self.resume_point = point_by_hand(by_hand) if by_hand else point_of_restart(parent, job)
-        if self.resume_point is None:
-            folder = claim_run_folder(parent)
-        else:
-            folder = self.resume_point.folder
+        folder = claim_run_folder(parent) if self.resume_point is None else self.resume_point.folder
+        hold_run_folder(folder, is_restart=self.resume_point is not None and not by_hand)
+        if self.resume_point is not None:
             config = dump_config(self._parser(self.subcommand), self.config[self.config["subcommand"]])
             check_config(folder, yaml.safe_load(config))
             where = self.resume_point.checkpoint or "the beginning, there is no whole checkpoint yet"
