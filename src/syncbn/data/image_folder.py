@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -116,7 +117,7 @@ class ImageFolderDataset(EncodedDataset):
         if unknown:
             raise ValueError(
                 f"{folder} holds the class {unknown[0]!r}, which is no class of the training images"
-                f" ({len(unknown)} such classes; {len(classes)} are known)"
+                f" ({len(unknown)} such classes; {len(classes)} are known){look_alike(unknown[0], classes)}"
             )
         self.folder = folder
         self.exif_orientation = exif_orientation
@@ -155,6 +156,16 @@ class ImageFolderDataset(EncodedDataset):
     def name(self, index: int) -> str:
         """Path of the image at ``index``."""
         return str(self.path(index))
+
+
+def look_alike(name: str, classes: Sequence[str]) -> str:
+    """What to do about a name that is a class's but for capitals, blanks at its ends or the form of its Unicode."""
+
+    def plain(text: str) -> str:
+        return unicodedata.normalize("NFC", text).strip().casefold()
+
+    like = next((known for known in classes if plain(known) == plain(name)), None)
+    return "" if like is None else f"; it looks like {like!a} but is {name!a}: give both folders one name"
 
 
 def no_image_of(folder: Path, others: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> str:

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -306,8 +306,17 @@ def _open_image_folder(folder: Path, reading: Reading) -> Splits:
             classes = None if reading.own_classes else train.classes
             splits[split] = ImageFolderDataset(folders.of[split], classes, reading.endings, turns)
     left_out = sum((dataset.left_out for dataset in splits.values()), Counter[str]())
-    remarks = [f"{in_words(left_out)} left out"] if left_out else []
+    remarks = [*_trained_on(folders.of), *([f"{in_words(left_out)} left out"] if left_out else [])]
     return Splits({**splits}, turns, (*remarks, *_unused(folders.unused, folder)))
+
+
+def _trained_on(folders: Mapping[str, Path]) -> Iterator[str]:
+    """Which splits, or classes of them, are folders of training images under another name (a link), in words."""
+    training = {path.resolve() for path in (folders["train"], *visible_folders(folders["train"]))}
+    for split in folders.keys() - {"train"}:
+        same = [path for path in (folders[split], *visible_folders(folders[split])) if path.resolve() in training]
+        if same:
+            yield f"{same[0]} is a folder of training images: the figures of {folders[split].name} mean nothing"
 
 
 def _unused(paths: Sequence[Path], folder: Path) -> tuple[str, ...]:
