@@ -48,6 +48,15 @@ def test_a_fault_that_nobody_foresaw_shows_all_of_it(monkeypatch):
     assert describe_error(ValueError("x")) is None
 
 
+def test_a_worker_that_the_system_ended_is_one_line():
+    error = TypeError("unsupported callable")
+    error.__cause__ = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert describe_error(error) == (
+        "syncbn: error: DataLoader worker (pid 7) is killed by signal: Killed."
+        " Perhaps the machine ran out of memory (dmesg says so): with fewer workers less is needed."
+    )
+
+
 def test_long_messages_of_libraries_are_cut():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--number", type=int)

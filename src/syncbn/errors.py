@@ -23,6 +23,7 @@ EXPLAINING_LIBRARIES = ("jsonargparse", "lightning", "lightning_utilities", "tor
 
 LINK_FAILED = "Call to compute_fn of link"
 WORKER_FAILED = "Original Traceback"
+WORKER_DIED = "DataLoader worker (pid"
 
 
 def describe_error(error: Exception) -> str | None:
@@ -34,6 +35,8 @@ def describe_error(error: Exception) -> str | None:
     if os.environ.get(SHOW_ALL, "0") != "0":
         return None
     for link in chain_of(error):
+        if str(link).startswith(WORKER_DIED):  # torch raises it from a signal, wherever this process is
+            return line_of(link)
         own = next((frame for frame in frames_of(link) if is_own_code(frame.tb_frame.f_code.co_filename)), None)
         if own is not None:
             shown = "".join(traceback.format_exception(type(link), link, own, chain=False))
@@ -41,7 +44,7 @@ def describe_error(error: Exception) -> str | None:
     return line_of(error) if explains_itself(error) else None
 
 
-def line_of(error: Exception, typed: bool = False) -> str:
+def line_of(error: BaseException, typed: bool = False) -> str:
     """An error in one line, which says the rank; ``typed`` says the error's type, too."""
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     prefix = f"syncbn: error (rank {rank}):" if rank else "syncbn: error:"
@@ -82,7 +85,10 @@ def one_line(message: str) -> str:
         message = message.partition(" failed: ")[2]
     if WORKER_FAILED in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
-    return without_subtypes(" ".join(message.split()))
+    message = without_subtypes(" ".join(message.split()))
+    if message.startswith(WORKER_DIED) and "Killed" in message:
+        message += " Perhaps the machine ran out of memory (dmesg says so): with fewer workers less is needed."
+    return message
 
 
 UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: ")

@@ -164,8 +164,24 @@ def test_a_class_missing_in_val_keeps_the_labels_and_one_missing_in_train_is_an_
     make_image_folder(tmp_path, {"train": {"ant": 1, "bee": 1, "cat": 1}, "val": {"cat": 2}})
     assert open_image_sets(str(tmp_path)).validation.label(0) == 2
     make_image_folder(tmp_path, {"val": {"dog": 1}})
-    with pytest.raises(ValueError, match="the class 'dog', which is no class of the training images"):
+    with pytest.raises(ValueError, match=r"the class 'dog', which is no class of the training images \(.*known\)$"):
         open_image_sets(str(tmp_path))
+
+
+@pytest.mark.parametrize(("train", "val"), [("cr\u00e8me", "cre\u0300me"), ("Ant", "ant"), ("ant", "ant ")])
+def test_a_name_that_looks_like_that_of_a_class(tmp_path, train, val):
+    make_image_folder(tmp_path, {"train": {train: 1, "bee": 1}, "val": {val: 1}})
+    with pytest.raises(ValueError, match="give both folders one name") as refused:
+        open_image_sets(str(tmp_path))
+    assert f"it looks like {train!a} but is {val!a}" in str(refused.value)
+
+
+@pytest.mark.parametrize("link", ["val", "val/bee"])
+def test_training_images_in_the_place_of_validation_images_are_said(tmp_path, link):
+    make_image_folder(tmp_path, {"train": {"ant": 1, "bee": 1}, **({"val": {"ant": 1}} if link != "val" else {})})
+    (tmp_path / link).symlink_to(tmp_path / link.replace("val", "train"))
+    said = open_image_sets(str(tmp_path)).describe()
+    assert f"{tmp_path / link} is a folder of training images: the figures of val mean nothing" in said
 
 
 @pytest.mark.parametrize("content", [b"", b"no image"])

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from syncbn.training.launch.launchers import follow_launcher
+from syncbn.training.launch.stopping import describe_lost_rank
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0"}
@@ -69,3 +71,9 @@ def test_torchrun_starts_another_number_of_ranks_than_the_config_has(tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert "global batch 4 = 1 rank x 4" in done.stdout
+
+
+def test_a_port_that_is_taken_is_not_a_rank_that_died() -> None:
+    described = describe_lost_rank(torch.distributed.DistNetworkError("port: 29500, code: -98, name: EADDRINUSE"))
+    assert described.startswith("the port that the ranks are to meet at is taken") and "MASTER_PORT" in described
+    assert describe_lost_rank(torch.distributed.DistNetworkError("reset")).startswith("lost the connection")

@@ -196,6 +196,10 @@ def test_a_run_is_gone_on_with_by_hand_and_by_a_restart(tmp_path, monkeypatch, c
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     by_hand = [*words, f"--resume={run}", "--trainer.max_epochs=3", "--runs_folder=other"]
     main(by_hand)
+    summary = json.loads((run / "summary.json").read_text())
+    main(by_hand)  # trains nothing: what was measured stays
+    again = json.loads((run / "summary.json").read_text())
+    assert again == summary | {"ended_early": "there was nothing left to train"} and again["images_per_second"] > 0
     assert learned(run)[: len(log)] == log and not Path("other").exists()
     assert "model.dropout=0.5, but the run" in fails(capsys, *by_hand, "--model.dropout=0.5")
     assert "--resume nowhere is no run folder" in fails(capsys, *words, "--resume=nowhere")

@@ -1,6 +1,7 @@
 """Run folders, provenance and the picture of the curves."""
 
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distribution
 
@@ -9,7 +10,7 @@ import pytest
 
 from syncbn.training.run import folder as runs
 from syncbn.training.run.curves import plot_curves, read_series
-from syncbn.training.run.folder import claim_run_folder, git_revision, source_revision
+from syncbn.training.run.folder import claim_run_folder, git_revision, hold_run_folder, source_revision
 
 
 def test_every_run_gets_a_folder_of_its_own(tmp_path):
@@ -17,6 +18,26 @@ def test_every_run_gets_a_folder_of_its_own(tmp_path):
         claimed = list(threads.map(lambda _: claim_run_folder(tmp_path / "name"), range(16)))
     assert {folder.name for folder in claimed} == {f"version_{number}" for number in range(16)}
     assert len(list((tmp_path / "name").iterdir())) == 16
+
+
+def test_a_run_folder_is_held_by_one_process_until_it_ends(tmp_path):
+    code = (
+        "import sys, pathlib; from syncbn.training.run.folder import hold_run_folder as hold; "
+        "hold(pathlib.Path(sys.argv[1]))"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; print(flush=True); input()", str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline()
+    with pytest.raises(ValueError, match=f"^process {holder.pid} on .* is training in {tmp_path}: wait for its end"):
+        hold_run_folder(tmp_path)
+    hold_run_folder(tmp_path, is_restart=True)
+    holder.kill()
+    holder.communicate()
+    hold_run_folder(tmp_path)
+    hold_run_folder(tmp_path)
 
 
 def test_git_revision(monkeypatch, tmp_path):

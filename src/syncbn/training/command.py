@@ -67,7 +67,7 @@ from syncbn.training.monitoring.watchdog import Watchdog
 from syncbn.training.optimization.dropout import RandomByStep
 from syncbn.training.optimization.speed import default_benchmark, default_precision
 from syncbn.training.run.curves import CurvesPlot
-from syncbn.training.run.folder import KeptConfig, RunRecord, claim_run_folder, dump_config, run_folder
+from syncbn.training.run.folder import KeptConfig, RunRecord, claim_run_folder, dump_config, hold_run_folder, run_folder
 from syncbn.training.run.lightning_messages import quieten
 from syncbn.training.run.logs import run_loggers
 from syncbn.training.run.predictions import PredictionTable
@@ -304,10 +304,9 @@ class SyncBNCLI(LightningCLI):
         by_hand = self._get(self.config, "resume")
         job = RestartedJob.from_environment(os.environ, sys.argv[1:])
         self.resume_point = point_by_hand(by_hand) if by_hand else point_of_restart(parent, job)
-        if self.resume_point is None:
-            folder = claim_run_folder(parent)
-        else:
-            folder = self.resume_point.folder
+        folder = claim_run_folder(parent) if self.resume_point is None else self.resume_point.folder
+        hold_run_folder(folder, is_restart=self.resume_point is not None and not by_hand)
+        if self.resume_point is not None:
             config = dump_config(self._parser(self.subcommand), self.config[self.config["subcommand"]])
             check_config(folder, yaml.safe_load(config))
             compare_classes(self.datamodule, self.resume_point.checkpoint)  # other ranks as they load it

@@ -1,8 +1,9 @@
 """Images in folders, one folder for each class: ``root/<class>/<image>``, or deeper within the class."""
 
 import os
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ class ImageFolderDataset(EncodedDataset):
         if unknown:
             raise ValueError(
                 f"{folder} holds the class {unknown[0]!r}, which is no class of the training images"
-                f" ({len(unknown)} such classes; {len(classes)} are known)"
+                f" ({len(unknown)} such classes; {len(classes)} are known){look_alike(unknown[0], classes)}"
             )
         self.folder = folder
         self.exif_orientation = exif_orientation
@@ -153,6 +154,16 @@ class ImageFolderDataset(EncodedDataset):
         return str(self.path(index))
 
 
+def look_alike(name: str, classes: Sequence[str]) -> str:
+    """What to do about a name that is a class's but for capitals, blanks at its ends or the form of its Unicode."""
+
+    def plain(text: str) -> str:
+        return unicodedata.normalize("NFC", text).strip().casefold()
+
+    like = next((known for known in classes if plain(known) == plain(name)), None)
+    return "" if like is None else f"; it looks like {like!a} but is {name!a}: give both folders one name"
+
+
 def no_image_of(folder: Path, others: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> str:
     """What is wrong with the folder of a class without images, in words; ``others`` are the files in it."""
     if not others:
@@ -183,5 +194,14 @@ def open_splits(folder: Path, reading: Reading) -> Splits:
             classes = None if reading.own_classes else train.classes
             splits[split] = ImageFolderDataset(folders.of[split], classes, reading.endings, turns)
     left_out = sum((dataset.left_out for dataset in splits.values()), Counter[str]())
-    remarks = [f"{in_words(left_out)} left out"] if left_out else []
+    remarks = [*_trained_on(folders.of), *([f"{in_words(left_out)} left out"] if left_out else [])]
     return Splits({**splits}, turns, (*remarks, *not_used(folders.unused, folder)))
+
+
+def _trained_on(folders: Mapping[str, Path]) -> Iterator[str]:
+    """Which splits, or classes of them, are folders of training images under another name (a link), in words."""
+    training = {path.resolve() for path in (folders["train"], *visible_folders(folders["train"]))}
+    for split in folders.keys() - {"train"}:
+        same = [path for path in (folders[split], *visible_folders(folders[split])) if path.resolve() in training]
+        if same:
+            yield f"{same[0]} is a folder of training images: the figures of {folders[split].name} mean nothing"

@@ -87,4 +87,9 @@ def describe_lost_rank(error: RuntimeError) -> str:
     kinds = ("/gloo/", "all-reduce of a BatchNorm layer failed")
     if not isinstance(error, dist.DistError) and not any(kind in reason for kind in kinds):
         return ""
+    if "EADDRINUSE" in reason:
+        return (
+            f"the port that the ranks are to meet at is taken, perhaps by another job on this machine: {reason[:400]};"
+            " name another one (MASTER_PORT, or torchrun's --master-port)"
+        )
     return f"lost the connection to another rank, which died or hangs; what it said comes first: {reason[:400]}"

@@ -1,12 +1,15 @@
 """The folder of a run, and what is written into it besides logs and checkpoints."""
 
+import fcntl
 import json
+import os
+import socket
 import subprocess
 import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
@@ -33,6 +36,42 @@ def claim_run_folder(parent: Path) -> Path:
             number += 1
         else:
             return folder
+
+
+_held: dict[Path, IO[str]] = {}
+"""The open files by which this process holds run folders; their locks end with it, however it ends."""
+
+
+def hold_run_folder(folder: Path, is_restart: bool = False) -> None:
+    """Keep other processes from training in a run folder as long as this one lives.
+
+    Args:
+        folder: Exists. Where its file system has no locks, nothing is done.
+        is_restart: Whether a launcher started this process in the place of one that it knows to be dead. A file system
+            may hold the lock of a machine that failed for minutes: it is not looked at.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    file = folder.resolve() / "lock"
+    if file in _held:
+        return
+    lock = file.open("a+")
+    try:
+        # Not flock, whose lock the workers of the data inherit: of a process that was killed, they live on a while.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        with lock:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+        if is_restart or not isinstance(error, (BlockingIOError, PermissionError)):
+            return
+        raise ValueError(
+            f"{holder} is training in {folder}: wait for its end or stop it, or start a run of its own (no --resume)"
+        ) from error
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
+    _held[file] = lock
 
 
 def git_revision(folder: Path) -> str:

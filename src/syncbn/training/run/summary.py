@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -30,6 +31,7 @@ class RunSummary(Callback):
     def __init__(self) -> None:
         self.ended_early: str | None = None
         self.evaluated: str | None = None
+        self._trained = False
         self._speed: dict[str, Any] = {}
         self._description: dict[str, Any] = {}
 
@@ -40,6 +42,7 @@ class RunSummary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect what the ranks measured, on all of them."""
+        self._trained = True
         for throughput in [c for c in trainer.callbacks if isinstance(c, Throughput)]:  # type: ignore[attr-defined]
             mine = {"seconds": mean_seconds(throughput.totals), "memory": peak_memory()}
             self._speed = speed_of_run(throughput.totals, gather_objects(mine))
@@ -56,7 +59,10 @@ class RunSummary(Callback):
     def finish(self, trainer: Trainer) -> None:
         """Write the summary of a run that went through."""
         if trainer.is_global_zero:
-            self._write(trainer, self._summary(trainer, "finished"))
+            summary = self._summary(trainer, "finished")
+            if not self._trained:  # the run that it went on with was over
+                summary = with_earlier(summary, run_folder(trainer))
+            self._write(trainer, summary)
 
     def _summary(self, trainer: Trainer, exit_cause: str) -> dict[str, Any]:
         metrics = {
@@ -85,6 +91,17 @@ class RunSummary(Callback):
         folder = run_folder(trainer)
         if folder is not None and folder.is_dir():
             (folder / FILE).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def with_earlier(summary: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """The summary of a start that trained nothing, with what an earlier one in the same folder has measured."""
+    try:
+        earlier = json.loads((folder / FILE).read_text()) if folder else {}
+    except (OSError, json.JSONDecodeError):  # there was none, or a kill has cut it off
+        earlier = {}
+    known = ("exit", "ended_early", "run_folder", "epochs", "steps")
+    metrics = {part: earlier.get(part, {}) | summary[part] for part in ("metrics", "metrics_of")}
+    return summary | earlier | {name: summary[name] for name in known if name in summary} | metrics
 
 
 def mean_seconds(totals: Totals) -> dict[str, float]:
