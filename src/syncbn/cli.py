@@ -64,6 +64,11 @@ def run_command() -> None:
         raise ValueError("a verb is missing, such as in: syncbn fit --config configs/fashion_mnist.yaml")
     if not verb.startswith("-") and verb not in (*MODULES, *OF_TRAINER):
         raise ValueError(f"there is no verb {verb!r} (syncbn --help lists all){closest(verb, [*MODULES, *OF_TRAINER])}")
+    if sys.argv[1:] == ["fit"]:
+        from syncbn.recipes import describe_recipes
+
+        print(describe_recipes(), file=sys.stderr)
+        raise ValueError("fit needs a config: syncbn fit --config FILE; syncbn fit --help lists what it may say")
     announce(verb)
     if verb in MODULES:
         run_verb(verb, sys.argv[2:])
