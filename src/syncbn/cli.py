@@ -73,14 +73,21 @@ def run_command() -> None:
     if verb in MODULES:
         run_verb(verb, sys.argv[2:])
         return
-    of_data_set = any(word.partition("=")[0] in PREDICTS_DATA_SET for word in sys.argv[2:])
-    if verb == "predict" and not of_data_set:
+    if verb == "predict" and not predicts_data_set(sys.argv[2:]):
         from syncbn.inference.predict import run
 
         sys.exit(run(sys.argv[2:]))
     from syncbn.training.command import SyncBNCLI
 
     SyncBNCLI()
+
+
+def predicts_data_set(words: Sequence[str]) -> bool:
+    """Whether ``predict`` is asked for a data set: by an option, or by the folder of a run without images after it."""
+    if any(word.partition("=")[0] in PREDICTS_DATA_SET for word in words):
+        return True
+    is_followed_by_images = len(words) > 1 and not words[1].startswith("-")
+    return bool(words) and not is_followed_by_images and os.path.isdir(words[0])  # noqa: PTH112 (as above)
 
 
 def announce(verb: str) -> None:
