@@ -66,8 +66,8 @@ def check_run_folder(output: str, *, ranks: int, waits: bool) -> Path:
     folder = Path(lines[-1])
     assert folder.parent == Path("runs/fashion_mnist") and folder.is_dir()
     assert re.match(r"test accuracy \d+\.\d\d % \(top-5 \d+\.\d\d %\) on 64 images with best-", lines[-5])
-    best = Path(lines[-4].removeprefix("best checkpoint "))
-    assert Path(best).parent == folder / "checkpoints" and best.name.startswith("best-") and best.is_file()
+    best = Path(lines[-4].removeprefix("best checkpoint ").strip())
+    assert best.parent == folder / "checkpoints" and best.name.startswith("best-") and best.is_file()
     assert lines[-3].split() == ["curves", f"{folder}/curves.png"]
     assert lines[-2].split() == ["predict", "with", "syncbn", "predict", str(folder), "IMAGES"]
     assert len([line for line in lines if line.endswith(f"run folder {folder}")]) == 1
@@ -105,6 +105,22 @@ def test_fit_then_test_and_predict_in_one_process(capsys):
     with Path("predictions.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert [int(row["index"]) for row in rows] == list(range(64))
+    sys.argv[:] = ["syncbn"]
+    main(["test", str(folder)])
+    said = capsys.readouterr()
+    assert re.search(r"test accuracy .* with best-.*\.ckpt$", said.out.strip())
+    assert re.search(rf"syncbn: takes {folder}/checkpoints/best-\S+, the best checkpoint of the run, and the", said.err)
+    cv2.imwrite("image.png", torch.zeros(28, 28).numpy())
+    with pytest.raises(SystemExit) as exited:
+        main(["predict", str(folder), "image.png", "--format=csv"])
+    said = capsys.readouterr()
+    assert (
+        exited.value.code == 0 and said.out.count("image.png") == 5 and f"takes {folder}/checkpoints/best-" in said.err
+    )
+    main(["export", str(folder), "--format=safetensors", "--output=network.safetensors"])
+    assert Path("network.safetensors").is_file() and f"takes {folder}/checkpoints/best-" in capsys.readouterr().err
+    main(["predict", str(folder), "--trainer.limit_predict_batches=1"])
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "predictions.csv"
     main(["fit", *again[:2], "--trainer.fast_dev_run=true"])
     assert len(list(Path("runs/fashion_mnist").iterdir())) == 1
 
@@ -298,11 +314,14 @@ def test_the_help_of_a_fit_has_our_options_in_plain_text_and_lightnings_on_reque
 
 
 def test_a_missing_config_and_a_missing_verb(capsys):
-    for words in (["fit", "--config", "nowhere.yaml"], ["train"], []):
+    for words in (["fit", "--config", "nowhere.yaml"], ["train"], [], ["fit"], ["test", "nowhere"]):
         with pytest.raises(SystemExit) as exited:
             main(words)
         assert exited.value.code not in (0, None)
-        assert capsys.readouterr().err.strip().splitlines()[-1].startswith("syncbn: error:")
+        said = capsys.readouterr().err.strip()
+        assert said.splitlines()[-1].startswith("syncbn: error:")
+        if words == ["fit"]:
+            assert re.search(r"--config \S*configs/fashion_mnist\.yaml\n +A narrow Inception-BN on 10,000 images", said)
 
 
 def test_the_examples_of_the_help_fit_their_verbs():

@@ -16,6 +16,8 @@ HEAVY_TORCH = ["torch._dynamo", "torch._inductor", "torch.fx.experimental", "tor
 ORDER = [
     "files",
     "random_streams",
+    "recipes",
+    "run_folders",
     "verbs",
     "options",
     "paths",

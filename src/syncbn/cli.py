@@ -97,19 +97,31 @@ def run_command() -> None:
         raise ValueError("a verb is missing, such as in: syncbn fit --config configs/fashion_mnist.yaml")
     if not verb.startswith("-") and verb not in (*MODULES, *OF_TRAINER):
         raise ValueError(f"there is no verb {verb!r} (syncbn --help lists all){closest(verb, [*MODULES, *OF_TRAINER])}")
+    if sys.argv[1:] == ["fit"]:
+        from syncbn.recipes import describe_recipes
+
+        print(describe_recipes(), file=sys.stderr)
+        raise ValueError("fit needs a config: syncbn fit --config FILE; syncbn fit --help lists what it may say")
     announce(verb)
     refuse_repeated_keys()
     if verb in MODULES:
         run_verb(verb, sys.argv[2:])
         return
-    of_data_set = any(word.partition("=")[0] in PREDICTS_DATA_SET for word in sys.argv[2:])
-    if verb == "predict" and not of_data_set:
+    if verb == "predict" and not predicts_data_set(sys.argv[2:]):
         from syncbn.inference.predict import run
 
         sys.exit(run(sys.argv[2:]))
     from syncbn.training.command import SyncBNCLI
 
     SyncBNCLI()
+
+
+def predicts_data_set(words: Sequence[str]) -> bool:
+    """Whether ``predict`` is asked for a data set: by an option, or by the folder of a run without images after it."""
+    if any(word.partition("=")[0] in PREDICTS_DATA_SET for word in words):
+        return True
+    is_followed_by_images = len(words) > 1 and not words[1].startswith("-")
+    return bool(words) and not is_followed_by_images and os.path.isdir(words[0])  # noqa: PTH112 (as above)
 
 
 def announce(verb: str) -> None:

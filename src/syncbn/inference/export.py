@@ -30,6 +30,7 @@ from syncbn.models.weights import (
 from syncbn.nn import fold_batch_norm, revert_sync_batchnorm
 from syncbn.preprocessing import Preprocessing
 from syncbn.progress import ProgressLines
+from syncbn.run_folders import file_of_weights
 
 ExportFormat = Literal["onnx", "torchscript", "exported", "safetensors", "cadene", "slim"]
 
@@ -76,7 +77,8 @@ def export(
     are prepared, in fields and in words, and names the classes.
 
     Args:
-        weights: A checkpoint of `syncbn fit`, what `syncbn import` wrote, or whatever that reads.
+        weights: A checkpoint of `syncbn fit`, or the folder of its run, whose best checkpoint is taken; what `syncbn
+            import` wrote, or whatever that reads.
         format: Graphs: "onnx", "torchscript" or "exported" (torch.export). Weights: "safetensors" (ours; folded, it is
             an `inception_bn` with norm="none" and loads like any other), "cadene" (bninception, .pth) or "slim"
             (inception_v2, .npz).
@@ -104,6 +106,7 @@ def export(
             f"--fold true has no meaning with --format {format}, whose readers want BatchNorm: leave it out"
         )
     graph = choose_graph(format, opset, ir_version)
+    weights = file_of_weights(weights)
     content = read_weights(weights)
     network = build_network(content)
     check_input(content.card, network)

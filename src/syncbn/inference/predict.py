@@ -20,6 +20,7 @@ from syncbn.models.weights import ModelCard, build_network, check_input, read_we
 from syncbn.nn import fold_batch_norm
 from syncbn.paths import ExpandingParser
 from syncbn.progress import ProgressLines
+from syncbn.run_folders import file_of_weights
 
 TOP_K = 5
 
@@ -43,7 +44,8 @@ def predict(
     networks, is predicted by `syncbn predict --config CONFIG --ckpt_path CKPT`.
 
     Args:
-        weights: A checkpoint of `syncbn fit`, what `syncbn import` wrote, or whatever that reads.
+        weights: A checkpoint of `syncbn fit`, or the folder of its run, whose best checkpoint is taken; what `syncbn
+            import` wrote, or whatever that reads.
         images: Files, folders or quoted patterns ('photos/**/*.jpg').
         top_k: How many classes of each image; 5 without it.
         format: Of classes: "table" to read; "csv", a line for each image and class; "jsonl", a line of JSON for each
@@ -69,6 +71,7 @@ def predict(
     paths, others = search_images(images)
     if others:
         print(f"syncbn: no images by their names: {in_words(others)}", file=sys.stderr)
+    weights = file_of_weights(weights)
     content = read_weights(weights)
     check_embedding(content.card, top_k, crops)
     kind = choose_writer(format, output, content.card)
@@ -194,7 +197,9 @@ def run(arguments: Sequence[str]) -> int:
     parser = ExpandingParser(
         prog="syncbn predict", exit_on_error=False, description=predict.__doc__.partition("Args:")[0]
     )
-    parser.add_argument("weights", type=Path, help="A checkpoint, or any file that `syncbn import` reads.")
+    parser.add_argument(
+        "weights", type=Path, help="A run folder, a checkpoint, or any file that `syncbn import` reads."
+    )
     # As a list that a shell may have expanded, which jsonargparse does not make of a function's parameter.
     parser.add_argument("images", type=str, nargs="+", help="Files, folders or quoted patterns ('photos/**/*.jpg').")
     parser.add_function_arguments(predict, skip={"weights", "images"})

@@ -19,6 +19,7 @@ from syncbn.data.datasets.formats import Stage
 from syncbn.data.loading.samplers import batches_per_epoch
 from syncbn.paths import expand_home
 from syncbn.progress import stamped
+from syncbn.run_folders import expand_run_folder
 from syncbn.training.checkpoints.callback import BestCheckpoint, Checkpointing, LastCheckpoint
 from syncbn.training.checkpoints.earlier_data import settle_data
 from syncbn.training.checkpoints.files import CHECKPOINT_DEFAULTS, with_atomic_checkpoints
@@ -201,8 +202,11 @@ class SyncBNCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; ``--data PATH`` is short for ``--data.root PATH``."""
-        words = expand_data_shorthand(sys.argv[1:])
+        """Parse; ``--data PATH`` is short for ``--data.root PATH``, a run folder for its config and checkpoint."""
+        words = sys.argv[1:]
+        if words[:1] != ["fit"]:
+            words = expand_run_folder(words, speaks=getattr(rank_zero_only, "rank", 0) == 0)
+        words = expand_data_shorthand(words)
         refuse_other_network(words)
         words, off = split_off(words)
         self.config = expand_home(parser.parse_args(words_without_weights(words)))
@@ -265,6 +269,7 @@ class SyncBNCLI(LightningCLI):
             kwargs["logger"] = self._loggers(config.get("logger"))
             kwargs["plugins"] = with_atomic_checkpoints(config.get("plugins"))
             seed = self._get(self.config, "seed_everything")
+            self.run_summary.keeper = self._get(self.config_init, "checkpoint")
             callbacks = [
                 Throughput(),
                 self.run_summary,

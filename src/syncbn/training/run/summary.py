@@ -2,19 +2,19 @@
 
 import json
 import math
+import os
 import statistics
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from syncbn.collectives.world import gather_objects
+from syncbn.run_folders import BEST, SUMMARY
 from syncbn.training.evaluated_images import KINDS, describe_images
 from syncbn.training.monitoring.throughput import Throughput, Totals, peak_memory
 from syncbn.training.run.folder import describe_run, run_folder
-
-FILE = "summary.json"
 
 
 class RunSummary(Callback):
@@ -25,6 +25,7 @@ class RunSummary(Callback):
 
     Attributes:
         ended_early: Why it took fewer steps than it might have; None where it did not.
+        keeper: Of the best checkpoint, which is named; None names none.
         evaluated: The weights that the metrics are of, where they are not those of the last validation.
     """
 
@@ -32,6 +33,7 @@ class RunSummary(Callback):
         self.ended_early: str | None = None
         self.evaluated: str | None = None
         self._trained = False
+        self.keeper: ModelCheckpoint | None = None
         self._speed: dict[str, Any] = {}
         self._description: dict[str, Any] = {}
 
@@ -65,6 +67,8 @@ class RunSummary(Callback):
             self._write(trainer, summary)
 
     def _summary(self, trainer: Trainer, exit_cause: str) -> dict[str, Any]:
+        folder = run_folder(trainer)
+        best = self.keeper.best_model_path if self.keeper else ""
         metrics = {
             name: round(float(value), 6)
             for name, value in trainer.callback_metrics.items()
@@ -73,7 +77,8 @@ class RunSummary(Callback):
         return {
             "exit": exit_cause,
             **({"ended_early": self.ended_early} if self.ended_early else {}),
-            "run_folder": str(run_folder(trainer)),
+            "run_folder": str(folder),
+            **({BEST: os.path.relpath(best, folder)} if best and folder else {}),
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
@@ -90,7 +95,7 @@ class RunSummary(Callback):
     def _write(trainer: Trainer, summary: dict[str, Any]) -> None:
         folder = run_folder(trainer)
         if folder is not None and folder.is_dir():
-            (folder / FILE).write_text(json.dumps(summary, indent=2) + "\n")
+            (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def with_earlier(summary: dict[str, Any], folder: Path | None) -> dict[str, Any]:
