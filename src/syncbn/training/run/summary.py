@@ -101,7 +101,7 @@ class RunSummary(Callback):
 def with_earlier(summary: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     """The summary of a start that trained nothing, with what an earlier one in the same folder has measured."""
     try:
-        earlier = json.loads((folder / FILE).read_text()) if folder else {}
+        earlier = json.loads((folder / SUMMARY).read_text()) if folder else {}
     except (OSError, json.JSONDecodeError):  # there was none, or a kill has cut it off
         earlier = {}
     known = ("exit", "ended_early", "run_folder", "epochs", "steps")
