@@ -44,7 +44,7 @@ def describe_error(error: Exception) -> str | None:
     return line_of(error) if explains_itself(error) else None
 
 
-def line_of(error: Exception, typed: bool = False) -> str:
+def line_of(error: BaseException, typed: bool = False) -> str:
     """An error in one line, which says the rank; ``typed`` says the error's type, too."""
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     prefix = f"syncbn: error (rank {rank}):" if rank else "syncbn: error:"
