@@ -216,10 +216,18 @@ def test_a_mistake_is_answered_in_one_line(words, expected, capsys):
 )
 def test_what_a_checkpoint_would_override_is_refused(verb, word, expected, capsys):
     kept = {"momentum": 0.9, "global_batch_size": 32, "weights": None}
-    torch.save({"state_dict": {}, "hyper_parameters": kept}, "last.ckpt")
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0", "hyper_parameters": kept}, "last.ckpt")
     with pytest.raises(SystemExit):
         main([verb, "--config", str(FASHION_MNIST), "--global_batch_size=32", "--ckpt_path=last.ckpt", word])
     assert expected in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_weights_in_the_place_of_a_checkpoint(capsys):
+    torch.save({"features.0.weight": torch.zeros(1)}, "weights.pth")
+    with pytest.raises(SystemExit):
+        main(["test", "--config", str(FASHION_MNIST), "--ckpt_path=weights.pth"])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--ckpt_path weights.pth holds weights" in error and "by --model.weights" in error
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

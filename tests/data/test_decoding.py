@@ -90,6 +90,11 @@ def test_a_photo_is_decoded_or_named():
             photos.photo(index).pixels()
 
 
+def test_a_pointer_of_git_lfs_is_called_so():
+    with pytest.raises(DecodingError, match="a pointer of Git LFS instead of the image: `git lfs pull` fetches it"):
+        decode(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+
+
 @pytest.mark.parametrize("progressive", [0, 1])
 def test_a_jpeg_that_was_cut_short_is_refused(progressive):
     content = cv2.imencode(".jpg", noise(64, 64), [cv2.IMWRITE_JPEG_PROGRESSIVE, progressive])[1].tobytes()

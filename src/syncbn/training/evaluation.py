@@ -212,7 +212,7 @@ def load_member(path: str, kind: Any) -> Any:
     try:
         return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever unpickling junk, or a foreign checkpoint, may raise
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).partition(". ")[0].split())[:200]  # of torch's, without its advice to run code
         raise ValueError(f"--checkpoints: {path} is not a checkpoint of syncbn's: {reason}") from error
 
 

@@ -99,6 +99,9 @@ def test_a_damaged_npz(state, place, tmp_path):
 def test_what_is_no_file_of_weights(tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "text.pth").write_text("these are no weights, but they are long enough to look at")
+    (tmp_path / "pointer.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    )
     (tmp_path / "graph.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch" * 3)
     torch.save([1, 2, 3], tmp_path / "list.pth")
     torch.save({"state_dict": {}}, tmp_path / "nothing.pth")
@@ -109,6 +112,7 @@ def test_what_is_no_file_of_weights(tmp_path):
         ".": "it is a folder",
         "empty": "it is empty",
         "text.pth": "it is none of PyTorch's",
+        "pointer.safetensors": "it is a pointer of Git LFS instead of the weights: `git lfs pull` fetches them",
         "graph.onnx": "it is a graph, which onnxruntime runs",
         "list.pth": "it holds a list",
         "nothing.pth": "its 0 tensors are of no known layout",

@@ -95,6 +95,9 @@ TIFF_TAGS = {
 
 UNSIGNED, WHITE_IS_ZERO, BIG_TIFF = {1, 4}, 0, 43
 
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that Git LFS has in the place of one that was not fetched."""
+
 DARK_LEVEL = 16
 """Of 256: 16-bit pixels that are all below it may be 12-bit pixels that nobody scaled."""
 
@@ -137,6 +140,8 @@ def decode(content: bytes, channels: int = 3, reduction: int = 1, exif_orientati
         DecodingError: It cannot be decoded to its end.
     """
     kind = kind_of(content)
+    if content.startswith(LFS_POINTER):
+        raise DecodingError("a pointer of Git LFS instead of the image: `git lfs pull` fetches it")
     if kind is None:
         raise DecodingError(
             f"no image of a known format: it begins with {content[:8].hex()}; {', '.join(SUFFIXES_OF_KIND)} are read"

@@ -93,6 +93,8 @@ def read_file(path: Path) -> FileContent:
         return _read_torch(path)
     if end == TENSORFLOW_TABLE:
         return _read_tensorflow(path)
+    if start.startswith(b"version https://"):
+        raise WeightsError(path, "it is a pointer of Git LFS instead of the weights: `git lfs pull` fetches them")
     if path.suffix == ".onnx":
         raise WeightsError(path, "it is a graph, which onnxruntime runs: name the weights that it was exported from")
     raise WeightsError(path, "it is none of PyTorch's, safetensors', NumPy's .npz and TensorFlow's files of weights")

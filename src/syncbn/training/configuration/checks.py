@@ -140,7 +140,7 @@ def read_hyperparameters(path: str | None) -> Mapping[str, Any]:
     """The hyperparameters of a checkpoint; none where no checkpoint is given, or it is missing, as Lightning reports.
 
     Raises:
-        ValueError: It is a word, a folder, or no checkpoint of tensors only.
+        ValueError: It is a word, a folder, or no checkpoint of a Trainer with tensors only.
     """
     if path in KEYWORDS:
         raise ValueError(
@@ -158,7 +158,12 @@ def read_hyperparameters(path: str | None) -> Mapping[str, Any]:
         checkpoint = read_without_tensors(path)
     except Exception as error:  # whatever unpickling junk may raise
         raise ValueError(f"--ckpt_path {path} is not a checkpoint of tensors only: {type(error).__name__}") from error
-    return checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
+    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+        raise ValueError(
+            f"--ckpt_path {path} holds weights, and is no checkpoint of a training that can be restored: give them by"
+            " --model.weights (syncbn predict and export take them as they are)"
+        )
+    return checkpoint.get("hyper_parameters", {})
 
 
 def refuse_dropped(
