@@ -164,7 +164,7 @@ def test_the_evaluation_in_the_headers_resolves(tmp_path, monkeypatch):
     assert len(commands) == 1
     validated = []
     monkeypatch.chdir(IMAGENET.parents[1])
-    monkeypatch.setattr("syncbn.training.command.load_ensemble", lambda paths, like: like)
+    monkeypatch.setattr("syncbn.training.command.load_ensemble", lambda paths, like, by_name: like)
     monkeypatch.setattr(SyncBNCLI, "_run_subcommand", lambda cli, verb: validated.append(cli.datamodule))
     shards = make_shards(tmp_path / "shards", train=(5,))
     words = shlex.split(commands.pop().replace("SHARDS", str(shards)))

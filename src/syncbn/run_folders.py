@@ -59,7 +59,7 @@ def expand_run_folder(words: Sequence[str], speaks: bool = True) -> list[str]:
     Raises:
         ValueError: The word after the verb is no option and no such folder.
     """
-    if len(words) < 2 or words[1].startswith("-"):
+    if len(words) < 2 or any(word.startswith("-") for word in words[:2]):
         return list(words)
     verb, name, *rest = words
     folder = Path(name).expanduser()
