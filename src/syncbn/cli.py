@@ -30,11 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if arguments is not None:
         sys.argv[1:] = arguments  # where Lightning looks for them when it starts the other ranks
-    if sys.argv[1:2] in (["--help"], ["-h"]):
-        print(describe_verbs(__version__))
-        return
-    if sys.argv[1:2] == ["--version"]:
-        print(f"syncbn {__version__}")
+    if sys.argv[1:2] in (["--help"], ["-h"], ["--version"]):
+        answer = f"syncbn {__version__}" if sys.argv[1] == "--version" else describe_verbs(__version__)
+        try:
+            print(answer, flush=True)
+        except BrokenPipeError:  # `syncbn --help | head`; the interpreter would flush again as it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     if (folder := os.getcwd()) not in sys.path:  # noqa: PTH109 (pathlib takes longer to import)
         sys.path.append(folder)  # for a user's own callbacks, as with ``python -m syncbn``
