@@ -1,5 +1,6 @@
 """The folder of a run, and what is written into it besides logs and checkpoints."""
 
+import atexit
 import fcntl
 import json
 import os
@@ -72,6 +73,7 @@ def hold_run_folder(folder: Path, is_restart: bool = False) -> None:
     lock.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
     _held[file] = lock
+    atexit.register(lock.close)
 
 
 def git_revision(folder: Path) -> str:
