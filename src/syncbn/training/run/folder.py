@@ -1,6 +1,5 @@
 """The folder of a run, and what is written into it besides logs and checkpoints."""
 
-import atexit
 import fcntl
 import json
 import os
@@ -10,7 +9,7 @@ import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
@@ -39,8 +38,8 @@ def claim_run_folder(parent: Path) -> Path:
             return folder
 
 
-_held: dict[Path, IO[str]] = {}
-"""The open files by which this process holds run folders; their locks end with it, however it ends."""
+_held: set[Path] = set()
+"""Files by which this process holds run folders. They stay open: the locks end with it, however it ends."""
 
 
 def hold_run_folder(folder: Path, is_restart: bool = False) -> None:
@@ -57,23 +56,21 @@ def hold_run_folder(folder: Path, is_restart: bool = False) -> None:
     file = folder.resolve() / "lock"
     if file in _held:
         return
-    lock = file.open("a+")
+    lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         # Not flock, whose lock the workers of the data inherit: of a process that was killed, they live on a while.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        with lock:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
+        holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+        os.close(lock)
         if is_restart or not isinstance(error, (BlockingIOError, PermissionError)):
             return
         raise ValueError(
             f"{holder} is training in {folder}: wait for its end or stop it, or start a run of its own (no --resume)"
         ) from error
-    lock.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
-    _held[file] = lock
-    atexit.register(lock.close)
+    os.ftruncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    _held.add(file)
 
 
 def git_revision(folder: Path) -> str:
