@@ -7,8 +7,15 @@ import torch
 from photos import ImagesInMemory, noise
 from torch.utils.data import DataLoader
 
-from syncbn.data import Augmentation, BatchedImages, GlobalBatchSampler, PhotometricDistortion, RandomCrop, SampleKey
-from syncbn.data.datasets import fashion_mnist
+from syncbn.data import (
+    Augmentation,
+    BatchedImages,
+    GlobalBatchSampler,
+    PhotometricDistortion,
+    RandomCrop,
+    SampleKey,
+    fashion_mnist,
+)
 from syncbn.data.datasets.selection import Selection
 from syncbn.data.loading.batches import keep_batch
 from syncbn.data.transforms.augmentation import draw
