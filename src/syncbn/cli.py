@@ -62,9 +62,12 @@ def refuse_repeated_keys() -> None:
     from jsonargparse import get_loader, set_loader
 
     load = get_loader("yaml")
+    dialect = getattr(
+        yaml, "CSafeLoader", yaml.SafeLoader
+    )  # jsonargparse's, which takes {layers: [a?]} unlike the other
 
     def load_checked(text: str) -> Any:
-        for key, first, second in repeated_keys(yaml.compose(text, yaml.SafeLoader)):
+        for key, first, second in repeated_keys(yaml.compose(text, dialect)):
             raise yaml.YAMLError(
                 f"the key {key!r} is in line {first} and again in line {second}: join what is below them"
             )
