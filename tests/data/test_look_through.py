@@ -17,9 +17,11 @@ from ranks import run_ranks
 from syncbn.data import BatchedImages, ImageDataModule, ReadError
 from syncbn.data import look_through as module
 from syncbn.data.datasets.image_folder import ImageFolderDataset
+from syncbn.data.datasets.selection import Selection
+from syncbn.data.labels import RelabelledDataset
 from syncbn.data.loading.batches import UnreadableImageWarning
 from syncbn.data.loading.samplers import EvaluationBatchSampler, GlobalBatchSampler, SampleKey
-from syncbn.data.look_through import find_unreadable, is_unusual, look_through
+from syncbn.data.look_through import find_unreadable, folders_of, is_unusual, look_through
 from syncbn.training import SynchronisedDDPStrategy
 from training.conftest import IGNORED
 
@@ -75,6 +77,18 @@ def test_files_that_cannot_be_opened_and_odd_names(tmp_path):
     assert found.unreadable == {"a/gone.jpg": "No such file or directory", odd: "empty file"}
     (root / odd).unlink()
     assert find_unreadable([ImageFolderDataset(root)], root, run) == found, "once for a run"
+
+
+def test_images_that_a_resumed_run_labels_anew_are_looked_at_too(tmp_path):
+    photos = {f"{name}/{number}.jpg": encode(noise(9, 9)) for name in "ab" for number in range(4)}
+    root = make_folder(tmp_path, photos | {"a/1.jpg": b"", "b/2.jpg": b""})
+    folder = ImageFolderDataset(root)
+    look = look_through([folder], root)
+    relabelled = RelabelledDataset(folder, ("b", "a"), np.array([1, 0]))
+    some = Selection(relabelled, np.array([1, 4, 6]))
+    assert folders_of([relabelled, some, folder]) == [folder]
+    assert look.places_in(relabelled) == look.places_in(folder) == {1, 6}
+    assert look.places_in(some) == {0, 2}
 
 
 def test_of_very_many_images_evenly_spaced_ones_are_looked_at(tmp_path, monkeypatch):

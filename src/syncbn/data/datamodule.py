@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from syncbn.data.datasets.base import ImageDataset, OnReadError, numbers_classes
 from syncbn.data.datasets.formats import EMBEDDED, Stage, hold_some_out, open_image_sets
-from syncbn.data.datasets.selection import Selection, labels_of
+from syncbn.data.datasets.selection import labels_of, origin_of
 from syncbn.data.labels import by_position, match_classes, relabel_sets
 from syncbn.data.loading.batches import BatchedImages, ImageBatch, keep_batch
 from syncbn.data.loading.order import EpochOrder, ShuffledOrder, WindowedOrder
@@ -448,7 +448,7 @@ class ImageDataModule(LightningDataModule):
 
     def _native_size(self) -> int:
         dataset = self.test_images
-        images = getattr(dataset.dataset if isinstance(dataset, Selection) else dataset, "images", None)
+        images = getattr(origin_of(dataset), "images", None)
         if images is None or images.shape[1] != images.shape[2]:
             raise ValueError(f"image_size is needed for {self.root!r}: its images are not squares of one size")
         return int(images.shape[1])

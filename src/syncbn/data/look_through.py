@@ -24,7 +24,7 @@ from syncbn.data.datasets.decoding import OF_PILLOW, kind_of
 from syncbn.data.datasets.formats import ImageSets
 from syncbn.data.datasets.image_folder import ImageFolderDataset
 from syncbn.data.datasets.jpeg import END_OF_IMAGE, find_frame, is_cut_short
-from syncbn.data.datasets.selection import Selection, class_counts
+from syncbn.data.datasets.selection import Selection, class_counts, origin_of
 from syncbn.data.transforms.photo import Photo
 
 RECORD = "unreadable.json"
@@ -97,8 +97,7 @@ class Look:
 
 def folders_of(datasets: Iterable[ImageDataset]) -> list[ImageFolderDataset]:
     """The class folders that data sets take their images from, each once; none of other data."""
-    wholes = [dataset.dataset if isinstance(dataset, Selection) else dataset for dataset in datasets]
-    folders = [whole for whole in wholes if isinstance(whole, ImageFolderDataset)]
+    folders = [origin for dataset in datasets if isinstance(origin := origin_of(dataset), ImageFolderDataset)]
     return list({id(folder): folder for folder in folders}.values())
 
 

@@ -80,6 +80,13 @@ class Selection(DatasetView):
         return len(self.indices)
 
 
+def origin_of(dataset: ImageDataset) -> ImageDataset:
+    """The data set that holds the images, under all views of it."""
+    while isinstance(dataset, DatasetView):
+        dataset = dataset.dataset
+    return dataset
+
+
 def labels_of(dataset: ImageDataset) -> np.ndarray:
     """The labels of all images of a data set: int64, shape (N,)."""
     labels = getattr(dataset, "labels", None)  # not every data set has them at hand
