@@ -104,8 +104,6 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         remark_on_classes: What a user should know of the comparison with a checkpoint's classes, in words.
-
-    Attributes:
         run_folder: Where rank 0 keeps what could not be read at the start of a fit; None keeps it nowhere.
 
     Raises:

@@ -25,7 +25,10 @@ from syncbn.data.datasets.formats import ImageSets
 from syncbn.data.datasets.image_folder import ImageFolderDataset
 from syncbn.data.datasets.jpeg import END_OF_IMAGE, find_frame, is_cut_short
 from syncbn.data.datasets.selection import Selection, class_counts, origin_of
+from syncbn.data.datasets.splits import a_few_of
 from syncbn.data.transforms.photo import Photo
+from syncbn.files import atomic_file
+from syncbn.progress import SECONDS_BETWEEN_LINES
 
 RECORD = "unreadable.json"
 """In a run folder: what was found at the start of the run, as JSON."""
@@ -37,13 +40,9 @@ MOST_SECONDS = 600.0
 """After which no more are looked at: other ranks wait."""
 
 THREADS, AT_A_TIME = 16, 2048
-SECONDS_BETWEEN_LINES = 10.0
 
 HEAD, TAIL = 1 << 16, 1 << 10
 """Bytes of a file's beginning and end that are read."""
-
-NAMED = 5
-"""Of the images that cannot be read, at most."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,11 @@ class Look:
         """
         lines = []
         if self.unreadable:
-            named = [f"{path} ({reason.partition(';')[0]})" for path, reason in list(self.unreadable.items())[:NAMED]]
-            more = f" and {len(self.unreadable) - NAMED:,} more" if len(self.unreadable) > NAMED else ""
+            faults = [f"{path} ({reason.partition(';')[0]})" for path, reason in self.unreadable.items()]
             all_in = f"; all in {record}" if record else ""
             lines.append(
                 f"{len(self.unreadable):,} of {self.looked_at:,} images cannot be read and are left out:"
-                f" {', '.join(named)}{more}{all_in}"
+                f" {a_few_of(faults)}{all_in}"
             )
         if self.looked_at < self.images:
             lines.append(
@@ -141,10 +139,9 @@ def find_unreadable(folders: Sequence[ImageFolderDataset], root: Path, run_folde
     look = look_through(folders, root)
     if run_folder:
         run_folder.mkdir(parents=True, exist_ok=True)
-        partial = run_folder / f".{RECORD}.part"
         kept = {name: value for name, value in vars(look).items() if name != "root"}
-        partial.write_text(json.dumps(kept, indent=1))  # in ASCII: names need not be UTF-8
-        partial.replace(run_folder / RECORD)
+        with atomic_file(run_folder / RECORD) as file:
+            file.write(json.dumps(kept, indent=1).encode("ascii"))  # names need not be UTF-8
     return look
 
 

@@ -25,7 +25,7 @@ LOOKED_AT = 64
 
 
 NAMED = 5
-"""Of the files and folders that are not used, at most."""
+"""Of the files and folders in a message, at most."""
 
 
 def split_of(name: str) -> str | None:
@@ -136,5 +136,10 @@ def _require_classes(folder: Path, root: Path) -> None:
 def not_used(paths: Sequence[Path], folder: Path) -> tuple[str, ...]:
     """Files and folders that no split takes, in words."""
     names = [os.path.relpath(path, folder) for path in paths]
+    return (f"not used: {a_few_of(names)}",) if names else ()
+
+
+def a_few_of(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return (f"not used: {', '.join(names[:NAMED])}{more}",) if names else ()
+    return f"{', '.join(names[:NAMED])}{more}"
