@@ -62,9 +62,8 @@ def refuse_repeated_keys() -> None:
     from jsonargparse import get_loader, set_loader
 
     load = get_loader("yaml")
-    dialect = getattr(
-        yaml, "CSafeLoader", yaml.SafeLoader
-    )  # jsonargparse's, which takes {layers: [a?]} unlike the other
+    # As jsonargparse does: libyaml takes {layers: [a?]}, the pure Python loader does not.
+    dialect = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
     def load_checked(text: str) -> Any:
         for key, first, second in repeated_keys(yaml.compose(text, dialect)):

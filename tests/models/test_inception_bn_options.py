@@ -1,5 +1,7 @@
 """The options of Inception-BN, its names, and its errors."""
 
+import dataclasses
+import inspect
 import math
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 import syncbn.nn
 from syncbn.models import InceptionBN, blocks, inception_bn
 from syncbn.models.blocks import ConvNorm
-from syncbn.models.network import final_size
+from syncbn.models.network import InceptionBNConfig, final_size
 from syncbn.models.table import TABLE, scale_channels
 from syncbn.nn import SyncBatchNorm
 
@@ -278,3 +280,9 @@ def test_bad_images():
         network(images(2, 32, channels=1))
     with pytest.raises(ValueError, match=r"expected images of shape .*, got \(3, 32, 32\)"):
         network(torch.randn(3, 32, 32))
+
+
+def test_the_factory_and_the_config_have_the_same_options():
+    arguments = {name: one.default for name, one in inspect.signature(inception_bn).parameters.items()}
+    assert arguments.pop("weights") is None
+    assert arguments == {field.name: field.default for field in dataclasses.fields(InceptionBNConfig)}

@@ -96,7 +96,7 @@ class _FusedAlone(torch.autograd.Function):
         ctx: Any, found: list[Statistics], M: int, settings: Sequence[Settings], *tensors: Any
     ) -> tuple[Tensor, ...]:
         ctx.route, ctx.M = None, M
-        norms = [Norm(*pair) for pair in zip(restore(Tensors, tensors), settings, strict=True)]
+        norms = _norms(tensors, settings)
         pairs = [_normalize(norm, dense_part(norm.tensors.x, norm.settings.span), None) for norm in norms]
         found += [Statistics(saved.mean, saved.var, M) for _, saved in pairs]
         return _keep(ctx, norms, pairs)
@@ -147,7 +147,7 @@ class _FusedFinish(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.exchange, ctx.route = exchange, exchange.route
         exchange.receive()
-        norms, pairs = [Norm(*pair) for pair in zip(restore(Tensors, tensors), settings, strict=True)], []
+        norms, pairs = _norms(tensors, settings), []
         for norm, x, batch in zip(norms, exchange.inputs, exchange.batches, strict=True):
             y, saved = _normalize(norm, x, batch)
             exchange.results.append(Statistics(saved.mean, saved.var, batch.M))
@@ -203,6 +203,11 @@ def _saved(ctx: Any) -> list[_Saved]:
             one = one._replace(x=found[-1].x)
         found.append(one if bias is None else one._replace(bias=bias.tensor))
     return found
+
+
+def _norms(tensors: Sequence[Any], settings: Sequence[Settings]) -> list[Norm]:
+    """From a node's flat tensors, and the settings of each normalization."""
+    return [Norm(*pair) for pair in zip(restore(Tensors, tensors), settings, strict=True)]
 
 
 def _reads_bias(settings: Settings, saved: _Saved) -> bool:

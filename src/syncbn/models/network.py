@@ -49,32 +49,7 @@ MINIMUM_SIZE = {"imagenet": 32, "small": 8}
 class InceptionBNConfig:
     """What makes one Inception-BN differ from another.
 
-    Attributes:
-        num_classes: number of logits.
-        variant: "paper", "cadene" (Cadene's bninception, Caffe's layout) or "slim" (TF-slim's inception_v2).
-        norm: "batch", or "none" for the plain Inception, whose convolutions all have a bias.
-        activation: "relu" or "sigmoid".
-        width_multiplier: factor on all channel counts, which are rounded to multiples of 8, at least 8.
-        stem: "imagenet" (images from 32 pixels), or "small" (from 8, meant for 28 to 64; see :class:`Stem`).
-        local_response_norm: GoogLeNet's, after the first pool and before the second (the paper's Inception
-            and BN-Baseline).
-        dropout: probability of dropping a feature before the classifier (the paper's Inception: 0.4).
-        per_activation_head: size of the training images in pixels, (H, W) or H = W. Every layer of the last
-            module, 5b, then has per-activation BN (section 4.2.3, ensemble: "in the last hidden layers"), and
-            the network takes images of that size only.
-        init_scale: factor on the standard deviation of all initial convolution weights (section 4.2.3 has it
-            increased in some members of the ensemble; by how much is not stated).
-        in_channels: channels of the images.
-        process_group: the ranks that normalise together; None is all.
-        separable_stem: this and those below replace attributes of the variant, see
-            :class:`~syncbn.models.variants.VariantSpec`; None keeps them.
-        stem_norm: whether BN follows the first convolution.
-        projection_4cd: pool projections of 4c and 4d before width scaling.
-        conv_bias: bias on convolutions before BN.
-        gamma: whether BN learns a scale.
-        padding: "symmetric" or "same".
-        eps: BN's epsilon.
-        momentum: BN's momentum in PyTorch's sense.
+    Its fields are the arguments of :func:`inception_bn`, which explains them, but for the weights.
 
     Raises:
         ValueError: for a value outside these, naming it and what is accepted.
