@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from branching_networks import NETWORKS, ConvNorm
 from graphs import counting_backend
 from ranks import RankError, run_ranks
 from syncbn import (
@@ -25,7 +26,6 @@ from syncbn import (
     new_group,
     revert_sync_batchnorm,
 )
-from syncbn.benchmarks.branching import NETWORKS, ConvNorm
 from syncbn.benchmarks.harness.messages import recorded
 from syncbn.grouping.network import Grouped
 from syncbn.nn import fold_batch_norm
