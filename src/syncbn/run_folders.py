@@ -8,6 +8,7 @@ from pathlib import Path
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+LAST = "last.ckpt"
 SUMMARY = "summary.json"
 BEST = "best_checkpoint"
 """Key of the summary: the path from the run folder."""
@@ -34,9 +35,9 @@ def best_checkpoint(folder: Path) -> tuple[Path, str]:
     if candidates:
         names = ", ".join(candidate.name for candidate in candidates)
         raise ValueError(f"{folder} does not say which of its checkpoints is the best: name one of {names}")
-    last = folder / CHECKPOINTS / "last.ckpt"
+    last = folder / CHECKPOINTS / LAST
     if not last.exists():
-        raise ValueError(f"{folder} is the folder of a run that has no checkpoint yet (best-*, last.ckpt)")
+        raise ValueError(f"{folder} is the folder of a run that has no checkpoint yet (best-*, {LAST})")
     return last, "the last checkpoint (none was kept as the best)"
 
 

@@ -11,7 +11,6 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
 from syncbn.data import ImageDataModule
 from syncbn.data.datasets.base import ReadError
@@ -19,10 +18,10 @@ from syncbn.data.datasets.formats import Stage
 from syncbn.data.loading.samplers import batches_per_epoch
 from syncbn.paths import expand_home
 from syncbn.progress import stamped
-from syncbn.run_folders import expand_run_folder
+from syncbn.run_folders import CHECKPOINTS, LAST, expand_run_folder
 from syncbn.training.checkpoints.callback import BestCheckpoint, Checkpointing, LastCheckpoint
 from syncbn.training.checkpoints.earlier_data import settle_data
-from syncbn.training.checkpoints.files import CHECKPOINT_DEFAULTS, with_atomic_checkpoints
+from syncbn.training.checkpoints.files import CHECKPOINT_DEFAULTS, checkpoints_of, with_atomic_checkpoints
 from syncbn.training.checkpoints.resuming import (
     RestartedJob,
     ResumePoint,
@@ -58,7 +57,7 @@ from syncbn.training.evaluation import check_same_task, load_ensemble
 from syncbn.training.finetuning.retrieval import NEIGHBOURS
 from syncbn.training.finetuning.starting_weights import choose_preprocessing, words_without_weights
 from syncbn.training.launch.launchers import follow_launcher
-from syncbn.training.launch.processes import stop_other_ranks, wait_for_other_ranks
+from syncbn.training.launch.processes import is_rank_zero, stop_other_ranks, wait_for_other_ranks
 from syncbn.training.launch.stopping import INTERRUPTED, STOPPED, describe_lost_rank
 from syncbn.training.monitoring.finite import StopAtNonFinite
 from syncbn.training.monitoring.left_out import LeftOutImages
@@ -205,7 +204,7 @@ class SyncBNCLI(LightningCLI):
         """Parse; ``--data PATH`` is short for ``--data.root PATH``, a run folder for its config and checkpoint."""
         words = sys.argv[1:]
         if words[:1] != ["fit"]:
-            words = expand_run_folder(words, speaks=getattr(rank_zero_only, "rank", 0) == 0)
+            words = expand_run_folder(words, speaks=is_rank_zero())
         words = expand_data_shorthand(words)
         refuse_other_network(words)
         words, off = split_off(words)
@@ -299,9 +298,8 @@ class SyncBNCLI(LightningCLI):
     def _loggers(self, configured: Any) -> list[Any]:
         added = [] if configured in (None, True) else configured if isinstance(configured, list) else [configured]
         parent = Path(self._get(self.config, "runs_folder"), self._get(self.config, "name"))
-        is_rank_zero = getattr(rank_zero_only, "rank", 0) == 0
-        folder = self._choose_run_folder(parent) if is_rank_zero else parent / "version_0"
-        self.datamodule.run_folder = folder if is_rank_zero else None
+        folder = self._choose_run_folder(parent) if is_rank_zero() else parent / "version_0"
+        self.datamodule.run_folder = folder if is_rank_zero() else None
         return [*run_loggers(folder, self.resume_point.step if self.resume_point else None), *added]
 
     def _choose_run_folder(self, parent: Path) -> Path:
@@ -439,20 +437,18 @@ class SyncBNCLI(LightningCLI):
 
     def after_test(self) -> None:
         """Print the accuracy."""
-        self._print_accuracy(self.datamodule.stage_of_test, self._name_weights(self._checkpoints()))
+        self._print_accuracy(
+            self.datamodule.stage_of_test, self._name_weights(checkpoints_of(self.config[self.subcommand]))
+        )
 
     def after_validate(self) -> None:
         """Print the accuracy."""
-        self._print_accuracy("val", self._name_weights(self._checkpoints()))
+        self._print_accuracy("val", self._name_weights(checkpoints_of(self.config[self.subcommand])))
 
     def after_predict(self) -> None:
         """Name the file written."""
         if self.trainer.is_global_zero:
             print(self._get(self.config, "predictions"))
-
-    def _checkpoints(self) -> list[str]:
-        path = self._get(self.config, "ckpt_path")
-        return [path] if path else self._get(self.config, "checkpoints")
 
     def _name_weights(self, checkpoints: list[str]) -> str:
         weights = " + ".join(Path(path).name for path in checkpoints) or "the weights as they are"
@@ -477,7 +473,7 @@ class SyncBNCLI(LightningCLI):
         folder = run_folder(self.trainer)
         if not self.trainer.is_global_zero or folder is None:
             return
-        checkpoint = Path(best) if best else folder / "checkpoints" / "last.ckpt"
+        checkpoint = Path(best) if best else folder / CHECKPOINTS / LAST
         for what, where in (
             ("best checkpoint" if best else "checkpoint", os.path.relpath(checkpoint)),
             ("curves", folder / "curves.png"),

@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from syncbn.collectives.world import sum_over_world
 from syncbn.data.datasets.base import ReadError
 from syncbn.files import PARTIAL, publish, remove
+from syncbn.run_folders import CHECKPOINTS, LAST
 from syncbn.training.checkpoints.files import by_step
 from syncbn.training.launch.stopping import StopSignals, exit_status, requeue_job, requeue_signal
 from syncbn.training.run.folder import run_folder
@@ -83,7 +84,7 @@ class Checkpointing(Callback):
             return
         self._signals.install(trainer)
         folder = run_folder(trainer) or Path(trainer.default_root_dir)
-        self._folder = Path(trainer.strategy.broadcast(str(folder))) / "checkpoints"
+        self._folder = Path(trainer.strategy.broadcast(str(folder))) / CHECKPOINTS
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count; replace Lightning's handlers of signals, which would act in the middle of a step."""
@@ -219,7 +220,7 @@ class LastCheckpoint(OwnCheckpoint):
 
 def is_named_as_own(name: str) -> bool:
     """Whether a file is called as what `Checkpointing` and `LastCheckpoint` write."""
-    return name == "last.ckpt" or re.fullmatch(r"step=\d+\.ckpt", name) is not None
+    return name == LAST or re.fullmatch(r"step=\d+\.ckpt", name) is not None
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from syncbn.data.datasets.idx import find_idx_folder
 from syncbn.data.datasets.parquet import find_parquet_files
 from syncbn.data.datasets.shard_files import INDEX_NAME
 from syncbn.models.weights import CARD_KEY
-from syncbn.training.checkpoints.files import read_without_tensors
+from syncbn.run_folders import CONFIG
+from syncbn.training.checkpoints.files import checkpoints_of, read_without_tensors
 
 OF_EVERY_RUN = frozenset(
     {"augmentation", "decoder", "drop_last", "evaluation_crops", "image_size", "num_workers", "on_read_error"}
@@ -74,12 +75,11 @@ def settle_data(config: Any) -> None:
     """
     options = config["data"]
     configs = [Path(str(file)) for file in config.get("config") or ()]
-    configs += [Path(config["resume"], "config.yaml")] if config.get("resume") else []
-    checkpoints = [config["ckpt_path"]] if config.get("ckpt_path") else config.get("checkpoints") or []
+    configs += [Path(config["resume"], CONFIG)] if config.get("resume") else []
     decided: dict[str, Any] = {}
     for path in configs:
         decided |= options_of_run(_read(path).get("data"), options["root"])
-    of_checkpoints = {path: meant for path in checkpoints if (meant := _options_of_checkpoint(path))}
+    of_checkpoints = {path: meant for path in checkpoints_of(config) if (meant := _options_of_checkpoint(path))}
     turned = {path: meant["exif_orientation"] for path, meant in of_checkpoints.items()}
     if options["exif_orientation"] is None and len(set(turned.values())) > 1:
         first, second = sorted(turned, key=lambda path: turned[path])[:: len(turned) - 1]

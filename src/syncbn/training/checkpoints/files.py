@@ -140,6 +140,11 @@ def fault_of(path: Path, step: int | None = None) -> str:
     return f"it is of step {found}, not {step}" if step not in (None, found) else ""
 
 
+def checkpoints_of(config: Any) -> list[str]:
+    """The checkpoints that a subcommand's config names: ``ckpt_path``, or several."""
+    return [config["ckpt_path"]] if config.get("ckpt_path") else config.get("checkpoints") or []
+
+
 def step_of(path: Path) -> int:
     """The optimiser steps after which one of `Checkpointing`'s checkpoints was written."""
     return int(path.stem.partition("=")[2])

@@ -17,6 +17,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from syncbn.data.datasets.formats import EMBEDDED
+from syncbn.run_folders import CHECKPOINTS, CONFIG, LAST
 from syncbn.training.checkpoints.earlier_data import options_of_run
 from syncbn.training.checkpoints.files import fault_of, newest_whole, step_of
 from syncbn.training.launch.launchers import ATTEMPT
@@ -161,13 +162,13 @@ def find_resume_point(folder: Path) -> ResumePoint:
         print(f"syncbn: {message}", file=sys.stderr, flush=True)
 
     ended = [start["finished"] for start in read_starts(folder)[-1:] if "finished" in start]
-    last = folder / "checkpoints" / "last.ckpt"
+    last = folder / CHECKPOINTS / LAST
     if ended and last.is_file():
         fault = fault_of(last, ended[0])
         if not fault:
             return ResumePoint(folder, last, ended[0])
         say(f"{last} is left out ({fault})")
-    found = newest_whole(folder / "checkpoints", say)
+    found = newest_whole(folder / CHECKPOINTS, say)
     return ResumePoint(folder, found, step_of(found) if found else 0)
 
 
@@ -178,7 +179,7 @@ def point_by_hand(folder: str) -> ResumePoint:
         ValueError: It is no run folder, or there is no whole checkpoint in it.
     """
     path = Path(folder).resolve()
-    if not (path / "checkpoints").is_dir():
+    if not (path / CHECKPOINTS).is_dir():
         raise ValueError(f"--resume {folder} is no run folder: there is no {path / 'checkpoints'}")
     point = find_resume_point(path)
     if point.checkpoint is None:
@@ -208,7 +209,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
         ValueError: A setting differs; the message names it and both values.
     """
     try:
-        begun = yaml.safe_load((folder / "config.yaml").read_text())
+        begun = yaml.safe_load((folder / CONFIG).read_text())
     except OSError:
         return  # killed before it was written
     if "data" in begun and "data" in config:

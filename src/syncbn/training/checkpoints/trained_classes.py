@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 
 from syncbn.data import ImageDataModule
 from syncbn.data.labels import UNNAMED, match_classes
 from syncbn.models.weights import CARD_KEY
-from syncbn.training.checkpoints.files import read_without_tensors
+from syncbn.training.checkpoints.files import checkpoints_of, read_without_tensors
+from syncbn.training.launch.processes import is_rank_zero
 
 TRAINED_CLASSES = "syncbn_trained_classes"
 """Under which the checkpoint of an embedding, whose card names none, holds the names of its training classes."""
@@ -40,7 +40,7 @@ def settle_classes(config: Any) -> None:
     """
     if "resume" in config:
         return
-    for path in [config["ckpt_path"]] if config.get("ckpt_path") else config.get("checkpoints") or []:
+    for path in checkpoints_of(config):
         if names := _classes_to_evaluate(path):
             config["data"]["checkpoint_classes"] = list(names)
             return
@@ -70,7 +70,7 @@ def compare_classes(data: ImageDataModule, ckpt_path: str | Path | None) -> None
 
 def say(remark: str) -> None:
     """Print a remark about the classes, if there is one, on rank 0."""
-    if remark and getattr(rank_zero_only, "rank", 0) == 0:
+    if remark and is_rank_zero():
         print(f"syncbn: {remark}", file=sys.stderr, flush=True)
 
 

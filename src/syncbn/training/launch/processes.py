@@ -1,10 +1,16 @@
-"""The other ranks, as processes that rank 0 started by Lightning's launcher: how they end."""
+"""This process among the ranks; and how the others end, which rank 0 started by Lightning's launcher."""
 
 import signal
 import time
 from typing import Any
 
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_only
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first rank, as far as the launcher has said."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def wait_for_other_ranks(launcher: Any) -> None:

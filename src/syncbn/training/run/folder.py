@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from syncbn.files import atomic_file
+from syncbn.run_folders import CONFIG
 
 
 def claim_run_folder(parent: Path) -> Path:
@@ -141,8 +142,8 @@ class KeptConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write, on rank 0."""
         folder = run_folder(trainer)
-        if folder and not (folder / "config.yaml").is_file():
-            with atomic_file(folder / "config.yaml") as file:
+        if folder and not (folder / CONFIG).is_file():
+            with atomic_file(folder / CONFIG) as file:
                 file.write(dump_config(self.parser, self.config).encode())
 
 
